@@ -1,0 +1,278 @@
+/* backend.h - the one interface between the model and the machine.
+ *
+ * The forward pass (src/model/forward.c) is written once against these operations; `reference` is the oracle, `cpu` the fast
+ * one, `cuda` comes. Each operation takes one const struct, which tests/ops and the benchmarks use as well. Nothing above
+ * knows a tile, a stream or an intrinsic.
+ *
+ * Memory. Activations live in backend memory from `alloc`, in the backend's activation type (`caps.act_dtype`: F32 on CPUs,
+ * F16 on GPUs). Pointers marked "device" below are such memory; on CPUs the host can read it. A linear layer's input is a
+ * `struct qtr_input`: it holds the values quantised (or not) as that layer wants them, in the backend's own layout.
+ *
+ * Order. Operations of one step are issued between begin_step and end_step from one thread and run in that order.
+ *
+ * Numerics. With W the dequantised weight, every linear computes what spec B.2 – B.4 say, its int32 accumulators exact. So
+ * results do not depend on the batch a token travels in, on the tiling, or on the chunks of its prompt: backends must keep it
+ * that way in the floating-point operations too (one fixed order of reduction for each row), or say where they do not.
+ * Attention always reads K and V back from the cache as they were stored, also for the tokens of the running step: so chunked
+ * prefill, prefix-cache hits and recomputation give the same result as one whole prefill. (The reference system reads
+ * unquantised K and V within a step; spec C.5.)
+ */
+#ifndef QTR_BACKEND_BACKEND_H
+#define QTR_BACKEND_BACKEND_H
+
+#include "quattuor/quattuor.h"
+
+enum qtr_dtype {
+  QTR_DTYPE_F32,
+  QTR_DTYPE_F16,
+  QTR_DTYPE_BF16,
+  QTR_DTYPE_F64,
+  QTR_DTYPE_I8,
+  QTR_DTYPE_U8,
+  QTR_DTYPE_I16,
+  QTR_DTYPE_I32,
+  QTR_DTYPE_I64,
+  QTR_DTYPE_BOOL,
+  QTR_DTYPE_F8_E4M3,
+  QTR_DTYPE_F8_E5M2,
+  QTR_N_DTYPES
+};
+size_t qtr_dtype_bytes(enum qtr_dtype dtype);
+const char *qtr_dtype_name(enum qtr_dtype dtype); /* "F16": the safetensors spelling */
+
+#define QTR_PAGE_TOKENS 64 /* tokens of a KV page (spec C.1) */
+#define QTR_GROUP 128      /* input channels of a weight group (spec A.2.2) */
+#define QTR_MAX_PARTS 3    /* q, k, v */
+
+/* ---- weights ------------------------------------------------------------------------------------- */
+
+enum qtr_linear_format {
+  QTR_LINEAR_F32,
+  QTR_LINEAR_F16,
+  QTR_LINEAR_BF16,
+  QTR_LINEAR_W8A8,      /* spec A.2.3, B.4 */
+  QTR_LINEAR_W4A8,      /* per channel; spec A.2.1, B.2 */
+  QTR_LINEAR_W4A8_G128, /* progressive groups; spec A.2.2, B.3 */
+  QTR_N_LINEAR_FORMATS
+};
+const char *qtr_linear_format_name(enum qtr_linear_format format); /* "w4a8-g128" */
+
+/* One matrix as it lies on disk. Host memory, borrowed. */
+struct qtr_linear_part {
+  size_t n_out;            /* rows */
+  const void *weight;      /* F32/F16/BF16/W8A8: (n_out, n_in) row major; W4A8*: packed nibbles, spec A.3 */
+  const float *scale;      /* (n_out) W8A8 dequant_scale, W4A8* s1_scales: fp16 values as float; else NULL */
+  const float *szero;      /* (n_out) W4A8 per-channel s1_szeros; else NULL */
+  const uint8_t *s2_scale; /* (n_in/128, n_out) g128, permuted as on disk (A.4.2); else NULL */
+  const uint8_t *s2_zero;  /* same */
+  const float *bias;       /* (n_out) or NULL */
+};
+
+/* Up to three parts, concatenated along their rows (A.6): q|k|v or gate|up. */
+struct qtr_linear_source {
+  enum qtr_linear_format format;
+  size_t n_in;
+  size_t n_parts;
+  struct qtr_linear_part part[QTR_MAX_PARTS];
+  bool gate_up; /* two parts of equal rows, used with QTR_EPILOGUE_SILU_MUL only: the backend may interleave their rows */
+  bool borrow;  /* weight memory outlives the linear: a backend whose layout is the disk's may use it in place */
+};
+
+struct qtr_linear; /* a repacked matrix, backend's own */
+struct qtr_table;  /* an embedding table, backend's own */
+
+/* Rows of an embedding. F32/F16/BF16, or I8 with one scale a row. Borrowed: must outlive the table on CPU backends. */
+struct qtr_table_source {
+  enum qtr_dtype dtype;
+  size_t n_rows, dim;
+  const void *data;   /* (n_rows, dim) */
+  const float *scale; /* (n_rows) for I8; else NULL */
+};
+
+/* ---- linear input -------------------------------------------------------------------------------- */
+
+/* How a linear wants its input. */
+enum qtr_quant {
+  QTR_QUANT_NONE, /* floating-point linears: the values themselves */
+  QTR_QUANT_INT8  /* per token symmetric int8 (B.6), with the token's scale, its sum Σx, and whatever the backend adds */
+};
+enum qtr_quant qtr_linear_quant(enum qtr_linear_format format);
+
+struct qtr_input; /* room for (max_tokens, max_dim) values in one of the forms; backend's own layout */
+
+/* ---- KV cache ------------------------------------------------------------------------------------ */
+
+enum qtr_kv_format {
+  QTR_KV_F16,
+  QTR_KV_INT8,        /* per token and head, asymmetric (C.3.1), codes 0…255 */
+  QTR_KV_INT4,        /* same, codes 0…15 */
+  QTR_KV_INT8_STATIC, /* per layer scales of K and V, symmetric (C.3.2) */
+  QTR_N_KV_FORMATS
+};
+const char *qtr_kv_format_name(enum qtr_kv_format format); /* "kv4", "kv8", "kv8-static", "kv16" */
+
+struct qtr_kv_config {
+  enum qtr_kv_format format;
+  int32_t n_layers, n_kv_heads, head_dim, n_pages;
+  const float *static_scale; /* (n_layers, 2) K and V scale, for INT8_STATIC; borrowed during kv_create */
+};
+
+/* Bytes of one page of 64 tokens over all layers and heads, K and V: what the pool costs. head_dim 128, KV4: 136 bytes a
+ * token, head and layer. INT4/INT8: codes + fp16 scale + fp16 zero per token and head. Returns 0 on overflow. */
+size_t qtr_kv_page_bytes(const struct qtr_kv_config *config);
+
+struct qtr_kv; /* the pages of all layers */
+
+/* ---- batch --------------------------------------------------------------------------------------- */
+
+/* What one step computes: a ragged batch of prefill chunks and decode tokens. All arrays are host memory and stay unchanged
+ * until end_step. Positions count from 0; token i of sequence s has position kv_len[s] + i. */
+struct qtr_batch {
+  int32_t n_tokens, n_seqs, n_logit_rows;
+  int32_t max_blocks;         /* row length of block_table */
+  const int32_t *token;       /* (n_tokens) ids, each below the vocabulary size */
+  const int32_t *position;    /* (n_tokens) */
+  const int32_t *q_start;     /* (n_seqs + 1) first token of each sequence; q_start[n_seqs] = n_tokens */
+  const int32_t *kv_len;      /* (n_seqs) tokens cached before this step */
+  const int32_t *block_table; /* (n_seqs, max_blocks) page numbers; entries up to (kv_len + q_len - 1) / 64 are valid */
+  const int32_t *logit_row;   /* (n_logit_rows) token indices, ascending, whose logits are wanted */
+};
+
+/* ---- operations ---------------------------------------------------------------------------------- */
+
+struct qtr_embed_args {
+  const struct qtr_table *table;
+  void *out; /* device (batch.n_tokens, dim) */
+};
+
+/* RMSNorm, then quantise as `input` was prepared (B.7, B.8). */
+struct qtr_rmsnorm_args {
+  const void *x;      /* device (n_tokens, dim) */
+  const void *weight; /* device (dim) from `upload_floats` */
+  struct qtr_input *out;
+  enum qtr_quant quant;
+  enum qtr_norm norm; /* QTR_NORM_QSERVE subtracts the mean and rounds as B.7; only with QTR_QUANT_INT8 */
+  float eps;
+  size_t n_tokens, dim;
+};
+
+struct qtr_quant_args { /* B.6 */
+  const void *x;        /* device (n_tokens, dim) */
+  struct qtr_input *out;
+  enum qtr_quant quant;
+  size_t n_tokens, dim;
+};
+
+enum qtr_epilogue {
+  QTR_EPILOGUE_STORE,    /* out = y                        (n_tokens, n_out) */
+  QTR_EPILOGUE_ADD,      /* out += y, the residual stream  (n_tokens, n_out) */
+  QTR_EPILOGUE_SILU_MUL, /* out = silu(y_gate) * y_up      (n_tokens, n_out/2); B.9 */
+  QTR_EPILOGUE_LOGITS    /* out = y as F32 whatever act_dtype is */
+};
+
+struct qtr_linear_args { /* B.2, B.3, B.4 */
+  const struct qtr_linear *linear;
+  const struct qtr_input *input; /* filled with n_tokens rows of n_in values */
+  enum qtr_epilogue epilogue;
+  void *out; /* device */
+  size_t n_tokens;
+};
+
+/* RoPE on q and k in place (C.4), then K and V into the cache (C.3). Cosines and sines come from begin_step. */
+struct qtr_rope_kv_args {
+  void *qkv; /* device (batch.n_tokens, (n_heads + 2 n_kv_heads) * head_dim) */
+  struct qtr_kv *kv;
+  int32_t layer, n_heads, n_kv_heads, head_dim;
+};
+
+/* softmax(q·K^T * scale) V, causal, over the cached tokens of each sequence, those of this step included (C.5). */
+struct qtr_attention_args {
+  const void *qkv; /* device, as above, after RoPE; only q is read */
+  const struct qtr_kv *kv;
+  void *out; /* device (batch.n_tokens, n_heads * head_dim) */
+  float scale; /* 1/sqrt(head_dim) */
+  int32_t layer, n_heads, n_kv_heads, head_dim;
+};
+
+struct qtr_gather_args {
+  const void *x; /* device (batch.n_tokens, dim) */
+  void *out;     /* device (batch.n_logit_rows, dim): rows batch.logit_row */
+  size_t dim;
+};
+
+struct qtr_caps {
+  enum qtr_dtype act_dtype;
+  const char *device;       /* "cpu"; static */
+  char description[128];    /* "Intel Xeon …, AMX int8, 2 threads" */
+  size_t memory_total, memory_free; /* of the memory that holds weights and KV */
+  int32_t threads;
+  int32_t step_tokens; /* a good token budget for one step */
+};
+
+struct qtr_backend_options {
+  int32_t threads; /* 0 = all cores this process may use */
+  const char *isa; /* NULL = best; "portable", "avx2", "avx512", "vnni", "amx": for tests; also QUATTUOR_ISA */
+};
+
+struct qtr_backend {
+  const struct qtr_backend_ops *ops;
+};
+
+struct qtr_backend_ops {
+  const char *name;
+  enum qtr_status (*open)(const struct qtr_backend_options *options, struct qtr_backend **backend, struct qtr_error *err);
+  void (*close)(struct qtr_backend *b);
+  void (*caps)(struct qtr_backend *b, struct qtr_caps *caps);
+
+  enum qtr_status (*alloc)(struct qtr_backend *b, size_t n_bytes, void **device, struct qtr_error *err); /* 64-aligned */
+  void (*free)(struct qtr_backend *b, void *device);
+  enum qtr_status (*upload_floats)(struct qtr_backend *b, const float *x, size_t n, void **device, struct qtr_error *err);
+  /* Copies act_dtype values to host floats; waits for the operations before it. */
+  enum qtr_status (*download)(struct qtr_backend *b, const void *device, enum qtr_dtype dtype, size_t n, float *host,
+                              struct qtr_error *err);
+
+  enum qtr_status (*linear_create)(struct qtr_backend *b, const struct qtr_linear_source *source, struct qtr_linear **linear,
+                                   struct qtr_error *err);
+  void (*linear_free)(struct qtr_backend *b, struct qtr_linear *linear);
+  size_t (*linear_bytes)(const struct qtr_linear *linear); /* memory it occupies, borrowed weights included */
+  enum qtr_status (*table_create)(struct qtr_backend *b, const struct qtr_table_source *source, struct qtr_table **table,
+                                  struct qtr_error *err);
+  void (*table_free)(struct qtr_backend *b, struct qtr_table *table);
+  enum qtr_status (*input_create)(struct qtr_backend *b, size_t max_tokens, size_t max_dim, struct qtr_input **input,
+                                  struct qtr_error *err);
+  void (*input_free)(struct qtr_backend *b, struct qtr_input *input);
+  enum qtr_status (*kv_create)(struct qtr_backend *b, const struct qtr_kv_config *config, struct qtr_kv **kv,
+                               struct qtr_error *err);
+  void (*kv_free)(struct qtr_backend *b, struct qtr_kv *kv);
+
+  /* inv_freq: (head_dim/2) host floats, RoPE frequencies with any scaling already in them. */
+  enum qtr_status (*begin_step)(struct qtr_backend *b, const struct qtr_batch *batch, const float *inv_freq, size_t half_dim,
+                                struct qtr_error *err);
+  enum qtr_status (*end_step)(struct qtr_backend *b, struct qtr_error *err); /* waits; reports what went wrong */
+
+  /* The operations of a step cannot fail on a CPU; a GPU reports in end_step. */
+  void (*embed)(struct qtr_backend *b, const struct qtr_embed_args *args);
+  void (*rmsnorm)(struct qtr_backend *b, const struct qtr_rmsnorm_args *args);
+  void (*quant)(struct qtr_backend *b, const struct qtr_quant_args *args);
+  void (*linear)(struct qtr_backend *b, const struct qtr_linear_args *args);
+  void (*rope_kv_write)(struct qtr_backend *b, const struct qtr_rope_kv_args *args);
+  void (*attention)(struct qtr_backend *b, const struct qtr_attention_args *args);
+  void (*gather)(struct qtr_backend *b, const struct qtr_gather_args *args);
+
+  /* For tests: what is stored, whatever the layout. Optional: NULL where a backend cannot.
+   * input_read: dequantisable content of row `token`: codes (dim) when quantised, scale, sum; or values (dim) as floats.
+   * kv_read: codes (head_dim) as integers (F16: the half's bits), scale and zero (0 where the format has none). */
+  void (*input_read)(struct qtr_backend *b, const struct qtr_input *input, size_t token, size_t dim, int8_t *code, float *scale,
+                     float *sum, float *value);
+  void (*kv_read)(struct qtr_backend *b, const struct qtr_kv *kv, int32_t layer, bool is_v, int32_t page, int32_t slot,
+                  int32_t head, uint16_t *code, float *scale, float *zero);
+};
+
+/* name: "auto", "cpu", "reference", "cuda". QTR_ERR_NOT_FOUND lists what there is. */
+enum qtr_status qtr_backend_open(const char *name, const struct qtr_backend_options *options, struct qtr_backend **backend,
+                                 struct qtr_error *err);
+void qtr_backend_close(struct qtr_backend *b);
+
+extern const struct qtr_backend_ops qtr_backend_reference, qtr_backend_cpu;
+
+#endif

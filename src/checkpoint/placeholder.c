@@ -1,0 +1,1 @@
+/* placeholder */ typedef int qtr_placeholder;

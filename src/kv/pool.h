@@ -1,0 +1,38 @@
+/* pool.h - which page belongs to whom: reference-counted KV pages with a prefix cache. Numbers only; the bytes are the
+ * backend's. One thread at a time.
+ *
+ * A page is free, referenced (by one or more sequences), or cached: full, unreferenced and findable by its content. Full
+ * prompt or output pages are published under a chain of hashes (the page's 64 tokens and the hash of the page before it);
+ * a hit compares the tokens and the whole chain is compared by the parent's identity, so a collision never shares a wrong page.
+ * Cached pages are evicted in order of last use, leaves before their parents. */
+#ifndef QTR_KV_POOL_H
+#define QTR_KV_POOL_H
+
+#include "quattuor/quattuor.h"
+
+struct qtr_kv_pool;
+
+enum qtr_status qtr_kv_pool_create(int32_t n_pages, bool prefix_cache, struct qtr_kv_pool **pool, struct qtr_error *err);
+void qtr_kv_pool_free(struct qtr_kv_pool *pool);
+
+int32_t qtr_kv_pool_available(const struct qtr_kv_pool *pool); /* free + cached */
+void qtr_kv_pool_counts(const struct qtr_kv_pool *pool, int32_t *total, int32_t *used, int32_t *cached);
+
+/* Takes a page (evicting a cached one if needed) with one reference. -1 when none is available. */
+int32_t qtr_kv_pool_take(struct qtr_kv_pool *pool);
+void qtr_kv_pool_ref(struct qtr_kv_pool *pool, int32_t page);
+/* Drops a reference; the last one makes a published page cached and any other free. */
+void qtr_kv_pool_unref(struct qtr_kv_pool *pool, int32_t page);
+
+/* Finds the longest chain of published pages that hold token[0 … 64k). Takes a reference on each and writes them to
+ * page[(max_pages)]. Returns k. salt separates tenants: pages are shared only under the same salt. */
+int32_t qtr_kv_pool_match(struct qtr_kv_pool *pool, uint64_t salt, const int32_t *token, size_t n_tokens, int32_t *page,
+                          int32_t max_pages);
+/* Publishes page number `index` (0-based within its sequence), which holds token[0 … 64), after `parent` (the sequence's page
+ * index-1, published; -1 for the first). When the same content is published already nothing changes. */
+void qtr_kv_pool_publish(struct qtr_kv_pool *pool, uint64_t salt, int32_t page, int32_t parent, const int32_t *token);
+
+/* Checks every invariant (counts, lists, chains), for tests; false and a message when one is broken. */
+bool qtr_kv_pool_check(const struct qtr_kv_pool *pool, struct qtr_error *err);
+
+#endif

@@ -244,6 +244,7 @@ struct qtr_backend_ops {
   enum qtr_status (*kv_create)(struct qtr_backend *b, const struct qtr_kv_config *config, struct qtr_kv **kv,
                                struct qtr_error *err);
   void (*kv_free)(struct qtr_backend *b, struct qtr_kv *kv);
+  enum qtr_kv_format (*kv_format)(const struct qtr_kv *kv);
 
   /* inv_freq: (head_dim/2) host floats, RoPE frequencies with any scaling already in them. */
   enum qtr_status (*begin_step)(struct qtr_backend *b, const struct qtr_batch *batch, const float *inv_freq, size_t half_dim,

@@ -5,6 +5,7 @@
 #include "backend/backend.h"
 #include "checkpoint/checkpoint.h"
 #include "checkpoint/config.h"
+#include "model/profile.h"
 
 /* "w4a8kv4" and friends. */
 struct qtr_precision {
@@ -33,7 +34,8 @@ struct qtr_model {
   float *inv_freq;        /* (head_dim/2), for max_len */
   int32_t max_len;        /* longest sequence the frequencies are made for */
   enum qtr_norm norm;
-  size_t weight_bytes;
+  size_t weight_bytes;               /* embedding, head and projections */
+  struct qtr_profile *profile;       /* borrowed; NULL = no profile */
 };
 
 struct qtr_model_options {

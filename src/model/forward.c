@@ -1,0 +1,239 @@
+/* forward.c - the forward pass of the Llama family (spec B.10), written once for every backend, and the buffers of a step.
+ *
+ * One layer: RMSNorm + quantise, QKV, RoPE + KV write, attention, quantise, O added to the residual stream, RMSNorm + quantise,
+ * gate|up with SiLU·mul, quantise, down added to the residual stream. Llama 1–3, Vicuna, Yi, Mistral and Qwen 1.5/2 differ in
+ * data only: biases, head sizes, frequencies, tied embeddings. */
+#include "base/checked.h"
+#include "base/clock.h"
+#include "base/status.h"
+#include "model/model.h"
+
+#include <stdlib.h>
+
+struct qtr_workspace {
+  struct qtr_backend *backend;
+  size_t max_tokens, max_rows, n_bytes;
+  void *x;       /* (max_tokens, hidden) the residual stream */
+  void *qkv;     /* (max_tokens, (n_heads + 2 n_kv_heads) * head_dim) */
+  void *attn;    /* (max_tokens, n_heads * head_dim) */
+  void *mlp;     /* (max_tokens, intermediate) */
+  void *rows;    /* (max_rows, hidden) */
+  void *logits;  /* (max_rows, vocab) F32 */
+  struct qtr_input *input; /* (max_tokens, widest linear) */
+};
+
+const char *const qtr_profile_names[QTR_N_PROFILE_OPS] = {"embed", "norm+quant", "qkv",     "rope+kv", "attention",
+                                                          "quant", "o",          "gate_up", "down",    "head"};
+
+static size_t qkv_width(const struct qtr_config *c) {
+  return ((size_t)c->n_heads + 2 * (size_t)c->n_kv_heads) * (size_t)c->head_dim;
+}
+
+enum qtr_status qtr_workspace_create(const struct qtr_model *model, size_t max_tokens, size_t max_rows,
+                                     struct qtr_workspace **workspace, struct qtr_error *err) {
+  const struct qtr_config *c = &model->config;
+  struct qtr_backend *b = model->backend;
+  *workspace = NULL;
+  struct qtr_workspace *w = calloc(1, sizeof *w);
+  if (!w) return qtr_fail_memory(err, "a workspace", sizeof *w);
+  *w = (struct qtr_workspace){.backend = b, .max_tokens = max_tokens, .max_rows = max_rows};
+  struct qtr_caps caps;
+  b->ops->caps(b, &caps);
+  size_t unit = qtr_dtype_bytes(caps.act_dtype);
+  size_t hidden = (size_t)c->hidden_size, heads = (size_t)c->n_heads * (size_t)c->head_dim;
+  size_t widest = QTR_MAX(QTR_MAX(hidden, heads), (size_t)c->intermediate_size);
+  const struct {
+    void **p;
+    size_t rows, width, unit;
+  } buffers[] = {
+      {&w->x, max_tokens, hidden, unit},  {&w->qkv, max_tokens, qkv_width(c), unit},
+      {&w->attn, max_tokens, heads, unit}, {&w->mlp, max_tokens, (size_t)c->intermediate_size, unit},
+      {&w->rows, max_rows, hidden, unit}, {&w->logits, max_rows, (size_t)c->vocab_size, sizeof(float)},
+  };
+  enum qtr_status status = QTR_OK;
+  for (size_t i = 0; i < sizeof buffers / sizeof buffers[0] && !status; i++) {
+    size_t n;
+    if (qtr_mul_overflow(buffers[i].rows, buffers[i].width, &n) || qtr_mul_overflow(n, buffers[i].unit, &n)) {
+      status = qtr_fail(err, QTR_ERR_MEMORY, "a step of %zu tokens is too large; lower max_num_batched_tokens", max_tokens);
+      break;
+    }
+    status = b->ops->alloc(b, n, buffers[i].p, err);
+    w->n_bytes += n;
+  }
+  if (!status) status = b->ops->input_create(b, max_tokens, widest, &w->input, err);
+  if (status) {
+    qtr_workspace_free(w);
+    return status;
+  }
+  w->n_bytes += max_tokens * widest;
+  *workspace = w;
+  return QTR_OK;
+}
+
+void qtr_workspace_free(struct qtr_workspace *w) {
+  if (!w) return;
+  struct qtr_backend *b = w->backend;
+  void *const buffers[] = {w->x, w->qkv, w->attn, w->mlp, w->rows, w->logits};
+  for (size_t i = 0; i < sizeof buffers / sizeof buffers[0]; i++) {
+    if (buffers[i]) b->ops->free(b, buffers[i]);
+  }
+  if (w->input) b->ops->input_free(b, w->input);
+  free(w);
+}
+
+size_t qtr_workspace_bytes(const struct qtr_workspace *w) { return w->n_bytes; }
+
+/* ---- one step ---- */
+
+struct step {
+  const struct qtr_model *model;
+  struct qtr_backend *b;
+  struct qtr_kv *kv;
+  struct qtr_workspace *w;
+  const struct qtr_batch *batch;
+  double t_mark;   /* end of the operation before, when profiling */
+  size_t act_unit; /* bytes of an activation */
+  size_t kv_row;   /* bytes of one token's K and V of all heads of one layer, when profiling; 0 until known */
+  double n_pairs;  /* sum over sequences of query tokens x keys they see */
+  double n_keys;   /* sum over sequences of keys */
+};
+
+/* Closes the interval since the last mark and books it. */
+static void mark(struct step *s, enum qtr_profile_op op, double bytes, double ops) {
+  struct qtr_profile *profile = s->model->profile;
+  if (!profile) return;
+  double now = qtr_now();
+  struct qtr_profile_entry *e = &profile->op[op];
+  e->n_calls++;
+  e->seconds += now - s->t_mark;
+  e->bytes += bytes;
+  e->ops += ops;
+  s->t_mark = now;
+}
+
+static void run_norm(struct step *s, const void *x, const void *weight, size_t n_tokens, enum qtr_linear_format next,
+                     enum qtr_norm norm) {
+  size_t dim = (size_t)s->model->config.hidden_size;
+  enum qtr_quant quant = qtr_linear_quant(next);
+  const struct qtr_rmsnorm_args args = {
+      .x = x,
+      .weight = weight,
+      .out = s->w->input,
+      .quant = quant,
+      .norm = quant == QTR_QUANT_INT8 ? norm : QTR_NORM_EXACT,
+      .eps = s->model->config.rms_norm_eps,
+      .n_tokens = n_tokens,
+      .dim = dim,
+  };
+  s->b->ops->rmsnorm(s->b, &args);
+  mark(s, QTR_PROFILE_NORM, (double)(n_tokens * dim * (s->act_unit + 1)), 0);
+}
+
+static void run_quant(struct step *s, const void *x, size_t dim) {
+  const struct qtr_quant_args args = {
+      .x = x,
+      .out = s->w->input,
+      .quant = qtr_linear_quant(s->model->format),
+      .n_tokens = (size_t)s->batch->n_tokens,
+      .dim = dim,
+  };
+  s->b->ops->quant(s->b, &args);
+  mark(s, QTR_PROFILE_QUANT, (double)args.n_tokens * (double)dim * (double)(s->act_unit + 1), 0);
+}
+
+/* n_in and n_out are for the profile only. */
+static void run_linear(struct step *s, enum qtr_profile_op op, const struct qtr_linear *linear, enum qtr_epilogue epilogue,
+                       void *out, size_t n_tokens, size_t n_in, size_t n_out) {
+  const struct qtr_linear_args args = {
+      .linear = linear, .input = s->w->input, .epilogue = epilogue, .out = out, .n_tokens = n_tokens};
+  s->b->ops->linear(s->b, &args);
+  mark(s, op, (double)s->b->ops->linear_bytes(linear) + (double)n_tokens * (double)(n_in + n_out * s->act_unit),
+       2.0 * (double)n_tokens * (double)n_in * (double)n_out);
+}
+
+static void run_layer(struct step *s, int32_t i) {
+  const struct qtr_config *c = &s->model->config;
+  const struct qtr_layer *layer = &s->model->layer[i];
+  struct qtr_workspace *w = s->w;
+  enum qtr_linear_format format = s->model->format;
+  size_t n_tokens = (size_t)s->batch->n_tokens, hidden = (size_t)c->hidden_size;
+  size_t heads = (size_t)c->n_heads * (size_t)c->head_dim, inner = (size_t)c->intermediate_size;
+
+  run_norm(s, w->x, layer->input_norm, n_tokens, format, s->model->norm);
+  run_linear(s, QTR_PROFILE_QKV, layer->qkv, QTR_EPILOGUE_STORE, w->qkv, n_tokens, hidden, qkv_width(c));
+
+  const struct qtr_rope_kv_args rope = {
+      .qkv = w->qkv, .kv = s->kv, .layer = i, .n_heads = c->n_heads, .n_kv_heads = c->n_kv_heads, .head_dim = c->head_dim};
+  s->b->ops->rope_kv_write(s->b, &rope);
+  mark(s, QTR_PROFILE_ROPE_KV, (double)(2 * n_tokens * qkv_width(c) * s->act_unit), 0);
+
+  const struct qtr_attention_args attention = {
+      .qkv = w->qkv,
+      .kv = s->kv,
+      .out = w->attn,
+      .scale = 1.0f / __builtin_sqrtf((float)c->head_dim),
+      .layer = i,
+      .n_heads = c->n_heads,
+      .n_kv_heads = c->n_kv_heads,
+      .head_dim = c->head_dim,
+  };
+  s->b->ops->attention(s->b, &attention);
+  mark(s, QTR_PROFILE_ATTENTION, s->n_keys * (double)s->kv_row + (double)(2 * n_tokens * heads * s->act_unit),
+       4.0 * s->n_pairs * (double)heads);
+
+  run_quant(s, w->attn, heads);
+  run_linear(s, QTR_PROFILE_O, layer->o, QTR_EPILOGUE_ADD, w->x, n_tokens, heads, hidden);
+
+  run_norm(s, w->x, layer->post_norm, n_tokens, format, s->model->norm);
+  run_linear(s, QTR_PROFILE_GATE_UP, layer->gate_up, QTR_EPILOGUE_SILU_MUL, w->mlp, n_tokens, hidden, 2 * inner);
+  run_quant(s, w->mlp, inner);
+  run_linear(s, QTR_PROFILE_DOWN, layer->down, QTR_EPILOGUE_ADD, w->x, n_tokens, inner, hidden);
+}
+
+static void count_attention(struct step *s, enum qtr_kv_format format) {
+  const struct qtr_batch *batch = s->batch;
+  const struct qtr_config *c = &s->model->config;
+  const struct qtr_kv_config one = {
+      .format = format, .n_layers = 1, .n_kv_heads = c->n_kv_heads, .head_dim = c->head_dim, .n_pages = 1};
+  s->kv_row = qtr_kv_page_bytes(&one) / QTR_PAGE_TOKENS;
+  for (int32_t i = 0; i < batch->n_seqs; i++) {
+    double n_new = batch->q_start[i + 1] - batch->q_start[i], cached = batch->kv_len[i];
+    s->n_keys += cached + n_new;
+    s->n_pairs += n_new * cached + n_new * (n_new + 1) / 2;
+  }
+}
+
+enum qtr_status qtr_model_forward(struct qtr_model *model, struct qtr_kv *kv, struct qtr_workspace *w,
+                                  const struct qtr_batch *batch, const float **logits, struct qtr_error *err) {
+  const struct qtr_config *c = &model->config;
+  struct qtr_backend *b = model->backend;
+  if (batch->n_tokens < 1 || (size_t)batch->n_tokens > w->max_tokens || (size_t)batch->n_logit_rows > w->max_rows) {
+    return qtr_fail(err, QTR_ERR_ARGUMENT, "a batch of %d tokens and %d logit rows does not fit a workspace of %zu and %zu",
+                    batch->n_tokens, batch->n_logit_rows, w->max_tokens, w->max_rows);
+  }
+  struct qtr_caps caps;
+  b->ops->caps(b, &caps);
+  struct step s = {.model = model, .b = b, .kv = kv, .w = w, .batch = batch, .act_unit = qtr_dtype_bytes(caps.act_dtype)};
+  enum qtr_status status = b->ops->begin_step(b, batch, model->inv_freq, (size_t)c->head_dim / 2, err);
+  if (status) return status;
+  if (model->profile) {
+    count_attention(&s, b->ops->kv_format(kv));
+    s.t_mark = qtr_now();
+  }
+
+  const struct qtr_embed_args embed = {.table = model->embed, .out = w->x};
+  b->ops->embed(b, &embed);
+  mark(&s, QTR_PROFILE_EMBED, (double)batch->n_tokens * c->hidden_size * 2 * (double)s.act_unit, 0);
+  for (int32_t i = 0; i < c->n_layers; i++) run_layer(&s, i);
+
+  if (batch->n_logit_rows > 0) {
+    size_t rows = (size_t)batch->n_logit_rows, hidden = (size_t)c->hidden_size;
+    const struct qtr_gather_args gather = {.x = w->x, .out = w->rows, .dim = hidden};
+    b->ops->gather(b, &gather);
+    run_norm(&s, w->rows, model->final_norm, rows, model->head_format, QTR_NORM_EXACT);
+    run_linear(&s, QTR_PROFILE_HEAD, model->head, QTR_EPILOGUE_LOGITS, w->logits, rows, hidden, (size_t)c->vocab_size);
+  }
+  status = b->ops->end_step(b, err);
+  *logits = w->logits;
+  return status;
+}

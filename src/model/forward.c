@@ -1,8 +1,8 @@
 /* forward.c - the forward pass of the Llama family (spec B.10), written once for every backend, and the buffers of a step.
  *
- * One layer: RMSNorm + quantise, QKV, RoPE + KV write, attention, quantise, O added to the residual stream, RMSNorm + quantise,
- * gate|up with SiLU·mul, quantise, down added to the residual stream. Llama 1–3, Vicuna, Yi, Mistral and Qwen 1.5/2 differ in
- * data only: biases, head sizes, frequencies, tied embeddings. */
+ * One layer: RMSNorm + quantise, QKV, RoPE + KV write, attention, quantise, O added to the residual stream, RMSNorm +
+ * quantise, gate|up with SiLU·mul, quantise, down added to the residual stream. Llama 1–3, Vicuna, Yi, Mistral and
+ * Qwen 1.5/2 differ in data only: biases, head sizes, frequencies, tied embeddings. */
 #include "base/checked.h"
 #include "base/clock.h"
 #include "base/status.h"
@@ -13,12 +13,12 @@
 struct qtr_workspace {
   struct qtr_backend *backend;
   size_t max_tokens, max_rows, n_bytes;
-  void *x;       /* (max_tokens, hidden) the residual stream */
-  void *qkv;     /* (max_tokens, (n_heads + 2 n_kv_heads) * head_dim) */
-  void *attn;    /* (max_tokens, n_heads * head_dim) */
-  void *mlp;     /* (max_tokens, intermediate) */
-  void *rows;    /* (max_rows, hidden) */
-  void *logits;  /* (max_rows, vocab) F32 */
+  void *x;                 /* (max_tokens, hidden) the residual stream */
+  void *qkv;               /* (max_tokens, (n_heads + 2 n_kv_heads) * head_dim) */
+  void *attn;              /* (max_tokens, n_heads * head_dim) */
+  void *mlp;               /* (max_tokens, intermediate) */
+  void *rows;              /* (max_rows, hidden) */
+  void *logits;            /* (max_rows, vocab) F32 */
   struct qtr_input *input; /* (max_tokens, widest linear) */
 };
 
@@ -46,9 +46,9 @@ enum qtr_status qtr_workspace_create(const struct qtr_model *model, size_t max_t
     void **p;
     size_t rows, width, unit;
   } buffers[] = {
-      {&w->x, max_tokens, hidden, unit},  {&w->qkv, max_tokens, qkv_width(c), unit},
+      {&w->x, max_tokens, hidden, unit},   {&w->qkv, max_tokens, qkv_width(c), unit},
       {&w->attn, max_tokens, heads, unit}, {&w->mlp, max_tokens, (size_t)c->intermediate_size, unit},
-      {&w->rows, max_rows, hidden, unit}, {&w->logits, max_rows, (size_t)c->vocab_size, sizeof(float)},
+      {&w->rows, max_rows, hidden, unit},  {&w->logits, max_rows, (size_t)c->vocab_size, sizeof(float)},
   };
   enum qtr_status status = QTR_OK;
   for (size_t i = 0; i < sizeof buffers / sizeof buffers[0] && !status; i++) {

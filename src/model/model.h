@@ -31,11 +31,12 @@ struct qtr_model {
   void *final_norm;
   float *static_kv_scale; /* (n_layers, 2) when the file has them, else NULL (A.2.5) */
   float *embed_scale;     /* (vocab) of an int8 embedding */
+  void *random_embed;     /* the embedding of random weights, which the table borrows */
   float *inv_freq;        /* (head_dim/2), for max_len */
   int32_t max_len;        /* longest sequence the frequencies are made for */
   enum qtr_norm norm;
-  size_t weight_bytes;               /* embedding, head and projections */
-  struct qtr_profile *profile;       /* borrowed; NULL = no profile */
+  size_t weight_bytes;         /* embedding, head and projections */
+  struct qtr_profile *profile; /* borrowed; NULL = no profile */
 };
 
 struct qtr_model_options {
@@ -47,9 +48,9 @@ struct qtr_model_options {
 enum qtr_status qtr_model_load(const char *dir, struct qtr_backend *backend, const struct qtr_model_options *options,
                                struct qtr_model **model, struct qtr_error *err);
 /* Random weights of the given shape, scaled so that activations stay healthy, for benchmarks. head_int8: int8 LM head. */
-enum qtr_status qtr_model_random(const struct qtr_config *config, enum qtr_linear_format format, bool head_int8, uint64_t seed,
-                                 struct qtr_backend *backend, const struct qtr_model_options *options, struct qtr_model **model,
-                                 struct qtr_error *err);
+enum qtr_status qtr_model_random(const struct qtr_config *config, enum qtr_linear_format format, bool head_int8,
+                                 uint64_t seed, struct qtr_backend *backend, const struct qtr_model_options *options,
+                                 struct qtr_model **model, struct qtr_error *err);
 void qtr_model_free(struct qtr_model *model);
 
 /* Buffers of one step of at most max_tokens tokens and max_rows logit rows. */
@@ -59,8 +60,8 @@ enum qtr_status qtr_workspace_create(const struct qtr_model *model, size_t max_t
 void qtr_workspace_free(struct qtr_workspace *workspace);
 size_t qtr_workspace_bytes(const struct qtr_workspace *workspace);
 
-/* Runs one batch: writes its K and V to `kv`; *logits (n_logit_rows, vocab_size) F32 in device memory of the workspace, valid
- * until the next call. Refuses a batch larger than the workspace with QTR_ERR_ARGUMENT. */
+/* Runs one batch: writes its K and V to `kv`; *logits (n_logit_rows, vocab_size) F32 in device memory of the workspace,
+ * valid until the next call. Refuses a batch larger than the workspace with QTR_ERR_ARGUMENT. */
 enum qtr_status qtr_model_forward(struct qtr_model *model, struct qtr_kv *kv, struct qtr_workspace *workspace,
                                   const struct qtr_batch *batch, const float **logits, struct qtr_error *err);
 

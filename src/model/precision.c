@@ -20,8 +20,10 @@ enum qtr_status qtr_precision_parse(const char *text, struct qtr_precision *prec
   struct qtr_precision q = {0};
   const char *p = text;
   bool ok = read_field(&p, "w", &q.weight_bits) && read_field(&p, "a", &q.act_bits);
-  if (ok && *p) ok = read_field(&p, "kv", &q.kv_bits) && !*p;
-  else if (ok) q.kv_bits = q.weight_bits == 16 ? 16 : 8;
+  if (ok && *p)
+    ok = read_field(&p, "kv", &q.kv_bits) && !*p;
+  else if (ok)
+    q.kv_bits = q.weight_bits == 16 ? 16 : 8;
   bool weights = (q.weight_bits == 4 && q.act_bits == 8) || (q.weight_bits == 8 && q.act_bits == 8) ||
                  (q.weight_bits == 16 && q.act_bits == 16);
   bool kv = q.kv_bits == 4 || q.kv_bits == 8 || q.kv_bits == 16;

@@ -293,13 +293,13 @@ static enum qtr_status load_kv_scales(struct loader *l) {
     if (!qtr_checkpoint_find(l->cp, name)) continue;
     const struct qtr_tensor *t;
     const size_t shape[1] = {2};
-    float *pair;
+    float *pair = NULL;
     status = qtr_checkpoint_get(l->cp, name, 1, shape, &t, l->err);
     if (!status) status = read_floats(l, t, 2, true, &pair);
-    if (!status && (pair[0] <= 0 || pair[1] <= 0)) {
+    if (!status && pair && (pair[0] <= 0 || pair[1] <= 0)) {
       status = qtr_fail(l->err, QTR_ERR_FORMAT, "tensor %s: scales must be positive", name);
     }
-    if (!status) memcpy(&all[2 * i], pair, 2 * sizeof *pair);
+    if (!status && pair) memcpy(&all[2 * i], pair, 2 * sizeof *pair);
     scratch_free(l);
     n_found++;
   }

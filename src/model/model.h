@@ -47,7 +47,8 @@ struct qtr_model_options {
 
 enum qtr_status qtr_model_load(const char *dir, struct qtr_backend *backend, const struct qtr_model_options *options,
                                struct qtr_model **model, struct qtr_error *err);
-/* Random weights of the given shape, scaled so that activations stay healthy, for benchmarks. head_int8: int8 LM head. */
+/* Random weights of the given shape, scaled so that activations stay healthy, for benchmarks. head_int8: int8 embedding and
+ * LM head instead of fp16. */
 enum qtr_status qtr_model_random(const struct qtr_config *config, enum qtr_linear_format format, bool head_int8,
                                  uint64_t seed, struct qtr_backend *backend, const struct qtr_model_options *options,
                                  struct qtr_model **model, struct qtr_error *err);

@@ -130,15 +130,28 @@ static enum qtr_status make_norm(struct maker *m, void **device) {
   return status;
 }
 
-static enum qtr_status make_embedding(struct maker *m) {
+/* fp16, or int8 with one scale a row. */
+static enum qtr_status make_embedding(struct maker *m, bool int8) {
   struct qtr_model *model = m->model;
-  size_t rows = (size_t)model->config.vocab_size, dim = (size_t)model->config.hidden_size;
-  uint16_t *table = malloc(rows * dim * sizeof *table);
-  if (!table) return qtr_fail_memory(m->err, "a random embedding", rows * dim * sizeof *table);
-  for (size_t i = 0; i < rows * dim; i++) table[i] = qtr_f16_from_f32(uniform(m, 1.0f));
-  model->random_embed = table;
-  const struct qtr_table_source source = {.dtype = QTR_DTYPE_F16, .n_rows = rows, .dim = dim, .data = table};
-  model->weight_bytes += rows * dim * sizeof *table;
+  size_t rows = (size_t)model->config.vocab_size, dim = (size_t)model->config.hidden_size, n = rows * dim;
+  size_t n_bytes = n * (int8 ? 1 : sizeof(uint16_t));
+  model->random_embed = malloc(n_bytes);
+  if (!model->random_embed) return qtr_fail_memory(m->err, "a random embedding", n_bytes);
+  if (int8) {
+    fill_bytes(m, model->random_embed, n_bytes);
+    model->embed_scale = malloc(rows * sizeof(float));
+    if (!model->embed_scale) return qtr_fail_memory(m->err, "embedding scales", rows * sizeof(float));
+    for (size_t i = 0; i < rows; i++) model->embed_scale[i] = 1.0f / 73.9f;
+  } else {
+    uint16_t *half = model->random_embed;
+    for (size_t i = 0; i < n; i++) half[i] = qtr_f16_from_f32(uniform(m, 1.0f));
+  }
+  const struct qtr_table_source source = {.dtype = int8 ? QTR_DTYPE_I8 : QTR_DTYPE_F16,
+                                          .n_rows = rows,
+                                          .dim = dim,
+                                          .data = model->random_embed,
+                                          .scale = model->embed_scale};
+  model->weight_bytes += n_bytes;
   return m->b->ops->table_create(m->b, &source, &model->embed, m->err);
 }
 
@@ -170,7 +183,7 @@ enum qtr_status qtr_model_random(const struct qtr_config *config, enum qtr_linea
   struct maker m = {.model = made, .b = backend, .state = seed * 0x9e3779b97f4a7c15ull | 1, .err = err};
   struct qtr_progress progress;
   qtr_progress_start(&progress, "making random weights", (size_t)config->n_layers + 2, options->quiet);
-  status = make_embedding(&m);
+  status = make_embedding(&m, head_int8);
   for (int32_t i = 0; i < config->n_layers && !status; i++) {
     status = make_layer(&m, &made->layer[i]);
     qtr_progress_update(&progress, (size_t)i + 1);

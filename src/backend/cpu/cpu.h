@@ -26,6 +26,37 @@ struct qtr_cpu {
 void *qtr_cpu_alloc(size_t n_bytes);
 void qtr_cpu_free(void *p, size_t n_bytes);
 
+/* Grows the scratch to `bytes` for each thread; called when matrices and caches are created, never inside a step. Thread t owns
+ * (char *)scratch + t * scratch_bytes. */
+enum qtr_status qtr_cpu_scratch(struct qtr_cpu *c, size_t bytes, struct qtr_error *err);
+static inline void *qtr_cpu_thread_scratch(const struct qtr_cpu *c, int thread) {
+  return (char *)c->scratch + (size_t)thread * c->scratch_bytes;
+}
+
+/* The one parallel loop of this backend: task(arg, begin, end, thread) over [0, n) in pieces of `chunk` items, handed out as the
+ * threads come; thread < c->threads. Serial when there is one piece, or in a build without OpenMP. */
+typedef void (*qtr_cpu_task)(void *arg, size_t begin, size_t end, int thread);
+void qtr_cpu_for(const struct qtr_cpu *c, size_t n, size_t chunk, qtr_cpu_task task, void *arg);
+
+/* linear.c, activation.c: slots of the vtable, described in backend.h. */
+enum qtr_status qtr_cpu_linear_create(struct qtr_backend *b, const struct qtr_linear_source *source, struct qtr_linear **linear,
+                                      struct qtr_error *err);
+void qtr_cpu_linear_free(struct qtr_backend *b, struct qtr_linear *linear);
+size_t qtr_cpu_linear_bytes(const struct qtr_linear *linear);
+void qtr_cpu_linear(struct qtr_backend *b, const struct qtr_linear_args *args);
+enum qtr_status qtr_cpu_input_create(struct qtr_backend *b, size_t max_tokens, size_t max_dim, struct qtr_input **input,
+                                     struct qtr_error *err);
+void qtr_cpu_input_free(struct qtr_backend *b, struct qtr_input *input);
+void qtr_cpu_input_read(struct qtr_backend *b, const struct qtr_input *input, size_t token, size_t dim, int8_t *code,
+                        float *scale, float *sum, float *value);
+void qtr_cpu_rmsnorm(struct qtr_backend *b, const struct qtr_rmsnorm_args *args);
+void qtr_cpu_quant(struct qtr_backend *b, const struct qtr_quant_args *args);
+enum qtr_status qtr_cpu_table_create(struct qtr_backend *b, const struct qtr_table_source *source, struct qtr_table **table,
+                                     struct qtr_error *err);
+void qtr_cpu_table_free(struct qtr_backend *b, struct qtr_table *table);
+void qtr_cpu_embed(struct qtr_backend *b, const struct qtr_embed_args *args);
+void qtr_cpu_gather(struct qtr_backend *b, const struct qtr_gather_args *args);
+
 /* kv.c */
 enum qtr_status qtr_cpu_kv_create(struct qtr_backend *b, const struct qtr_kv_config *config, struct qtr_kv **kv,
                                   struct qtr_error *err);

@@ -60,14 +60,20 @@ static inline uint8_t qtr_kv_quant_code(float x, float r, float zero, int levels
   return c <= 0 ? 0 : c >= (float)levels ? (uint8_t)levels : (uint8_t)c;
 }
 
-/* One head of one token: x (dim), any floats -> code (dim) 0 … levels, one a byte, fp16 bits of scale and zero. */
-static inline void qtr_kv_quant_row(const float *x, size_t dim, int levels, uint8_t *code, uint16_t *scale, uint16_t *zero) {
-  float mn = qtr_kv_sane(x[0]), mx = mn;
+/* Extremes of a row of any floats, brought into range. */
+static inline void qtr_kv_row_range(const float *x, size_t dim, float *mn, float *mx) {
+  *mn = *mx = qtr_kv_sane(x[0]);
   for (size_t i = 1; i < dim; i++) {
     float v = qtr_kv_sane(x[i]);
-    mn = v < mn ? v : mn;
-    mx = v > mx ? v : mx;
+    *mn = v < *mn ? v : *mn;
+    *mx = v > *mx ? v : *mx;
   }
+}
+
+/* One head of one token: x (dim), any floats -> code (dim) 0 … levels, one a byte, fp16 bits of scale and zero. */
+static inline void qtr_kv_quant_row(const float *x, size_t dim, int levels, uint8_t *code, uint16_t *scale, uint16_t *zero) {
+  float mn, mx;
+  qtr_kv_row_range(x, dim, &mn, &mx);
   qtr_kv_quant_params(mn, mx, levels, scale, zero);
   float r = 1.0f / qtr_f16_to_f32(*scale), z = qtr_f16_to_f32(*zero);
   for (size_t i = 0; i < dim; i++) code[i] = qtr_kv_quant_code(qtr_kv_sane(x[i]), r, z, levels);

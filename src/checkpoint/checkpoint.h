@@ -8,7 +8,8 @@
 #define QTR_MAX_DIMS 8
 
 /* data points into the map: n_bytes = product of shape x dtype size, contiguous row major, checked. It may be unaligned:
- * read 16-bit and wider values with memcpy. A torch tensor with strides or a compressed entry is a copy the checkpoint owns. */
+ * read 16-bit and wider values with memcpy. A torch tensor that is not contiguous is a copy the checkpoint owns.
+ */
 struct qtr_tensor {
   const char *name;
   enum qtr_dtype dtype;
@@ -25,12 +26,12 @@ enum qtr_status qtr_checkpoint_open(const char *path, struct qtr_checkpoint **ch
 void qtr_checkpoint_close(struct qtr_checkpoint *checkpoint);
 
 size_t qtr_checkpoint_count(const struct qtr_checkpoint *checkpoint);
-const struct qtr_tensor *qtr_checkpoint_at(const struct qtr_checkpoint *checkpoint, size_t i); /* in file order */
+const struct qtr_tensor *qtr_checkpoint_at(const struct qtr_checkpoint *checkpoint, size_t i);           /* in file order */
 const struct qtr_tensor *qtr_checkpoint_find(const struct qtr_checkpoint *checkpoint, const char *name); /* NULL = absent */
 
 /* find, and check the rank and shape: QTR_ERR_FORMAT names the tensor, what is there and what was expected. */
-enum qtr_status qtr_checkpoint_get(const struct qtr_checkpoint *checkpoint, const char *name, size_t n_dims, const size_t *shape,
-                                   const struct qtr_tensor **tensor, struct qtr_error *err);
+enum qtr_status qtr_checkpoint_get(const struct qtr_checkpoint *checkpoint, const char *name, size_t n_dims,
+                                   const size_t *shape, const struct qtr_tensor **tensor, struct qtr_error *err);
 
 /* Elements as floats, for scales, norms and biases: F32, F16, BF16 or integer tensors. out: (n) */
 enum qtr_status qtr_tensor_to_floats(const struct qtr_tensor *tensor, float *out, size_t n, struct qtr_error *err);

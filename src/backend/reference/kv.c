@@ -132,7 +132,7 @@ void qtr_reference_kv_read(struct qtr_backend *b, const struct qtr_kv *kv, int32
   for (size_t i = 0; code && i < (size_t)kv->config.head_dim; i++) {
     switch (format) {
       case QTR_KV_F16: memcpy(&code[i], row.code + 2 * i, 2); break;
-      case QTR_KV_INT4: code[i] = (row.code[i / 2] >> (i % 2 * 4)) & 15; break;
+      case QTR_KV_INT4: code[i] = (uint16_t)((unsigned)row.code[i / 2] >> (i % 2 * 4) & 15u); break;
       case QTR_KV_INT8_STATIC: code[i] = (uint16_t)(int8_t)row.code[i]; break; /* two's complement, sign extended */
       default: code[i] = row.code[i]; break;
     }
@@ -156,7 +156,7 @@ void qtr_reference_kv_row(const struct qtr_kv *kv, int32_t layer, bool is_v, int
         out[i] = qtr_f16_to_f32(h);
         break;
       case QTR_KV_INT8_STATIC: out[i] = (float)(int8_t)row.code[i] * kv->static_scale[layer * 2 + is_v]; break;
-      case QTR_KV_INT4: out[i] = qtr_kv_dequant((row.code[i / 2] >> (i % 2 * 4)) & 15u, scale, zero); break;
+      case QTR_KV_INT4: out[i] = qtr_kv_dequant((unsigned)row.code[i / 2] >> (i % 2 * 4) & 15u, scale, zero); break;
       default: out[i] = qtr_kv_dequant(row.code[i], scale, zero); break;
     }
   }

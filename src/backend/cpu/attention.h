@@ -1,0 +1,61 @@
+/* attention.h - how attention is cut into work, and what a kernel for one set of instructions must do (spec C.5).
+ *
+ * A row is one query head of one token. The rows of one sequence and one KV head share that head's keys: row = token * group
+ * + g, where query head = kv_head * group + g. A tile is up to QTR_ATT_ROWS consecutive rows. Keys are taken in segments of
+ * QTR_ATT_SEGMENT positions, counted from 0, a segment in pages of 64; a segment starts from nothing and segments are merged
+ * in order.
+ *
+ * The promise of backend.h (the same bits whatever else is in the batch, and however the prompt is cut) rests on this: for
+ * one row, what is computed depends only on its position and the cache. So in a kernel one row's sequence of operations must
+ * not depend on its neighbours in the tile; work that adds exact zeros (keys after the row's position) may be done or left
+ * out. */
+#ifndef QTR_BACKEND_CPU_ATTENTION_H
+#define QTR_BACKEND_CPU_ATTENTION_H
+
+#include "backend/cpu/kv.h"
+
+#define QTR_ATT_ROWS 128
+#define QTR_ATT_SEGMENT 1024
+#define QTR_ATT_LOWEST -1e30f /* running maximum before the first key; finite, so that differences are never NaN */
+#define QTR_ATT_FLOOR -100.0f /* exponents are cut here: 2^-100 is nothing beside the maximum's 1, and no denormals arise \
+                               */
+
+/* What one tile needs; head_dim and formats are in kv->config. */
+struct qtr_att_tile {
+  const struct qtr_kv *kv;
+  const int32_t *pages; /* block table of the sequence */
+  const float *q;       /* row 0 of the sequence and head: q + token * q_stride + g * head_dim */
+  size_t q_stride;
+  float *out; /* the same for the result */
+  size_t out_stride;
+  int32_t layer, kv_head, group;
+  int32_t row0, n_rows;
+  int32_t kv_len;   /* row r sees kv_len + r / group + 1 keys */
+  float log2_scale; /* scale * log2(e): scores are exponents of 2 */
+};
+
+static inline int32_t qtr_att_visible(const struct qtr_att_tile *t, int32_t r) { /* r counts from row0 */
+  return t->kv_len + (t->row0 + r) / t->group + 1;
+}
+
+/* Unfinished result of a tile: weights are 2^(score - max). Row stride of acc: head_dim rounded up to 16. */
+struct qtr_att_state {
+  float *max, *sum; /* (n_rows) */
+  float *acc;       /* (n_rows, acc_stride) */
+};
+static inline size_t qtr_att_stride(size_t head_dim) { return (head_dim + 15) / 16 * 16; }
+
+struct qtr_att_kernel {
+  size_t (*scratch_bytes)(size_t head_dim);
+  /* Once a tile, before its segments; what it prepares (packed q) stays in scratch. */
+  void (*prepare)(const struct qtr_att_tile *tile, void *scratch);
+  /* Keys [key0, key1), both inside one segment, key0 a multiple of the segment: fills `state`. */
+  void (*segment)(const struct qtr_att_tile *tile, int32_t key0, int32_t key1, const struct qtr_att_state *state,
+                  void *scratch);
+};
+extern const struct qtr_att_kernel qtr_att_avx2, qtr_att_avx512, qtr_att_amx;
+
+size_t qtr_cpu_attention_scratch_bytes(const struct qtr_cpu *c, size_t head_dim);
+size_t qtr_cpu_attention_partial_bytes(size_t head_dim);
+
+#endif

@@ -1,0 +1,269 @@
+/* kv.c - the KV cache of the CPU backend: its memory, reading it back for tests, and the operation that rotates q and k and
+ * writes K and V into pages (spec C.1, C.3, C.4). The layout is drawn in kv.h, the arithmetic is common/kv_quant.h's. */
+#include "backend/cpu/kv.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "backend/common/kv_quant.h"
+#include "backend/cpu/attention.h"
+#include "base/checked.h"
+#include "base/status.h"
+
+/* Codes of one token travel between the quantisers and the pages in this form. */
+union row {
+  uint8_t code[QTR_CPU_HEAD_DIM_MAX];
+  uint16_t half[QTR_CPU_HEAD_DIM_MAX];
+};
+
+/* ---- memory -------------------------------------------------------------------------------------- */
+
+enum qtr_status qtr_cpu_kv_create(struct qtr_backend *b, const struct qtr_kv_config *config, struct qtr_kv **out,
+                                  struct qtr_error *err) {
+  struct qtr_cpu *c = (struct qtr_cpu *)b;
+  enum qtr_status status = QTR_OK;
+  struct qtr_kv *kv = NULL;
+  *out = NULL;
+  if (config->format < 0 || config->format >= QTR_N_KV_FORMATS || config->n_layers < 1 || config->n_kv_heads < 1 ||
+      config->n_pages < 1 || config->head_dim < 2 || config->head_dim > QTR_CPU_HEAD_DIM_MAX || config->head_dim % 2 != 0) {
+    return qtr_fail(err, QTR_ERR_ARGUMENT,
+                    "KV cache of format %d with %d layers, %d heads of %d and %d pages: head_dim must be even and at most "
+                    "%d, counts positive",
+                    (int)config->format, (int)config->n_layers, (int)config->n_kv_heads, (int)config->head_dim,
+                    (int)config->n_pages, QTR_CPU_HEAD_DIM_MAX);
+  }
+  if (config->format == QTR_KV_INT8_STATIC && !config->static_scale) {
+    return qtr_fail(err, QTR_ERR_ARGUMENT, "KV cache kv8-static: the model has no static KV scales; use kv8");
+  }
+  kv = calloc(1, sizeof *kv);
+  if (!kv) return qtr_fail_memory(err, "KV cache", sizeof *kv);
+  kv->config = *config;
+  kv->config.static_scale = NULL;
+  size_t elements = QTR_PAGE_TOKENS * (size_t)config->head_dim;
+  bool scaled = config->format == QTR_KV_INT4 || config->format == QTR_KV_INT8;
+  kv->code_bytes = config->format == QTR_KV_F16 ? elements * 2 : config->format == QTR_KV_INT4 ? elements / 2 : elements;
+  kv->half_bytes = kv->code_bytes + (scaled ? 2 * QTR_PAGE_TOKENS * sizeof(uint16_t) : 0);
+  kv->page_bytes = (size_t)config->n_kv_heads * 2 * kv->half_bytes;
+
+  size_t all_layers = qtr_kv_page_bytes(config); /* = n_layers * page_bytes */
+  if (all_layers == 0 || qtr_mul_overflow(all_layers, (size_t)config->n_pages, &kv->n_bytes)) {
+    status = qtr_fail(err, QTR_ERR_ARGUMENT, "KV cache of %d pages and %d layers: its size overflows", (int)config->n_pages,
+                      (int)config->n_layers);
+    goto done;
+  }
+  kv->data = qtr_cpu_alloc(kv->n_bytes);
+  if (!kv->data) {
+    status = qtr_fail_memory(err, "KV cache", kv->n_bytes);
+    goto done;
+  }
+  if (config->format == QTR_KV_INT8_STATIC) {
+    size_t n = (size_t)config->n_layers * 2;
+    kv->static_scale = malloc(n * sizeof(float));
+    if (!kv->static_scale) {
+      status = qtr_fail_memory(err, "static KV scales", n * sizeof(float));
+      goto done;
+    }
+    for (size_t i = 0; i < n; i++) {
+      kv->static_scale[i] = qtr_f16_round(config->static_scale[i]);
+      if (!(kv->static_scale[i] > 0) || !isfinite(kv->static_scale[i])) {
+        status = qtr_fail(err, QTR_ERR_FORMAT, "static %s scale of layer %zu is %g as fp16: it must be positive and finite",
+                          i % 2 ? "V" : "K", i / 2, (double)config->static_scale[i]);
+        goto done;
+      }
+    }
+  }
+  kv->partial_bytes = qtr_cpu_attention_partial_bytes((size_t)config->head_dim);
+  kv->partial = qtr_cpu_alloc(kv->partial_bytes);
+  if (!kv->partial) {
+    status = qtr_fail_memory(err, "attention workspace", kv->partial_bytes);
+    goto done;
+  }
+  status = qtr_cpu_scratch(c, qtr_cpu_attention_scratch_bytes(c, (size_t)config->head_dim), err);
+done:
+  if (status == QTR_OK) {
+    *out = kv;
+  } else {
+    qtr_cpu_kv_free(b, kv);
+  }
+  return status;
+}
+
+void qtr_cpu_kv_free(struct qtr_backend *b, struct qtr_kv *kv) {
+  (void)b;
+  if (!kv) return;
+  if (kv->data) qtr_cpu_free(kv->data, kv->n_bytes);
+  if (kv->partial) qtr_cpu_free(kv->partial, kv->partial_bytes);
+  free(kv->static_scale);
+  free(kv);
+}
+
+enum qtr_kv_format qtr_cpu_kv_format(const struct qtr_kv *kv) { return kv->config.format; }
+
+void qtr_cpu_kv_read(struct qtr_backend *b, const struct qtr_kv *kv, int32_t layer, bool is_v, int32_t page, int32_t slot,
+                     int32_t head, uint16_t *code, float *scale, float *zero) {
+  (void)b;
+  size_t dim = (size_t)kv->config.head_dim, s = (size_t)slot;
+  const uint8_t *half = qtr_cpu_kv_half(kv, layer, page, head, is_v);
+  *scale = 0;
+  *zero = 0;
+  for (size_t d = 0; d < dim; d++) {
+    int shift;
+    switch (kv->config.format) {
+      case QTR_KV_F16: code[d] = ((const uint16_t *)(const void *)half)[qtr_cpu_kv_at_f16(is_v, dim, s, d)]; break;
+      case QTR_KV_INT4: {
+        size_t at = qtr_cpu_kv_at_int4(is_v, dim, s, d, &shift);
+        code[d] = half[at] >> shift & 15;
+        break;
+      }
+      case QTR_KV_INT8: code[d] = half[qtr_cpu_kv_at_int8(is_v, dim, s, d)]; break;
+      default: code[d] = (uint16_t)(int16_t)(int8_t)half[qtr_cpu_kv_at_int8(is_v, dim, s, d)]; break;
+    }
+  }
+  if (kv->config.format == QTR_KV_INT8_STATIC) *scale = kv->static_scale[2 * layer + is_v];
+  if (kv->half_bytes > kv->code_bytes) {
+    const uint16_t *parameter = qtr_cpu_kv_scales(kv, half);
+    *scale = qtr_f16_to_f32(parameter[slot]);
+    *zero = qtr_f16_to_f32(parameter[QTR_PAGE_TOKENS + slot]);
+  }
+}
+
+/* ---- one token into its slot ------------------------------------------------------------------------ */
+
+static void quant_static_row(const float *x, size_t dim, float r, uint8_t *code) {
+  for (size_t i = 0; i < dim; i++) code[i] = (uint8_t)qtr_kv_quant_static(x[i], r);
+}
+
+static void to_f16_row(const float *x, size_t dim, uint16_t *half) {
+  for (size_t i = 0; i < dim; i++) half[i] = qtr_f16_from_f32(qtr_kv_sane(x[i]));
+}
+
+/* (a, b) -> (a cos - b sin, b cos + a sin), each product and sum rounded: the reference's order, so the same codes. */
+static void rope_row(float *restrict x, size_t half_dim, const float *restrict cos, const float *restrict sin) {
+  for (size_t i = 0; i < half_dim; i++) {
+    float a = x[i], b = x[half_dim + i];
+    x[i] = a * cos[i] - b * sin[i];
+    x[half_dim + i] = b * cos[i] + a * sin[i];
+  }
+}
+
+static const struct qtr_cpu_kv_rows rows_portable = {qtr_kv_quant_row, quant_static_row, to_f16_row, rope_row};
+
+static const struct qtr_cpu_kv_rows *choose_rows(const struct qtr_cpu *c) {
+  (void)c;
+  return &rows_portable;
+}
+
+static void store_int8(uint8_t *restrict half, bool is_v, size_t dim, size_t slot, const uint8_t *restrict code) {
+  if (is_v) {
+    uint8_t *to = half + slot / 2 * 2 * dim + slot % 2;
+    for (size_t d = 0; d < dim; d++) to[2 * d] = code[d];
+  } else {
+    uint8_t *to = half + slot / 16 * 16 * dim + slot % 16 * 2;
+    for (size_t j = 0; j < dim / 2; j++) memcpy(to + j * 32, code + 2 * j, 2);
+  }
+}
+
+static void store_int4(uint8_t *restrict half, bool is_v, size_t dim, size_t slot, const uint8_t *restrict code) {
+  if (is_v) {
+    uint8_t *to = half + slot / 2 * dim + slot % 2;
+    for (size_t first = 0; first < dim; first += 32) {
+      size_t width = QTR_MIN(dim - first, 32) / 2;
+      for (size_t i = 0; i < width; i++) to[first + 2 * i] = (uint8_t)(code[first + i] | code[first + width + i] << 4);
+    }
+  } else {
+    uint8_t *to = half + slot / 16 * 8 * dim;
+    size_t j = 0;
+    for (; j + 4 <= dim; j += 4) {
+      to[j * 8 + slot % 16 * 2] = (uint8_t)(code[j] | code[j + 2] << 4);
+      to[j * 8 + slot % 16 * 2 + 1] = (uint8_t)(code[j + 1] | code[j + 3] << 4);
+    }
+    if (j < dim) to[j * 8 + slot % 16] = (uint8_t)(code[j] | code[j + 1] << 4);
+  }
+}
+
+static void store_f16(uint8_t *restrict half, bool is_v, size_t dim, size_t slot, const uint16_t *restrict code) {
+  uint16_t *to = (uint16_t *)(void *)half;
+  if (is_v) {
+    memcpy(to + slot * dim, code, dim * 2);
+  } else {
+    to += slot / 16 * 16 * dim + slot % 16;
+    for (size_t d = 0; d < dim; d++) to[d * 16] = code[d];
+  }
+}
+
+static void write_row(const struct qtr_kv *kv, const struct qtr_cpu_kv_rows *rows, int32_t layer, bool is_v, uint8_t *half,
+                      size_t slot, const float *x) {
+  size_t dim = (size_t)kv->config.head_dim;
+  union row row;
+  switch (kv->config.format) {
+    case QTR_KV_F16:
+      rows->to_f16(x, dim, row.half);
+      store_f16(half, is_v, dim, slot, row.half);
+      return;
+    case QTR_KV_INT8_STATIC:
+      rows->quant_static(x, dim, 1.0f / kv->static_scale[2 * layer + is_v], row.code);
+      store_int8(half, is_v, dim, slot, row.code);
+      return;
+    default: {
+      uint16_t *parameter = qtr_cpu_kv_scales(kv, half);
+      bool int4 = kv->config.format == QTR_KV_INT4;
+      rows->quant(x, dim, int4 ? 15 : 255, row.code, &parameter[slot], &parameter[QTR_PAGE_TOKENS + slot]);
+      if (int4) {
+        store_int4(half, is_v, dim, slot, row.code);
+      } else {
+        store_int8(half, is_v, dim, slot, row.code);
+      }
+    }
+  }
+}
+
+/* ---- the operation -------------------------------------------------------------------------------- */
+
+struct rope_write {
+  const struct qtr_cpu *c;
+  const struct qtr_rope_kv_args *args;
+  const struct qtr_cpu_kv_rows *rows;
+};
+
+/* Sequence of token t: the last whose q_start is <= t. */
+static int32_t find_seq(const struct qtr_batch *batch, int32_t t) {
+  int32_t low = 0, high = batch->n_seqs - 1;
+  while (low < high) {
+    int32_t middle = low + (high - low + 1) / 2;
+    if (batch->q_start[middle] <= t) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+static void rope_write_tokens(void *arg, size_t begin, size_t end, int thread) {
+  (void)thread;
+  const struct rope_write *w = arg;
+  const struct qtr_rope_kv_args *args = w->args;
+  const struct qtr_batch *batch = w->c->batch;
+  size_t dim = (size_t)args->head_dim, n_q = (size_t)args->n_heads, n_kv = (size_t)args->n_kv_heads;
+  int32_t seq = find_seq(batch, (int32_t)begin);
+  for (size_t t = begin; t < end; t++) {
+    while ((int32_t)t >= batch->q_start[seq + 1]) seq++;
+    int32_t position = batch->kv_len[seq] + (int32_t)t - batch->q_start[seq];
+    int32_t page = batch->block_table[(size_t)seq * (size_t)batch->max_blocks + (size_t)(position / QTR_PAGE_TOKENS)];
+    size_t slot = (size_t)(position % QTR_PAGE_TOKENS);
+    float *row = (float *)args->qkv + t * (n_q + 2 * n_kv) * dim; /* (n_heads + 2 n_kv_heads, head_dim) */
+    const float *cos = w->c->cos + t * w->c->half_dim, *sin = w->c->sin + t * w->c->half_dim;
+    for (size_t h = 0; h < n_q + n_kv; h++) w->rows->rope(row + h * dim, w->c->half_dim, cos, sin);
+    for (size_t h = 0; h < n_kv; h++) {
+      uint8_t *k = qtr_cpu_kv_half(args->kv, args->layer, page, (int32_t)h, false);
+      write_row(args->kv, w->rows, args->layer, false, k, slot, row + (n_q + h) * dim);
+      write_row(args->kv, w->rows, args->layer, true, k + args->kv->half_bytes, slot, row + (n_q + n_kv + h) * dim);
+    }
+  }
+}
+
+void qtr_cpu_rope_kv_write(struct qtr_backend *b, const struct qtr_rope_kv_args *args) {
+  struct qtr_cpu *c = (struct qtr_cpu *)b;
+  struct rope_write w = {c, args, choose_rows(c)};
+  qtr_cpu_for(c, (size_t)c->batch->n_tokens, 4, rope_write_tokens, &w);
+}

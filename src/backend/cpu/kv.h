@@ -1,0 +1,77 @@
+/* kv.h - the KV cache of the CPU backend: where each code lies, and the row quantisers the writers use (spec C.3).
+ *
+ *   struct qtr_kv.data   [layer][page][head] { K half | V half }           one allocation; untouched pages cost nothing
+ *   a half (64 tokens)   codes (64 * head_dim * 2, 1 or 1/2 bytes) | scale (64) fp16 | zero (64) fp16   the last two for
+ * INT4, INT8
+ *
+ * A head's page is contiguous (head_dim 64, KV4: 4,608 bytes). Codes are arranged for kernels that want, for K, 16 keys side
+ * by side and, for V, 16 dims side by side, each with its neighbour (next dim of K, next token of V) in the adjacent byte:
+ * that is the pair order of bf16 and int8 tile multiplication, and a 16-bit load gives fp32 kernels both.
+ *
+ *   K, INT8   block of 16 keys > pair of dims > key > dim                          V, INT8   pair of tokens > dim > token
+ *      key:   0       1            15                                                dim:   0       1            D-1
+ *      32 B  |k k'|  |k k'|  ...  |k k'|   k = dim 2j, k' = dim 2j+1                  2D B  |v v'|  |v v'|  ...  |v v'|   v'
+ * = next token
+ *
+ *   K, INT4   block of 16 keys > four dims > key > 2 bytes                         V, INT4   pair of tokens > 32 dims > 16
+ * dims > token key:   0        1      ...                low nibbles: dims 4j,   4j+1         dim:  0       1     ... low
+ * nibbles: dims 0 - 15 32 B  |b b'|   |b b'|  ...               high nibbles: dims 4j+2, 4j+3         32 B |b b'|  |b b'|
+ * ...     high nibbles: dims 16 - 31 a last pair of dims (head_dim % 4 == 2): one byte a key                          a last
+ * block of w < 32 dims: w/2 in place of 16
+ *
+ *   K, F16    block of 16 keys > dim > key                                         V, F16    token > dim
+ *
+ * Every byte belongs to one token, so tokens can be written from several threads. */
+#ifndef QTR_BACKEND_CPU_KV_H
+#define QTR_BACKEND_CPU_KV_H
+
+#include "backend/cpu/cpu.h"
+
+#define QTR_CPU_HEAD_DIM_MAX 256
+
+struct qtr_kv {
+  struct qtr_kv_config config; /* static_scale: not kept, see below */
+  size_t code_bytes;           /* codes of K or V of one head and page */
+  size_t half_bytes;           /* the same with scales and zeros */
+  size_t page_bytes;           /* one page of one layer: n_kv_heads * 2 * half_bytes */
+  size_t n_bytes;
+  uint8_t *data;       /* (n_layers, n_pages, n_kv_heads, 2, half_bytes) */
+  float *static_scale; /* (n_layers, 2) rounded to fp16, for INT8_STATIC; else NULL */
+  float *partial;      /* (see attention.c) results of key segments computed apart */
+  size_t partial_bytes;
+};
+
+static inline uint8_t *qtr_cpu_kv_half(const struct qtr_kv *kv, int32_t layer, int32_t page, int32_t head, bool is_v) {
+  return kv->data + ((size_t)layer * (size_t)kv->config.n_pages + (size_t)page) * kv->page_bytes +
+         ((size_t)head * 2 + is_v) * kv->half_bytes;
+}
+static inline uint16_t *qtr_cpu_kv_scales(const struct qtr_kv *kv, const uint8_t *half) {
+  return (uint16_t *)(uintptr_t)(half + kv->code_bytes); /* (2, 64): scales, then zeros */
+}
+
+/* Place of dim d of a slot (0 … 63) inside a half: index of the half, byte of the byte, byte and shift of the nibble. */
+static inline size_t qtr_cpu_kv_at_f16(bool is_v, size_t dim, size_t slot, size_t d) {
+  return is_v ? slot * dim + d : slot / 16 * 16 * dim + d * 16 + slot % 16;
+}
+static inline size_t qtr_cpu_kv_at_int8(bool is_v, size_t dim, size_t slot, size_t d) {
+  return is_v ? slot / 2 * 2 * dim + d * 2 + slot % 2 : slot / 16 * 16 * dim + d / 2 * 32 + slot % 16 * 2 + d % 2;
+}
+static inline size_t qtr_cpu_kv_at_int4(bool is_v, size_t dim, size_t slot, size_t d, int *shift) {
+  size_t block = is_v ? 32 : 4, first = d / block * block, width = (dim - first < block ? dim - first : block) / 2;
+  *shift = d - first < width ? 0 : 4;
+  size_t column = (d - first) % width;
+  if (is_v) return slot / 2 * dim + first + column * 2 + slot % 2;
+  return slot / 16 * 8 * dim + first * 8 + slot % 16 * width + column;
+}
+
+/* One head of one token, x (dim) fp32 -> codes, as qtr_kv_quant_row, qtr_kv_quant_static and qtr_f16_from_f32 give them, bit
+ * for bit. `r` = 1 / static scale. */
+struct qtr_cpu_kv_rows {
+  void (*quant)(const float *x, size_t dim, int levels, uint8_t *code, uint16_t *scale, uint16_t *zero);
+  void (*quant_static)(const float *x, size_t dim, float r, uint8_t *code);
+  void (*to_f16)(const float *x, size_t dim, uint16_t *half);
+  void (*rope)(float *x, size_t half_dim, const float *cos, const float *sin); /* (2 half_dim) in place, C.4 */
+};
+extern const struct qtr_cpu_kv_rows qtr_cpu_kv_rows_avx2, qtr_cpu_kv_rows_avx512;
+
+#endif

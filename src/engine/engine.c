@@ -1,0 +1,283 @@
+/* engine.c - the public interface of a running engine (quattuor.h): requests in, steps, events out, text. Opening is
+ * open.c's, the choice of tokens scheduler.c's. The mutex is held for bookkeeping only; the model, the sampler, the
+ * tokenizer and templates run without it. */
+#include "base/clock.h"
+#include "base/status.h"
+#include "engine/engine_internal.h"
+
+#include <jansson.h>
+#include <stdlib.h>
+#include <string.h>
+
+void qtr_request_options_init(struct qtr_request_options *options) {
+  *options = (struct qtr_request_options){.logprobs = -1,
+                                          .sampling = {.temperature = 1, .top_k = -1, .top_p = 1, .repetition_penalty = 1}};
+}
+
+/* ---- requests ------------------------------------------------------------------------------------ */
+
+enum qtr_status qtr_engine_add(struct qtr_engine *e, const struct qtr_request_options *o, uint64_t *id,
+                               struct qtr_error *err) {
+  *id = 0;
+  struct qtr_request *r = NULL;
+  int32_t *encoded = NULL;
+  const int32_t *prompt = o->prompt_token;
+  size_t n_prompt = o->n_prompt_token;
+  enum qtr_status status = QTR_OK;
+  if (o->prompt) {
+    status = qtr_engine_tokenize(e, o->prompt, o->prompt_len, !o->no_bos, o->parse_special, &encoded, &n_prompt, err);
+    prompt = encoded;
+  } else if (!prompt && n_prompt > 0) {
+    status = qtr_fail(err, QTR_ERR_ARGUMENT, "prompt and prompt_token are both NULL");
+  }
+  if (!status) status = qtr_request_create(e, o, prompt, n_prompt, &r, err);
+  free(encoded);
+  if (status) return status;
+
+  pthread_mutex_lock(&e->mutex);
+  if (e->dead) status = qtr_fail(err, QTR_ERR_BACKEND, "%s", e->death.message);
+  for (int32_t i = 0; !status && i < r->n_sequences; i++) {
+    r->sequence[i].final = qtr_event_take(&e->events);
+    if (!r->sequence[i].final) status = qtr_fail_memory(err, "the events of a request", sizeof(struct qtr_event_node));
+  }
+  if (!status) {
+    *id = r->id = e->next_id++;
+    struct qtr_request **slot = &e->by_id[r->id % QTR_ID_SLOTS];
+    r->next = *slot;
+    *slot = r;
+    qtr_scheduler_add(e, r);
+  } else {
+    for (int32_t i = 0; i < r->n_sequences; i++) qtr_event_recycle(&e->events, r->sequence[i].final);
+    qtr_request_free(r);
+  }
+  pthread_mutex_unlock(&e->mutex);
+  return status;
+}
+
+enum qtr_status qtr_engine_cancel(struct qtr_engine *e, uint64_t id, struct qtr_error *err) {
+  enum qtr_status status = QTR_OK;
+  pthread_mutex_lock(&e->mutex);
+  struct qtr_request *r = e->by_id[id % QTR_ID_SLOTS];
+  while (r && r->id != id) r = r->next;
+  if (!r || r->cancelled) {
+    status = qtr_fail(err, QTR_ERR_NOT_FOUND, "no request %llu runs or waits; it may have ended", (unsigned long long)id);
+  } else if (e->stepping) { /* the model may be at it: the step ends it before it returns */
+    r->cancelled = true;
+    r->next_cancelled = e->cancelled;
+    e->cancelled = r;
+  } else {
+    qtr_scheduler_end(e, r, QTR_FINISH_CANCELLED);
+  }
+  pthread_mutex_unlock(&e->mutex);
+  return status;
+}
+
+/* ---- the step ------------------------------------------------------------------------------------ */
+
+/* An event for each row before the model runs, so that no result can be lost for want of memory. */
+static bool reserve_events(struct qtr_engine *e) {
+  for (int32_t i = 0; i < e->batch.n_logit_rows; i++) {
+    e->row_node[i] = qtr_event_take(&e->events);
+    if (e->row_node[i]) continue;
+    while (i-- > 0) qtr_event_recycle(&e->events, e->row_node[i]);
+    return false;
+  }
+  return true;
+}
+
+/* Runs the batch and chooses a token for each row. Without the mutex. */
+static enum qtr_status run_batch(struct qtr_engine *e, double *model_seconds, struct qtr_error *err) {
+  const float *logits = NULL;
+  double start = qtr_now();
+  enum qtr_status status = qtr_model_forward(e->model, e->kv, e->workspace, &e->batch, &logits, err);
+  *model_seconds = qtr_now() - start;
+  size_t vocab = (size_t)e->vocab_size;
+  for (int32_t i = 0; !status && i < e->batch.n_logit_rows; i++) {
+    struct qtr_backend *b = e->model->backend;
+    status = b->ops->download(b, logits + (size_t)i * vocab, QTR_DTYPE_F32, vocab, e->row_logits, err);
+    if (status) break;
+    struct qtr_sequence *s = e->row_seq[i];
+    const struct qtr_request *r = s->request;
+    size_t n_prompt = (size_t)r->n_prompt, n_output = (size_t)s->n_tokens - n_prompt;
+    struct qtr_sample_result result;
+    qtr_sample(e->sampler,
+               &(struct qtr_sample_args){.logits = e->row_logits,
+                                         .sampling = &r->sampling,
+                                         .prompt = s->token,
+                                         .n_prompt = n_prompt,
+                                         .output = s->token + n_prompt,
+                                         .n_output = n_output,
+                                         .bias = r->bias,
+                                         .n_bias = r->n_bias,
+                                         .seed = s->seed,
+                                         .position = n_output,
+                                         .n_top = r->logprobs},
+               &result);
+    qtr_sequence_accept(e, s, &result, e->row_node[i]);
+  }
+  return status;
+}
+
+/* The device is lost: every request ends with an error. */
+static void die(struct qtr_engine *e, const struct qtr_error *why) {
+  e->dead = true;
+  e->death = *why;
+  e->cancelled = NULL;
+  for (int32_t i = 0; i < e->batch.n_logit_rows; i++) qtr_event_recycle(&e->events, e->row_node[i]);
+  for (size_t slot = 0; slot < QTR_ID_SLOTS; slot++) {
+    while (e->by_id[slot]) qtr_scheduler_end(e, e->by_id[slot], QTR_FINISH_ERROR);
+  }
+}
+
+enum qtr_status qtr_engine_step(struct qtr_engine *e, bool *has_work, struct qtr_error *err) {
+  enum qtr_status status = QTR_OK;
+  double start = qtr_now(), model_seconds = 0;
+  struct qtr_error why = {0};
+  *has_work = false;
+  pthread_mutex_lock(&e->mutex);
+  if (e->stepping) {
+    *has_work = true;
+    status = qtr_fail(err, QTR_ERR_STATE, "another thread is stepping this engine");
+    goto done;
+  }
+  if (e->dead) {
+    status = qtr_fail(err, QTR_ERR_BACKEND, "%s", e->death.message);
+    goto done;
+  }
+  qtr_scheduler_plan(e);
+  if (e->batch.n_tokens == 0) {
+    *has_work = e->n_running + e->n_waiting > 0;
+    if (*has_work) { /* cannot be: the first in order always fits */
+      (void)qtr_fail(&why, QTR_ERR_STATE, "internal error: %d sequences and none can run", e->n_running + e->n_waiting);
+      e->batch.n_logit_rows = 0;
+      die(e, &why);
+      *has_work = false;
+      status = qtr_fail(err, QTR_ERR_STATE, "%s", why.message);
+    }
+    goto done;
+  }
+  if (!reserve_events(e)) {
+    *has_work = true;
+    status = qtr_fail_memory(err, "events", sizeof(struct qtr_event_node));
+    goto done;
+  }
+  e->stepping = true;
+  pthread_mutex_unlock(&e->mutex);
+
+  status = run_batch(e, &model_seconds, &why);
+
+  pthread_mutex_lock(&e->mutex);
+  e->stepping = false;
+  if (status) {
+    struct qtr_error death = {.status = QTR_ERR_BACKEND};
+    (void)qtr_fail(&death, QTR_ERR_BACKEND, "the device failed and this engine with it (%s: %.400s); open a new one",
+                   qtr_status_name(status), why.message);
+    die(e, &death);
+    status = qtr_fail(err, QTR_ERR_BACKEND, "%s", death.message);
+    goto done;
+  }
+  e->stats.n_steps++;
+  qtr_scheduler_commit(e);
+  while (e->cancelled) {
+    struct qtr_request *r = e->cancelled;
+    e->cancelled = r->next_cancelled;
+    qtr_scheduler_end(e, r, QTR_FINISH_CANCELLED);
+  }
+  *has_work = e->n_running + e->n_waiting > 0;
+  e->stats.model_seconds += model_seconds;
+  e->stats.step_seconds += qtr_now() - start;
+done:
+  pthread_mutex_unlock(&e->mutex);
+  return status;
+}
+
+bool qtr_engine_poll(struct qtr_engine *e, struct qtr_event *event) {
+  pthread_mutex_lock(&e->mutex);
+  bool any = qtr_event_pop(&e->events, event);
+  pthread_mutex_unlock(&e->mutex);
+  return any;
+}
+
+/* ---- what there is ------------------------------------------------------------------------------- */
+
+void qtr_engine_stats(struct qtr_engine *e, struct qtr_stats *stats) {
+  pthread_mutex_lock(&e->mutex);
+  *stats = e->stats;
+  stats->n_running = e->n_running;
+  stats->n_waiting = e->n_waiting;
+  qtr_kv_pool_counts(e->pool, &stats->n_pages_total, &stats->n_pages_used, &stats->n_pages_cached);
+  pthread_mutex_unlock(&e->mutex);
+  stats->page_tokens = QTR_PAGE_TOKENS;
+  stats->weight_bytes = e->model->weight_bytes;
+  stats->kv_pool_bytes = e->kv_page_bytes * (size_t)e->n_pages;
+  stats->kv_bytes_per_token = e->kv_page_bytes / QTR_PAGE_TOKENS;
+}
+
+void qtr_engine_get_info(struct qtr_engine *e, struct qtr_engine_info *info) {
+  *info = (struct qtr_engine_info){.model_dir = e->model_dir,
+                                   .architecture = e->model->config.architecture,
+                                   .precision = e->precision,
+                                   .device = e->device,
+                                   .group_size = e->group_size,
+                                   .vocab_size = e->vocab_size,
+                                   .max_model_len = e->max_model_len,
+                                   .threads = e->threads,
+                                   .bos_token = e->bos_token};
+}
+
+/* ---- text ---------------------------------------------------------------------------------------- */
+
+static enum qtr_status need_tokenizer(const struct qtr_engine *e, struct qtr_error *err) {
+  if (e->tokenizer) return QTR_OK;
+  return qtr_fail(
+      err, QTR_ERR_NOT_FOUND,
+      "this model has no tokenizer.json or tokenizer.model: give prompts as token ids, or put one into its directory");
+}
+
+enum qtr_status qtr_engine_tokenize(struct qtr_engine *e, const char *text, size_t len, bool add_bos, bool parse_special,
+                                    int32_t **tokens, size_t *n_tokens, struct qtr_error *err) {
+  *tokens = NULL;
+  *n_tokens = 0;
+  enum qtr_status status = need_tokenizer(e, err);
+  if (status) return status;
+  const struct qtr_encode_options options = {.add_special = add_bos, .parse_special = parse_special};
+  return qtr_tokenizer_encode(e->tokenizer, text, len, &options, tokens, n_tokens, err);
+}
+
+enum qtr_status qtr_engine_detokenize(struct qtr_engine *e, const int32_t *token, size_t n_tokens, char **text, size_t *len,
+                                      struct qtr_error *err) {
+  *text = NULL;
+  *len = 0;
+  enum qtr_status status = need_tokenizer(e, err);
+  if (status) return status;
+  return qtr_tokenizer_decode(e->tokenizer, token, n_tokens, false, text, len, err);
+}
+
+static enum qtr_status parse_array(const char *name, const char *text, json_t **array, struct qtr_error *err) {
+  json_error_t where;
+  *array = json_loads(text, JSON_REJECT_DUPLICATES, &where);
+  if (!*array) {
+    return qtr_fail(err, QTR_ERR_ARGUMENT, "%s is not valid JSON: line %d, column %d: %s", name, where.line, where.column,
+                    where.text);
+  }
+  if (!json_is_array(*array)) return qtr_fail(err, QTR_ERR_ARGUMENT, "%s must be a JSON array", name);
+  return QTR_OK;
+}
+
+enum qtr_status qtr_engine_apply_chat_template(struct qtr_engine *e, const char *messages_json, const char *tools_json,
+                                               bool add_generation_prompt, char **prompt, struct qtr_error *err) {
+  json_t *messages = NULL, *tools = NULL;
+  size_t len;
+  *prompt = NULL;
+  if (!e->chat) {
+    return qtr_fail(
+        err, QTR_ERR_NOT_FOUND,
+        "this model has no chat template (chat_template.jinja or tokenizer_config.json): write the prompt yourself");
+  }
+  enum qtr_status status = parse_array("messages", messages_json, &messages, err);
+  if (!status && tools_json) status = parse_array("tools", tools_json, &tools, err);
+  if (!status) status = qtr_chat_template_render(e->chat, messages, tools, add_generation_prompt, NULL, prompt, &len, err);
+  json_decref(messages);
+  json_decref(tools);
+  return status;
+}

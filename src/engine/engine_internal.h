@@ -1,0 +1,179 @@
+/* engine_internal.h - the inside of an engine, shared by the files of src/engine, by benchmarks and by tests.
+ *
+ * Who may touch what: everything in struct qtr_engine is guarded by `mutex`, but for what is constant after opening, and for
+ * what the comment "the step's own" names: that belongs to the thread that steps, mutex or not, from the moment `stepping`
+ * is set. The sequences of the running batch (`batch_seq`) belong to it as well while the model runs; other threads leave
+ * them alone and only mark their request cancelled. */
+#ifndef QTR_ENGINE_ENGINE_INTERNAL_H
+#define QTR_ENGINE_ENGINE_INTERNAL_H
+
+#include "engine/sampler.h"
+#include "kv/pool.h"
+#include "model/model.h"
+#include "text/template.h"
+#include "text/tokenizer.h"
+
+#include <pthread.h>
+
+#define QTR_MAX_COMPLETIONS 64
+#define QTR_MAX_STOPS 16
+#define QTR_MAX_STOP_BYTES 256
+#define QTR_MAX_STOP_TOKENS 64
+#define QTR_MAX_LOGIT_BIAS 1024
+#define QTR_MAX_TOP_LOGPROBS 20
+
+/* ---- events (events.c) --------------------------------------------------------------------------- */
+
+struct qtr_event_node {
+  struct qtr_event_node *next;
+  struct qtr_event event; /* its pointers are set when it is polled */
+  struct qtr_text text;   /* kept from use to use */
+  struct qtr_token_logprob top[QTR_MAX_TOP_LOGPROBS];
+};
+
+struct qtr_event_queue {
+  struct qtr_event_node *first, *last; /* oldest … newest */
+  struct qtr_event_node *polled;       /* what the caller is looking at */
+  struct qtr_event_node *spare;        /* for the next events */
+  size_t n_spare;
+};
+
+struct qtr_event_node *qtr_event_take(struct qtr_event_queue *queue);               /* cleared; NULL = out of memory */
+void qtr_event_recycle(struct qtr_event_queue *queue, struct qtr_event_node *node); /* NULL is allowed */
+void qtr_event_push(struct qtr_event_queue *queue, struct qtr_event_node *node);
+bool qtr_event_pop(struct qtr_event_queue *queue, struct qtr_event *event);
+void qtr_event_queue_free(struct qtr_event_queue *queue);
+
+/* ---- requests (request.c) ------------------------------------------------------------------------ */
+
+enum qtr_sequence_state { QTR_SEQ_WAITING, QTR_SEQ_RUNNING, QTR_SEQ_FINISHED };
+
+/* One completion of a request. A waiting sequence owns no pages; a preempted one keeps its tokens. */
+struct qtr_sequence {
+  struct qtr_request *request;
+  struct qtr_sequence *prev, *next; /* in the waiting queue */
+  enum qtr_sequence_state state;
+  enum qtr_finish finish; /* set by the step that saw the end */
+  int32_t index;          /* which completion */
+  int32_t n_tokens;       /* prompt and output */
+  int32_t n_computed;     /* tokens whose K and V are in the pages */
+  int32_t n_planned;      /* tokens in the batch of this step */
+  int32_t n_pages, n_published;
+  int32_t n_cached;  /* prompt tokens the prefix cache gave at the first admission; -1 before it */
+  int32_t n_emitted; /* output tokens handed out */
+  int32_t *token;    /* (n_prompt + max_tokens) prompt, then output; NULL before the first admission */
+  int32_t *page;     /* (pages of n_prompt + max_tokens) block table */
+  uint64_t seed;
+  struct qtr_detokenizer detokenizer;
+  struct qtr_text held;         /* text that may begin a stop string */
+  struct qtr_event_node *final; /* reserved, so that an end can always be told */
+};
+
+struct qtr_stop {
+  char text[QTR_MAX_STOP_BYTES];
+  size_t len;
+};
+
+struct qtr_request {
+  struct qtr_request *next;           /* in the id table */
+  struct qtr_request *next_cancelled; /* cancelled while a step runs */
+  uint64_t id;
+  void *user;
+  int32_t n_prompt, max_tokens, priority, logprobs;
+  int32_t n_sequences, n_live;
+  bool ignore_eos, cancelled;
+  bool prefilled;  /* some sequence has computed the prompt: its pages are published */
+  int32_t *prompt; /* (n_prompt) */
+  struct qtr_sampling sampling;
+  int32_t *stop_token; /* (n_stop_token) */
+  size_t n_stop_token;
+  struct qtr_stop *stop; /* (n_stop) */
+  size_t n_stop;
+  struct qtr_logit_bias *bias; /* (n_bias) */
+  size_t n_bias;
+  struct qtr_sequence sequence[]; /* (n_sequences) */
+};
+
+/* Checks the options and copies all of them. The prompt's tokens come separately: prompt (n_prompt), copied. */
+enum qtr_status qtr_request_create(const struct qtr_engine *engine, const struct qtr_request_options *options,
+                                   const int32_t *prompt, size_t n_prompt, struct qtr_request **request,
+                                   struct qtr_error *err);
+void qtr_request_free(struct qtr_request *request); /* not its sequences' `final` nodes */
+
+/* Buffers for tokens and pages, made at the first admission. False: out of memory. */
+bool qtr_sequence_prepare(struct qtr_sequence *seq);
+/* Appends a sampled token (-1: the model gave nothing finite), fills the event with token, text and log-probabilities, and
+ * sets seq->finish when this was the last one. */
+void qtr_sequence_accept(const struct qtr_engine *engine, struct qtr_sequence *seq, const struct qtr_sample_result *result,
+                         struct qtr_event_node *node);
+/* Fills the fields that every event of the sequence has. */
+void qtr_sequence_describe(const struct qtr_sequence *seq, struct qtr_event *event);
+
+/* ---- engine (engine.c, open.c) and scheduler (scheduler.c) --------------------------------------- */
+
+#define QTR_ID_SLOTS 4096 /* of the id table, a power of two */
+
+struct qtr_engine {
+  pthread_mutex_t mutex;
+  /* constant after opening */
+  struct qtr_model *model;         /* owned, and its backend */
+  struct qtr_tokenizer *tokenizer; /* owned; NULL: token prompts only, no text in events */
+  struct qtr_chat_template *chat;  /* owned; NULL: none */
+  struct qtr_kv *kv;
+  struct qtr_workspace *workspace;
+  char *model_dir;
+  char precision[24]; /* "w4a8kv4" */
+  char device[32];
+  int32_t group_size, threads, vocab_size, bos_token;
+  int32_t max_num_seqs, max_num_batched_tokens, max_model_len, max_blocks, n_pages;
+  int32_t eos_token[QTR_MAX_EOS];
+  int32_t n_eos;
+  size_t kv_page_bytes;
+  bool prefix_cache;
+
+  /* guarded */
+  bool stepping, dead;
+  struct qtr_error death; /* why, when dead */
+  uint64_t next_id;
+  struct qtr_kv_pool *pool;
+  struct qtr_request *by_id[QTR_ID_SLOTS];
+  struct qtr_request *cancelled;                     /* to be ended when the running step ends */
+  struct qtr_sequence *waiting_first, *waiting_last; /* by priority, then arrival, then completion */
+  struct qtr_sequence **running;                     /* (max_num_seqs) in the same order */
+  int32_t n_running, n_waiting;
+  struct qtr_event_queue events;
+  struct qtr_stats stats; /* counters only */
+
+  /* the step's own */
+  struct qtr_batch batch;
+  int32_t *token, *position;        /* (max_num_batched_tokens) */
+  int32_t *q_start, *kv_len;        /* (max_num_seqs + 1), (max_num_seqs) */
+  int32_t *block_table;             /* (max_num_seqs, max_blocks) at most; rows are as long as this step needs */
+  int32_t *logit_row;               /* (max_num_seqs) */
+  struct qtr_sequence **batch_seq;  /* (max_num_seqs) */
+  struct qtr_sequence **row_seq;    /* (max_num_seqs) whose logits row i holds */
+  struct qtr_event_node **row_node; /* (max_num_seqs) */
+  struct qtr_sampler *sampler;
+  float *row_logits; /* (vocab_size) */
+};
+
+/* The engine over a model that is there already: random weights, tests. On QTR_OK the engine owns model, model->backend,
+ * tokenizer and chat (both may be NULL); otherwise nothing changed hands. options->model_dir may be NULL, device is ignored.
+ */
+enum qtr_status qtr_engine_open_model(struct qtr_model *model, struct qtr_tokenizer *tokenizer,
+                                      struct qtr_chat_template *chat, const struct qtr_engine_options *options,
+                                      struct qtr_engine **engine, struct qtr_error *err);
+
+/* Options that do not depend on the model. */
+enum qtr_status qtr_engine_options_check(const struct qtr_engine_options *options, struct qtr_error *err);
+
+/* All under the mutex. */
+void qtr_scheduler_add(struct qtr_engine *engine, struct qtr_request *request); /* queues every completion */
+/* Chooses the tokens of a step: fills engine->batch, batch_seq and row_seq. */
+void qtr_scheduler_plan(struct qtr_engine *engine);
+/* After the model ran and rows were sampled: counts, publishes pages, hands out events, ends what has ended. */
+void qtr_scheduler_commit(struct qtr_engine *engine);
+/* Ends every completion of the request that still lives, with an event each, and frees the request. */
+void qtr_scheduler_end(struct qtr_engine *engine, struct qtr_request *request, enum qtr_finish finish);
+
+#endif

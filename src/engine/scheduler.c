@@ -1,0 +1,298 @@
+/* scheduler.c - which tokens the next step computes (architecture.md "Scheduler"; it replaces spec D.10).
+ *
+ * One order rules everything: priority, then arrival, then the number of the completion. Running sequences decode first;
+ * what is left of the token budget goes to prompts in chunks: first those that run, then the queue from its front. A
+ * sequence gets the pages of all its tokens when it is admitted and one more whenever it crosses a page, so only decoding
+ * can run out of them; then the last running sequence in the order gives its pages back and goes to its place in the queue
+ * (recomputation, cheap as long as its published pages are still cached). A sequence is preempted only for one before it,
+ * and any one fits the pool alone, so the first always gets on: nobody starves among equals. A higher priority takes what it
+ * needs from lower ones.
+ */
+#include "base/checked.h"
+#include "base/status.h"
+#include "engine/engine_internal.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static bool before(const struct qtr_sequence *a, const struct qtr_sequence *b) {
+  const struct qtr_request *p = a->request, *q = b->request;
+  if (p->priority != q->priority) return p->priority > q->priority;
+  return p->id != q->id ? p->id < q->id : a->index < b->index;
+}
+
+static int32_t pages_for(int32_t n_tokens) { return (n_tokens + QTR_PAGE_TOKENS - 1) / QTR_PAGE_TOKENS; }
+
+/* ---- queue and running set ----------------------------------------------------------------------- */
+
+/* Arrivals belong to the back, preempted ones to the front: the search starts where it will end. */
+static void queue_insert(struct qtr_engine *e, struct qtr_sequence *s, bool from_front) {
+  struct qtr_sequence *prev;
+  if (from_front) {
+    struct qtr_sequence *next = e->waiting_first;
+    prev = NULL;
+    for (; next && before(next, s); next = next->next) prev = next;
+  } else {
+    prev = e->waiting_last;
+    while (prev && before(s, prev)) prev = prev->prev;
+  }
+  s->prev = prev;
+  s->next = prev ? prev->next : e->waiting_first;
+  if (prev)
+    prev->next = s;
+  else
+    e->waiting_first = s;
+  if (s->next)
+    s->next->prev = s;
+  else
+    e->waiting_last = s;
+  s->state = QTR_SEQ_WAITING;
+  e->n_waiting++;
+}
+
+static void queue_remove(struct qtr_engine *e, struct qtr_sequence *s) {
+  if (s->prev)
+    s->prev->next = s->next;
+  else
+    e->waiting_first = s->next;
+  if (s->next)
+    s->next->prev = s->prev;
+  else
+    e->waiting_last = s->prev;
+  s->prev = s->next = NULL;
+  e->n_waiting--;
+}
+
+static void running_insert(struct qtr_engine *e, struct qtr_sequence *s) {
+  int32_t i = e->n_running++;
+  for (; i > 0 && before(s, e->running[i - 1]); i--) e->running[i] = e->running[i - 1];
+  e->running[i] = s;
+  s->state = QTR_SEQ_RUNNING;
+}
+
+static void running_remove(struct qtr_engine *e, struct qtr_sequence *s) {
+  int32_t i = 0;
+  while (e->running[i] != s) i++;
+  e->n_running--;
+  for (; i < e->n_running; i++) e->running[i] = e->running[i + 1];
+}
+
+/* From the last page to the first, as the pool wants it. */
+static void release_pages(struct qtr_engine *e, struct qtr_sequence *s) {
+  while (s->n_pages > 0) qtr_kv_pool_unref(e->pool, s->page[--s->n_pages]);
+  s->n_computed = s->n_published = s->n_planned = 0;
+}
+
+void qtr_scheduler_add(struct qtr_engine *e, struct qtr_request *r) {
+  for (int32_t i = 0; i < r->n_sequences; i++) queue_insert(e, &r->sequence[i], false);
+}
+
+/* Takes a sequence out of everything. Its event is pushed by the caller. */
+static void finish(struct qtr_engine *e, struct qtr_sequence *s) {
+  if (s->state == QTR_SEQ_RUNNING) {
+    running_remove(e, s);
+    release_pages(e, s);
+  } else {
+    queue_remove(e, s);
+  }
+  s->state = QTR_SEQ_FINISHED;
+  qtr_event_recycle(&e->events, s->final);
+  s->final = NULL;
+  s->request->n_live--;
+}
+
+/* Ends a sequence with an event of its own. */
+static void finish_with(struct qtr_engine *e, struct qtr_sequence *s, enum qtr_finish how) {
+  struct qtr_event_node *node = s->final;
+  s->final = NULL;
+  finish(e, s);
+  qtr_sequence_describe(s, &node->event);
+  node->event.n_output_tokens = s->n_emitted;
+  node->event.finish = how;
+  qtr_event_push(&e->events, node);
+}
+
+/* Frees a request none of whose completions lives. */
+static void retire(struct qtr_engine *e, struct qtr_request *r) {
+  if (r->n_live > 0) return;
+  struct qtr_request **link = &e->by_id[r->id % QTR_ID_SLOTS];
+  while (*link != r) link = &(*link)->next;
+  *link = r->next;
+  e->stats.n_requests_finished++;
+  qtr_request_free(r);
+}
+
+void qtr_scheduler_end(struct qtr_engine *e, struct qtr_request *r, enum qtr_finish how) {
+  for (int32_t i = 0; i < r->n_sequences; i++) {
+    if (r->sequence[i].state != QTR_SEQ_FINISHED) finish_with(e, &r->sequence[i], how);
+  }
+  retire(e, r);
+}
+
+/* ---- planning ------------------------------------------------------------------------------------ */
+
+/* Sends the last running sequence back to the queue and gives its share of the step back. */
+static void preempt_last(struct qtr_engine *e, int32_t *budget) {
+  struct qtr_sequence *s = e->running[--e->n_running];
+  *budget += s->n_planned;
+  release_pages(e, s);
+  queue_insert(e, s, true);
+  e->stats.n_preemptions++;
+}
+
+/* Running sequences; `decode` chooses those with one token to compute or the others. Returns false when something was
+ * preempted: pages are short, and nobody shall be admitted. */
+static bool plan_running(struct qtr_engine *e, bool decode, int32_t *budget) {
+  bool ample = true;
+  for (int32_t i = 0; i<e->n_running && * budget> 0; i++) {
+    struct qtr_sequence *s = e->running[i];
+    int32_t left = s->n_tokens - s->n_computed;
+    if ((left == 1) != decode || s->n_planned > 0) continue;
+    while (s->state == QTR_SEQ_RUNNING && s->n_pages < pages_for(s->n_tokens)) {
+      int32_t page = qtr_kv_pool_take(e->pool);
+      if (page >= 0) {
+        s->page[s->n_pages++] = page;
+        continue;
+      }
+      preempt_last(e, budget); /* perhaps s itself, which then is the last */
+      ample = false;
+    }
+    if (s->state != QTR_SEQ_RUNNING) break;
+    s->n_planned = QTR_MIN(left, *budget);
+    *budget -= s->n_planned;
+  }
+  return ample;
+}
+
+/* Pages for all tokens of a waiting sequence, cached ones first. False: not enough. The last token is always computed anew,
+ * for its logits. One page in a hundred stays free for those that run, lest an admission preempts them at once. */
+static bool take_pages(struct qtr_engine *e, struct qtr_sequence *s) {
+  int32_t total = pages_for(s->n_tokens), spare = e->n_running > 0 ? e->n_pages / 100 : 0;
+  s->n_pages = qtr_kv_pool_match(e->pool, 0, s->token, (size_t)s->n_tokens - 1, s->page, total);
+  if (qtr_kv_pool_available(e->pool) < total - s->n_pages + spare) {
+    release_pages(e, s);
+    return false;
+  }
+  s->n_published = s->n_pages;
+  s->n_computed = s->n_pages * QTR_PAGE_TOKENS;
+  while (s->n_pages < total) s->page[s->n_pages++] = qtr_kv_pool_take(e->pool);
+  return true;
+}
+
+/* Admits from the queue in order. The first that does not fit holds up the rest, so that large ones get their turn. */
+static void admit(struct qtr_engine *e, int32_t *budget) {
+  struct qtr_sequence *next;
+  for (struct qtr_sequence *s = e->waiting_first; s && *budget > 0; s = next) {
+    next = s->next;
+    struct qtr_request *r = s->request;
+    /* Further completions wait until the first has published the prompt, then share its pages. */
+    if (s->index > 0 && e->prefix_cache && !r->prefilled) continue;
+    if (!qtr_sequence_prepare(s)) { /* out of memory: this one ends, its siblings need not wait for it */
+      r->prefilled = true;
+      finish_with(e, s, QTR_FINISH_ERROR);
+      retire(e, r);
+      continue;
+    }
+    while (e->n_running == e->max_num_seqs || !take_pages(e, s)) {
+      if (e->n_running == 0 || e->running[e->n_running - 1]->request->priority >= r->priority) return;
+      preempt_last(e, budget);
+    }
+    next = s->next; /* perhaps one of those preempted just now */
+    queue_remove(e, s);
+    running_insert(e, s);
+    if (s->n_cached < 0) {
+      s->n_cached = s->n_computed;
+      e->stats.n_prompt_tokens += (uint64_t)r->n_prompt;
+      e->stats.n_cached_tokens += (uint64_t)s->n_cached;
+    }
+    s->n_planned = QTR_MIN(s->n_tokens - s->n_computed, *budget);
+    *budget -= s->n_planned;
+  }
+}
+
+/* Lays the planned tokens out as a batch. */
+static void build_batch(struct qtr_engine *e) {
+  struct qtr_batch *b = &e->batch;
+  *b = (struct qtr_batch){.token = e->token,
+                          .position = e->position,
+                          .q_start = e->q_start,
+                          .kv_len = e->kv_len,
+                          .block_table = e->block_table,
+                          .logit_row = e->logit_row};
+  for (int32_t i = 0; i < e->n_running; i++) {
+    const struct qtr_sequence *s = e->running[i];
+    if (s->n_planned > 0) b->max_blocks = QTR_MAX(b->max_blocks, pages_for(s->n_computed + s->n_planned));
+  }
+  for (int32_t i = 0; i < e->n_running; i++) {
+    struct qtr_sequence *s = e->running[i];
+    if (s->n_planned == 0) continue;
+    int32_t *row = e->block_table + (size_t)b->n_seqs * (size_t)b->max_blocks;
+    int32_t n_blocks = pages_for(s->n_computed + s->n_planned);
+    for (int32_t k = 0; k < b->max_blocks; k++) row[k] = k < n_blocks ? s->page[k] : 0;
+    for (int32_t k = 0; k < s->n_planned; k++) {
+      e->token[b->n_tokens + k] = s->token[s->n_computed + k];
+      e->position[b->n_tokens + k] = s->n_computed + k;
+    }
+    e->q_start[b->n_seqs] = b->n_tokens;
+    e->kv_len[b->n_seqs] = s->n_computed;
+    e->batch_seq[b->n_seqs++] = s;
+    b->n_tokens += s->n_planned;
+    if (s->n_computed + s->n_planned == s->n_tokens) {
+      e->row_seq[b->n_logit_rows] = s;
+      e->logit_row[b->n_logit_rows++] = b->n_tokens - 1;
+    }
+  }
+  e->q_start[b->n_seqs] = b->n_tokens;
+}
+
+void qtr_scheduler_plan(struct qtr_engine *e) {
+  int32_t budget = e->max_num_batched_tokens;
+  for (int32_t i = 0; i < e->n_running; i++) e->running[i]->n_planned = 0;
+  bool ample = plan_running(e, true, &budget);
+  ample = plan_running(e, false, &budget) && ample;
+  if (ample) admit(e, &budget);
+  build_batch(e);
+}
+
+/* ---- afterwards ---------------------------------------------------------------------------------- */
+
+/* Publishes the pages this step has filled. Where the same content is known already, its page replaces ours: nothing is
+ * stored twice, and the chain stays whole for the pages to come. */
+static void publish_pages(struct qtr_engine *e, struct qtr_sequence *s) {
+  for (; s->n_published < s->n_computed / QTR_PAGE_TOKENS; s->n_published++) {
+    int32_t i = s->n_published, own = s->page[i];
+    int32_t known =
+        qtr_kv_pool_publish(e->pool, 0, own, i > 0 ? s->page[i - 1] : -1, s->token + (size_t)i * QTR_PAGE_TOKENS);
+    if (known == own) continue;
+    qtr_kv_pool_ref(e->pool, known);
+    qtr_kv_pool_unref(e->pool, own);
+    s->page[i] = known;
+  }
+}
+
+void qtr_scheduler_commit(struct qtr_engine *e) {
+  for (int32_t i = 0; i < e->batch.n_seqs; i++) {
+    struct qtr_sequence *s = e->batch_seq[i];
+    s->n_computed += s->n_planned;
+    s->n_planned = 0;
+    publish_pages(e, s);
+    if (s->n_computed >= s->request->n_prompt) s->request->prefilled = true;
+  }
+  for (int32_t i = 0; i < e->batch.n_logit_rows; i++) {
+    struct qtr_sequence *s = e->row_seq[i];
+    struct qtr_request *r = s->request;
+    struct qtr_event_node *node = e->row_node[i];
+    e->row_node[i] = NULL;
+    if (r->cancelled) { /* its end follows, and nothing else */
+      qtr_event_recycle(&e->events, node);
+      continue;
+    }
+    s->n_emitted = node->event.n_output_tokens;
+    e->stats.n_output_tokens += node->event.token >= 0;
+    node->event.finish = s->finish;
+    qtr_event_push(&e->events, node);
+    if (s->finish == QTR_FINISH_NONE) continue;
+    finish(e, s);
+    retire(e, r);
+  }
+}

@@ -1,0 +1,346 @@
+/* cmd_bench.c - `quattuor bench`: QServe's speed protocol (spec D.8.1) on a model, or on random weights of a shape. QServe's
+ * own spellings and variables work (D.7, D.9); none of them is needed. */
+#include "base/file.h"
+#include "base/status.h"
+#include "cli/cli.h"
+#include "cli/profile_report.h"
+#include "engine/engine_internal.h"
+#include "eval/bench.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define MAX_CONFIG ((size_t)16 << 20)
+#define MAX_ROUNDS 100
+
+struct flags {
+  struct qtr_model_flags model;
+  const char *config, *quant_path, *lm_head, *kv_granularity;
+  int32_t batch, prompt_len, gen_len, rounds, chunk_prefill;
+  uint64_t seed;
+  bool has_seed, json, profile, benchmarking, ifb_mode, omit_prompt;
+};
+
+#define AT(field) offsetof(struct flags, field)
+static const struct qtr_option own_options[] = {
+    {.name = "config",
+     .argument = "FILE",
+     .kind = QTR_OPTION_STRING,
+     .offset = AT(config),
+     .help = "A config.json: random weights of that shape, no model needed (shapes/ has some)."},
+    {.name = "lm-head",
+     .kind = QTR_OPTION_CHOICE,
+     .offset = AT(lm_head),
+     .choices = "fp16|int8",
+     .help = "The output matrix of random weights. Default fp16, as QServe has it."},
+    {.name = "batch",
+     .argument = "B",
+     .kind = QTR_OPTION_INT,
+     .offset = AT(batch),
+     .min = 1,
+     .max = 65536,
+     .help = "Sequences at once. Default $GLOBAL_BATCH_SIZE, else 1."},
+    {.name = "prompt-len",
+     .argument = "P",
+     .kind = QTR_OPTION_INT,
+     .offset = AT(prompt_len),
+     .min = 1,
+     .max = 1 << 24,
+     .help = "Random tokens in each prompt. Default $GLOBAL_PROMPT_LEN, else 1024."},
+    {.name = "gen-len",
+     .argument = "G",
+     .kind = QTR_OPTION_INT,
+     .offset = AT(gen_len),
+     .min = 1,
+     .max = 1 << 24,
+     .help = "Tokens generated for each. Default $GLOBAL_GENERATE_LEN, else 512."},
+    {.name = "rounds",
+     .argument = "R",
+     .kind = QTR_OPTION_INT,
+     .offset = AT(rounds),
+     .min = 1,
+     .max = MAX_ROUNDS,
+     .help = "Default 3. Of several rounds the first warms up; the result is the median of the others."},
+    {.name = "seed",
+     .argument = "S",
+     .kind = QTR_OPTION_UINT64,
+     .offset = AT(seed),
+     .given = AT(has_seed),
+     .help = "Of the random prompts and weights. Default 0."},
+    {.name = "profile",
+     .kind = QTR_OPTION_FLAG,
+     .offset = AT(profile),
+     .help = "Time, bytes and operations of each kind of operation, against this machine's memory speed."},
+    {.name = "json",
+     .kind = QTR_OPTION_FLAG,
+     .offset = AT(json),
+     .help = "One object: model, precision, group_size, batch, prompt_len, gen_len, throughput_tok_s, prefill_s, "
+             "decode_ms_per_step, decode_tok_s, kv_bytes_per_token, weight_bytes, peak_rss_bytes, device, rounds."},
+    {0}};
+
+static const struct qtr_option qserve_options[] = {
+    {.name = "quant-path",
+     .argument = "DIR",
+     .kind = QTR_OPTION_STRING,
+     .offset = AT(quant_path),
+     .help = "Directory of the quantised weights: the same as --model DIR."},
+    {.name = "kv-quant-granularity",
+     .kind = QTR_OPTION_CHOICE,
+     .offset = AT(kv_granularity),
+     .choices = "fine_grained|per_tensor",
+     .help = "per_tensor: the same as --kv-scales static."},
+    {.name = "chunk-prefill-size",
+     .argument = "N",
+     .kind = QTR_OPTION_INT,
+     .offset = AT(chunk_prefill),
+     .min = 1,
+     .max = 1 << 30,
+     .help = "Accepted; steps are bounded by --max-num-batched-tokens."},
+    {.name = "benchmarking", .kind = QTR_OPTION_FLAG, .offset = AT(benchmarking), .help = "Accepted; always so."},
+    {.name = "ifb-mode", .kind = QTR_OPTION_FLAG, .offset = AT(ifb_mode), .help = "Accepted; always so."},
+    {.name = "omit-prompt", .kind = QTR_OPTION_FLAG, .offset = AT(omit_prompt), .help = "Accepted; always so."},
+    {0}};
+#undef AT
+
+/* Does the directory hold weights at all? QServe's benchmark repository has configurations only. */
+static bool has_weights(const char *dir) {
+  struct qtr_checkpoint *checkpoint;
+  if (qtr_checkpoint_open(dir, &checkpoint, NULL)) return false;
+  qtr_checkpoint_close(checkpoint);
+  return true;
+}
+
+static enum qtr_status linear_format(const struct qtr_precision *p, int32_t group_size, enum qtr_linear_format *format,
+                                     struct qtr_error *err) {
+  if (group_size != 0 && group_size != -1 && group_size != 128) {
+    return qtr_fail(err, QTR_ERR_ARGUMENT, "--group-size %d: write -1 or 128", group_size);
+  }
+  if (p->weight_bits != 4 && group_size > 0) {
+    return qtr_fail(err, QTR_ERR_ARGUMENT, "--group-size %d goes with 4-bit weights only", group_size);
+  }
+  *format = p->weight_bits == 16  ? QTR_LINEAR_F16
+            : p->weight_bits == 8 ? QTR_LINEAR_W8A8
+            : group_size == -1    ? QTR_LINEAR_W4A8
+                                  : QTR_LINEAR_W4A8_G128;
+  return QTR_OK;
+}
+
+/* An engine over random weights of the shape in a config.json. */
+static enum qtr_status open_random(const struct flags *flags, const char *config_path, struct qtr_engine_options *options,
+                                   struct qtr_engine **engine, struct qtr_error *err) {
+  struct qtr_config config;
+  struct qtr_precision precision;
+  enum qtr_linear_format format = QTR_LINEAR_W4A8_G128;
+  struct qtr_backend *backend = NULL;
+  struct qtr_model *model = NULL;
+  char *text = NULL;
+  size_t len;
+  if (!options->precision) options->precision = "w4a8kv4";
+  enum qtr_status status = qtr_precision_parse(options->precision, &precision, err);
+  if (!status) status = linear_format(&precision, options->group_size, &format, err);
+  if (!status) status = qtr_file_read(config_path, MAX_CONFIG, &text, &len, err);
+  if (!status && (status = qtr_config_parse(text, len, NULL, 0, &config, err))) {
+    (void)qtr_error_prefix(err, "%s", config_path);
+  }
+  if (status) goto done;
+  const struct qtr_backend_options backend_options = {.threads = options->threads};
+  const struct qtr_model_options model_options = {.max_len = options->max_model_len, .norm = options->norm};
+  if ((status = qtr_backend_open(options->device, &backend_options, &backend, err))) goto done;
+  bool head_int8 = flags->lm_head && strcmp(flags->lm_head, "int8") == 0;
+  status = qtr_model_random(&config, format, head_int8, flags->seed, backend, &model_options, &model, err);
+  if (!status) status = qtr_engine_open_model(model, NULL, NULL, options, engine, err);
+  if (status) {
+    qtr_model_free(model);
+    qtr_backend_close(backend);
+  }
+done:
+  free(text);
+  return status;
+}
+
+static enum qtr_status open_any(struct flags *flags, struct qtr_engine **engine, char **name, struct qtr_error *err) {
+  struct qtr_engine_options options;
+  char *dir = NULL, *config = NULL;
+  enum qtr_status status = QTR_OK;
+  if (flags->kv_granularity)
+    flags->model.kv_scales = strcmp(flags->kv_granularity, "per_tensor") == 0 ? "static" : "dynamic";
+  if (!flags->config) status = qtr_find_model(flags->quant_path ? flags->quant_path : flags->model.model, &dir, err);
+  if (!status) status = qtr_engine_options_from_flags(&flags->model, dir, &options, err);
+  if (status) goto done;
+  options.no_prefix_cache = true; /* nothing to find, and no time spent on looking */
+  if (!options.max_num_seqs) options.max_num_seqs = flags->batch;
+  if (!options.kv_pages && !options.kv_bytes) { /* what the run needs; a page more each for the token after the last */
+    int64_t pages = (int64_t)flags->batch * ((flags->prompt_len + flags->gen_len) / QTR_PAGE_TOKENS + 1);
+    options.kv_pages = pages > INT32_MAX ? INT32_MAX : (int32_t)pages;
+  }
+  if (flags->config) {
+    config = strdup(flags->config);
+  } else {
+    config = qtr_path_join(dir, "config.json");
+  }
+  if (!config) {
+    status = qtr_fail_memory(err, "a path", 0);
+  } else if (flags->config) {
+    status = open_random(flags, config, &options, engine, err);
+  } else if (!flags->quant_path && qtr_file_exists(config) && !has_weights(dir)) {
+    (void)fprintf(stderr, "quattuor bench: %s holds no weights: random ones of that shape\n", dir);
+    status = open_random(flags, config, &options, engine, err);
+  } else {
+    status = qtr_engine_open(&options, engine, err);
+  }
+  if (!status) {
+    *name = strdup(flags->config ? flags->config : dir);
+    if (!*name) status = qtr_fail_memory(err, "a path", 0);
+  }
+done:
+  free(dir);
+  free(config);
+  return status;
+}
+
+static int compare_rounds(const void *a, const void *b) {
+  const struct qtr_bench_round *x = a, *y = b;
+  return (x->throughput_tok_s > y->throughput_tok_s) - (x->throughput_tok_s < y->throughput_tok_s);
+}
+
+/* The round of median throughput, the first left out when there are others (of two, the slower). Its figures belong
+ * together. */
+static struct qtr_bench_round median_round(const struct qtr_bench_round *round, int32_t n) {
+  struct qtr_bench_round sorted[MAX_ROUNDS];
+  size_t first = n > 1, count = (size_t)n - first;
+  memcpy(sorted, round + first, count * sizeof *sorted);
+  qsort(sorted, count, sizeof *sorted, compare_rounds);
+  return sorted[(count - 1) / 2];
+}
+
+static json_t *round_json(const struct qtr_bench_round *r) {
+  return json_pack("{s:o, s:o, s:o, s:o}", "throughput_tok_s", qtr_json_number(r->throughput_tok_s, 6), "prefill_s",
+                   qtr_json_number(r->prefill_s, 6), "decode_ms_per_step", qtr_json_number(r->decode_ms_per_step, 6),
+                   "decode_tok_s", qtr_json_number(r->decode_tok_s, 6));
+}
+
+/* Prints the result; round: (flags->rounds) */
+static bool print_result(const struct flags *flags, struct qtr_engine *engine, const char *name,
+                         const struct qtr_bench_round *round, const struct qtr_profile *profile) {
+  struct qtr_bench_round r = median_round(round, flags->rounds);
+  struct qtr_engine_info info;
+  struct qtr_stats stats;
+  struct qtr_caps caps;
+  qtr_engine_get_info(engine, &info);
+  qtr_engine_stats(engine, &stats);
+  engine->model->backend->ops->caps(engine->model->backend, &caps);
+  size_t peak = qtr_peak_rss(); /* before the stream below */
+  double memory_speed = profile ? qtr_measure_memory_speed(info.threads) : 0;
+  if (!flags->json) {
+    char weights[32], rss[32];
+    printf("%s: %s, group %d, batch %d, prompt %d, generate %d, %s\n", name, info.precision, info.group_size, flags->batch,
+           flags->prompt_len, flags->gen_len, caps.description);
+    printf("  throughput %10.1f tokens/s\n  prefill    %10.3f s (%.1f tokens/s)\n", r.throughput_tok_s, r.prefill_s,
+           (double)flags->batch * flags->prompt_len / r.prefill_s);
+    if (r.n_decode_steps) printf("  decode     %10.2f ms a step (%.1f tokens/s)\n", r.decode_ms_per_step, r.decode_tok_s);
+    printf("  weights %s, KV %zu bytes a token, peak resident %s\n", qtr_show_bytes(stats.weight_bytes, weights),
+           stats.kv_bytes_per_token, qtr_show_bytes(peak, rss));
+    if (r.n_preemptions)
+      printf("  %llu preemptions: the KV pool is too small for this batch\n", (unsigned long long)r.n_preemptions);
+    if (profile) qtr_profile_print(profile, memory_speed);
+    return qtr_finish_output("bench");
+  }
+  json_t *rounds = json_array();
+  for (int32_t i = 0; i < flags->rounds; i++) json_array_append_new(rounds, round_json(&round[i]));
+  json_t *o = round_json(&r);
+  json_object_update_new(
+      o, json_pack("{s:s, s:s, s:i, s:i, s:i, s:i, s:I, s:I, s:I, s:s, s:s, s:i, s:I, s:o}", "model", name, "precision",
+                   info.precision, "group_size", (int)info.group_size, "batch", (int)flags->batch, "prompt_len",
+                   (int)flags->prompt_len, "gen_len", (int)flags->gen_len, "kv_bytes_per_token",
+                   (json_int_t)stats.kv_bytes_per_token, "weight_bytes", (json_int_t)stats.weight_bytes, "peak_rss_bytes",
+                   (json_int_t)peak, "device", info.device, "device_name", caps.description, "threads", (int)info.threads,
+                   "n_preemptions", (json_int_t)r.n_preemptions, "rounds", rounds));
+  if (profile) json_object_set_new(o, "profile", qtr_profile_json(profile, memory_speed));
+  return qtr_print_json("bench", o);
+}
+
+static int bench(struct flags *flags) {
+  struct qtr_error err;
+  struct qtr_engine *engine = NULL;
+  struct qtr_bench_round round[MAX_ROUNDS];
+  struct qtr_profile profile = {0};
+  char *name = NULL;
+  int code = QTR_EXIT_FAILURE;
+  enum qtr_status status = open_any(flags, &engine, &name, &err);
+  for (int32_t i = 0; i < flags->rounds && !status; i++) {
+    const struct qtr_bench_options options = {.batch = flags->batch,
+                                              .prompt_len = flags->prompt_len,
+                                              .gen_len = flags->gen_len,
+                                              .seed = flags->seed + (uint64_t)i + 1};
+    bool last = i + 1 == flags->rounds;
+    if (flags->profile && last) engine->model->profile = &profile;
+    if (!last) (void)fprintf(stderr, "[Warmup Round %d]\n", i); /* QServe's words */
+    status = qtr_bench_round_run(engine, &options, &round[i], &err);
+    if (!status) (void)fprintf(stderr, "Round %d Throughput: %g tokens / second.\n", i, round[i].throughput_tok_s);
+  }
+  if (status) {
+    (void)qtr_report("bench", &err);
+  } else if (print_result(flags, engine, name, round, flags->profile ? &profile : NULL)) {
+    code = QTR_EXIT_OK;
+  }
+  if (engine) engine->model->profile = NULL;
+  qtr_engine_close(engine);
+  free(name);
+  return code;
+}
+
+/* Options that were not given come from QServe's variables, then from its defaults. */
+static enum qtr_status fill_defaults(struct flags *flags, struct qtr_error *err) {
+  const struct {
+    const char *name;
+    int32_t *value, otherwise;
+  } from[] = {{"GLOBAL_BATCH_SIZE", &flags->batch, 1},
+              {"GLOBAL_PROMPT_LEN", &flags->prompt_len, 1024},
+              {"GLOBAL_GENERATE_LEN", &flags->gen_len, 512}};
+  for (size_t i = 0; i < sizeof from / sizeof from[0]; i++) {
+    if (*from[i].value) continue;
+    enum qtr_status status = qtr_env_int(from[i].name, from[i].value, err);
+    if (status) return status;
+    if (*from[i].value > 1 << 24) {
+      return qtr_fail(err, QTR_ERR_ARGUMENT, "the variable %s is %d: at most %d", from[i].name, *from[i].value, 1 << 24);
+    }
+    if (*from[i].value == 0) *from[i].value = from[i].otherwise;
+  }
+  return QTR_OK;
+}
+
+int qtr_cmd_bench(int argc, char **argv) {
+  struct flags flags = {.rounds = 3};
+  qtr_model_flags_init(&flags.model);
+  const struct qtr_option_group groups[] = {{"What is measured", own_options, &flags},
+                                            {"Model and engine", qtr_model_options_table, &flags.model},
+                                            {"QServe's spellings", qserve_options, &flags}};
+  struct qtr_command_line line = {
+      .command = "bench",
+      .usage = "bench [--model DIR | --config FILE] [--batch B] [--prompt-len P] [--gen-len G] [options]",
+      .about =
+          "Measures speed by QServe's protocol: B prompts of P random tokens, G tokens generated for each, greedy, nothing "
+          "stops early. Reading the prompts and generating are timed apart. Without weights in the directory, or with "
+          "--config, the weights are random: w4a8kv4 in groups of 128 unless --precision and --group-size say otherwise.",
+      .group = groups,
+      .n_groups = 3};
+  struct qtr_error err;
+  int code = QTR_EXIT_USAGE;
+  switch (qtr_options_parse(&line, argc, argv)) {
+    case QTR_PARSE_OK:
+      if (flags.config && (flags.model.model || flags.quant_path)) {
+        (void)fprintf(stderr, "quattuor bench: --config means random weights: leave out --model and --quant-path\n");
+      } else if (fill_defaults(&flags, &err)) {
+        (void)qtr_report("bench", &err);
+      } else {
+        code = bench(&flags);
+      }
+      break;
+    case QTR_PARSE_HELP: code = qtr_finish_output("bench") ? QTR_EXIT_OK : QTR_EXIT_FAILURE; break;
+    case QTR_PARSE_ERROR: break;
+  }
+  qtr_options_free(&line);
+  return code;
+}

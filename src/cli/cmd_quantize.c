@@ -1,0 +1,190 @@
+/* cmd_quantize.c - `quattuor quantize`: a QServe checkpoint from a Hugging Face model (quant/quantize.h), with what rounding
+ * did to each layer. */
+#include "base/status.h"
+#include "cli/cli.h"
+#include "quant/quantize.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct flags {
+  const char *model, *output, *precision, *method, *head, *embed;
+  int32_t group_size, threads;
+  bool overwrite, json;
+};
+
+#define AT(field) offsetof(struct flags, field)
+static const struct qtr_option own_options[] = {
+    {.name = "model",
+     .argument = "DIR",
+     .kind = QTR_OPTION_STRING,
+     .offset = AT(model),
+     .help = "Hugging Face directory with float weights. Needed."},
+    {.name = "output",
+     .argument = "DIR",
+     .kind = QTR_OPTION_STRING,
+     .offset = AT(output),
+     .help = "Where the checkpoint goes, with config and tokenizer; made when absent. Needed."},
+    {.name = "precision",
+     .kind = QTR_OPTION_CHOICE,
+     .offset = AT(precision),
+     .choices = "w4a8kv4|w4a8kv8|w4a8|w8a8kv4|w8a8kv8|w8a8|w16a16kv4|w16a16kv8|w16a16",
+     .help = "Default w4a8kv4. The KV width is the default of the new model and can be changed at run time."},
+    {.name = "group-size",
+     .argument = "G",
+     .kind = QTR_OPTION_INT,
+     .offset = AT(group_size),
+     .min = -1,
+     .max = 128,
+     .help = "Of 4-bit weights: 128 (default) or -1, one scale a channel."},
+    {.name = "method", .kind = QTR_OPTION_CHOICE, .offset = AT(method), .choices = "rtn", .help = "Round to nearest."},
+    {.name = "head",
+     .kind = QTR_OPTION_CHOICE,
+     .offset = AT(head),
+     .choices = "fp16|int8",
+     .help = "The output matrix. Default fp16; int8 is not read by other tools."},
+    {.name = "embed",
+     .kind = QTR_OPTION_CHOICE,
+     .offset = AT(embed),
+     .choices = "fp16|int8",
+     .help = "The embedding. Default fp16; int8 is not read by other tools."},
+    {.name = "overwrite",
+     .kind = QTR_OPTION_FLAG,
+     .offset = AT(overwrite),
+     .help = "Replace a model in the output directory."},
+    {.name = "threads",
+     .argument = "N",
+     .kind = QTR_OPTION_INT,
+     .offset = AT(threads),
+     .min = 1,
+     .max = 1024,
+     .help = "CPU threads. Default: all cores this process may use."},
+    {.name = "json",
+     .kind = QTR_OPTION_FLAG,
+     .offset = AT(json),
+     .help = "One object a layer (layer, relative_error, max_error, projections), then one with the summary."},
+    {0}};
+#undef AT
+
+/* The layer whose matrices are coming in. */
+struct layer {
+  bool json, broken;
+  int32_t number; /* -1: embedding and head */
+  size_t n;
+  double squared_error, squared_norm, max_error;
+  char worst[24];
+  double worst_error;
+  json_t *projections;
+};
+
+static void print_layer(struct layer *l) {
+  if (l->n == 0) return;
+  double error = l->squared_norm > 0 ? sqrt(l->squared_error / l->squared_norm) : 0;
+  if (l->json) {
+    json_t *o = json_pack("{s:i, s:o, s:o, s:o}", "layer", (int)l->number, "relative_error", qtr_json_number(error, 6),
+                          "max_error", qtr_json_number(l->max_error, 6), "projections", l->projections);
+    l->projections = NULL;
+    l->broken = !qtr_print_json("quantize", o) || l->broken;
+  } else {
+    if (l->number >= 0) {
+      printf("layer %3d  ", l->number);
+    } else {
+      printf("tables     ");
+    }
+    printf("error %6.3f %%  worst %s %.3f %%  largest |w - w'| %.4g\n", error * 100, l->worst, l->worst_error * 100,
+           l->max_error);
+  }
+  *l = (struct layer){.json = l->json, .broken = l->broken};
+}
+
+static void on_matrix(const struct qtr_quantize_report *r, void *user) {
+  struct layer *l = user;
+  if (l->n > 0 && l->number != r->layer) print_layer(l);
+  l->number = r->layer;
+  l->n++;
+  l->squared_error += r->squared_error;
+  l->squared_norm += r->squared_norm;
+  if (r->max_error > l->max_error) l->max_error = r->max_error;
+  if (r->relative_error >= l->worst_error) {
+    l->worst_error = r->relative_error;
+    (void)snprintf(l->worst, sizeof l->worst, "%s", r->projection);
+  }
+  if (l->json) {
+    if (!l->projections) l->projections = json_object();
+    json_object_set_new(l->projections, r->projection, qtr_json_number(r->relative_error, 6));
+  }
+}
+
+static int quantize(const struct flags *flags) {
+  struct qtr_error err;
+  struct qtr_quantize_options options;
+  struct qtr_quantize_summary summary;
+  struct layer layer = {.json = flags->json};
+  qtr_quantize_options_init(&options);
+  enum qtr_status status = QTR_OK;
+  if (flags->precision) status = qtr_precision_parse(flags->precision, &options.precision, &err);
+  options.model_dir = flags->model;
+  options.output_dir = flags->output;
+  options.group_size = flags->group_size;
+  options.method = flags->method;
+  options.head_int8 = flags->head && strcmp(flags->head, "int8") == 0;
+  options.embed_int8 = flags->embed && strcmp(flags->embed, "int8") == 0;
+  options.overwrite = flags->overwrite;
+  options.threads = flags->threads;
+  if (!status) status = qtr_quantize(&options, on_matrix, &layer, &summary, &err);
+  if (status) {
+    json_decref(layer.projections);
+    return qtr_report("quantize", &err);
+  }
+  print_layer(&layer);
+  if (flags->json) {
+    layer.broken =
+        !qtr_print_json(
+            "quantize",
+            json_pack("{s:s, s:s, s:i, s:i, s:I, s:I, s:I, s:o, s:o}", "output", flags->output, "precision",
+                      summary.precision, "group_size", (int)summary.group_size, "n_layers", (int)summary.n_layers,
+                      "n_tensors", (json_int_t)summary.n_tensors, "input_bytes", (json_int_t)summary.input_bytes,
+                      "output_bytes", (json_int_t)summary.output_bytes, "relative_error",
+                      qtr_json_number(summary.relative_error, 6), "seconds", qtr_json_number(summary.seconds, 5))) ||
+        layer.broken;
+  } else {
+    char in[32], out[32];
+    printf("%s: %s, group %d: %s -> %s in %.1f s, error %.3f %%\n", flags->output, summary.precision, summary.group_size,
+           qtr_show_bytes(summary.input_bytes, in), qtr_show_bytes(summary.output_bytes, out), summary.seconds,
+           summary.relative_error * 100);
+    layer.broken = !qtr_finish_output("quantize") || layer.broken;
+  }
+  return layer.broken ? QTR_EXIT_FAILURE : QTR_EXIT_OK;
+}
+
+int qtr_cmd_quantize(int argc, char **argv) {
+  struct flags flags = {0};
+  const struct qtr_option_group groups[] = {{"Options", own_options, &flags}};
+  struct qtr_command_line line = {.command = "quantize",
+                                  .usage = "quantize --model DIR --output DIR [options]",
+                                  .about =
+                                      "Makes a QServe checkpoint (safetensors, with config and tokenizer) from a Hugging "
+                                      "Face model, tensor by tensor, and "
+                                      "says for each layer how far the rounded weights are from the originals.",
+                                  .group = groups,
+                                  .n_groups = 1};
+  int code = QTR_EXIT_USAGE;
+  switch (qtr_options_parse(&line, argc, argv)) {
+    case QTR_PARSE_OK:
+      if (!flags.model || !flags.output) {
+        (void)fprintf(stderr, "quattuor quantize: no %s: give --%s DIR\n", flags.model ? "output" : "model",
+                      flags.model ? "output" : "model");
+      } else if (flags.group_size != 0 && flags.group_size != -1 && flags.group_size != 128) {
+        (void)fprintf(stderr, "quattuor quantize: --group-size \"%d\": write -1 or 128\n", flags.group_size);
+      } else {
+        code = quantize(&flags);
+      }
+      break;
+    case QTR_PARSE_HELP: code = qtr_finish_output("quantize") ? QTR_EXIT_OK : QTR_EXIT_FAILURE; break;
+    case QTR_PARSE_ERROR: break;
+  }
+  qtr_options_free(&line);
+  return code;
+}

@@ -1,0 +1,92 @@
+/* bench.c - one round of the speed protocol (bench.h). With chunked prefill the first sequences decode while the last
+ * prompts are still read, and end earlier: so decoding is timed over the steps between the last first token and the first
+ * end, where the batch is whole. */
+#include "eval/bench.h"
+
+#include "base/clock.h"
+#include "base/progress.h"
+#include "base/status.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+static uint64_t next_random(uint64_t *state) { /* splitmix64 */
+  uint64_t z = (*state += 0x9e3779b97f4a7c15ull);
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+  return z ^ (z >> 31);
+}
+
+static enum qtr_status add_prompts(struct qtr_engine *engine, const struct qtr_bench_options *options,
+                                   struct qtr_error *err) {
+  struct qtr_engine_info info;
+  qtr_engine_get_info(engine, &info);
+  uint64_t state = options->seed;
+  size_t n = (size_t)options->prompt_len;
+  int32_t *prompt = malloc(n * sizeof *prompt); /* (prompt_len) */
+  enum qtr_status status = prompt ? QTR_OK : qtr_fail_memory(err, "a prompt", n * sizeof *prompt);
+  for (int32_t i = 0; i < options->batch && !status; i++) {
+    for (size_t k = 0; k < n; k++) prompt[k] = (int32_t)(next_random(&state) % (uint64_t)info.vocab_size);
+    struct qtr_request_options request;
+    qtr_request_options_init(&request);
+    request.prompt_token = prompt;
+    request.n_prompt_token = n;
+    request.max_tokens = options->gen_len;
+    request.ignore_eos = true;
+    request.sampling.temperature = 0;
+    uint64_t id;
+    status = qtr_engine_add(engine, &request, &id, err);
+  }
+  free(prompt);
+  return status;
+}
+
+enum qtr_status qtr_bench_round_run(struct qtr_engine *engine, const struct qtr_bench_options *options,
+                                    struct qtr_bench_round *round, struct qtr_error *err) {
+  struct qtr_stats before, after;
+  struct qtr_event event;
+  enum qtr_status status = add_prompts(engine, options, err);
+  if (status) return status;
+  qtr_engine_stats(engine, &before);
+  size_t total = (size_t)options->batch * (size_t)options->gen_len, n_tokens = 0;
+  int32_t n_started = 0, n_ended = 0;
+  bool has_work = true, failed = false;
+  double t_start = qtr_now(), t_prefill = 0, decode_s = 0;
+  size_t n_decoded = 0;
+  struct qtr_progress progress;
+  *round = (struct qtr_bench_round){0};
+  qtr_progress_start(&progress, "round", total, options->quiet);
+  while (has_work && !status) {
+    bool whole = n_started == options->batch && n_ended == 0;
+    size_t n_before = n_tokens;
+    double t = qtr_now();
+    status = qtr_engine_step(engine, &has_work, err);
+    double t_after = qtr_now();
+    while (qtr_engine_poll(engine, &event)) {
+      n_tokens += event.token >= 0;
+      n_started += event.token >= 0 && event.n_output_tokens == 1;
+      n_ended += event.finish != QTR_FINISH_NONE;
+      failed = failed || (event.finish && event.finish != QTR_FINISH_LENGTH);
+    }
+    if (n_started == options->batch && t_prefill == 0) t_prefill = t_after;
+    if (whole && n_tokens - n_before == (size_t)options->batch) { /* not after a preemption */
+      decode_s += t_after - t;
+      n_decoded += n_tokens - n_before;
+      round->n_decode_steps++;
+    }
+    qtr_progress_update(&progress, n_tokens);
+  }
+  round->seconds = qtr_now() - t_start;
+  qtr_progress_end(&progress);
+  if (status) return status;
+  if (failed || n_tokens != total) {
+    return qtr_fail(err, QTR_ERR_BACKEND, "%zu of %zu tokens came: the engine ended requests early", n_tokens, total);
+  }
+  qtr_engine_stats(engine, &after);
+  round->throughput_tok_s = (double)total / round->seconds;
+  round->prefill_s = t_prefill - t_start;
+  round->decode_ms_per_step = round->n_decode_steps ? decode_s * 1e3 / (double)round->n_decode_steps : (double)NAN;
+  round->decode_tok_s = round->n_decode_steps ? (double)n_decoded / decode_s : (double)NAN;
+  round->n_preemptions = after.n_preemptions - before.n_preemptions;
+  return QTR_OK;
+}

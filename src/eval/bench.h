@@ -1,0 +1,27 @@
+/* bench.h - QServe's speed protocol (spec D.8.1): B prompts of P random tokens, G tokens generated for each, greedy, nothing
+ * stops early. */
+#ifndef QTR_EVAL_BENCH_H
+#define QTR_EVAL_BENCH_H
+
+#include "quattuor/quattuor.h"
+
+struct qtr_bench_options {
+  int32_t batch, prompt_len, gen_len;
+  uint64_t seed; /* of the prompts; another one each round, or the prefix cache answers */
+  bool quiet;    /* no progress line */
+};
+
+struct qtr_bench_round {
+  double seconds;            /* from before the first step to after the last token */
+  double throughput_tok_s;   /* batch * gen_len / seconds */
+  double prefill_s;          /* until every sequence has its first token */
+  double decode_ms_per_step; /* of the steps in which all B sequences decode and nothing else; NAN where there were none */
+  double decode_tok_s;       /* of those steps */
+  uint64_t n_decode_steps, n_preemptions;
+};
+
+/* The engine is idle before and after. */
+enum qtr_status qtr_bench_round_run(struct qtr_engine *engine, const struct qtr_bench_options *options,
+                                    struct qtr_bench_round *round, struct qtr_error *err);
+
+#endif

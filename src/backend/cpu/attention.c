@@ -53,9 +53,14 @@ static inline vf vf_signed8(vi x, int shift) { return __builtin_convertvector(x 
 static const struct qtr_att_kernel portable = {float_scratch_bytes, float_prepare, float_segment};
 
 static const struct qtr_att_kernel *choose_kernel(const struct qtr_cpu *c, enum qtr_kv_format format) {
-  (void)c;
+  const struct qtr_att_kernel *kernel = NULL;
   (void)format;
-  return &portable;
+  if (c->isa >= QTR_CPU_AVX512) {
+    kernel = qtr_cpu_attention_avx512();
+  } else if (c->isa >= QTR_CPU_AVX2) {
+    kernel = qtr_cpu_attention_avx2();
+  }
+  return kernel ? kernel : &portable;
 }
 
 /* ---- scratch of a thread ------------------------------------------------------------------------------ */

@@ -17,8 +17,9 @@
 #define QTR_ATT_ROWS 128
 #define QTR_ATT_SEGMENT 1024
 #define QTR_ATT_LOWEST -1e30f /* running maximum before the first key; finite, so that differences are never NaN */
-#define QTR_ATT_FLOOR -100.0f /* exponents are cut here: 2^-100 is nothing beside the maximum's 1, and no denormals arise \
-                               */
+#define QTR_ATT_FLOOR                                                                                 \
+  -100.0f /* exponents are cut here: 2^-100 is nothing beside the maximum's 1, and no denormals arise \
+           */
 
 /* What one tile needs; head_dim and formats are in kv->config. */
 struct qtr_att_tile {
@@ -53,7 +54,8 @@ struct qtr_att_kernel {
   void (*segment)(const struct qtr_att_tile *tile, int32_t key0, int32_t key1, const struct qtr_att_state *state,
                   void *scratch);
 };
-extern const struct qtr_att_kernel qtr_att_avx2, qtr_att_avx512, qtr_att_amx;
+/* NULL in a build without these instructions. */
+const struct qtr_att_kernel *qtr_cpu_attention_avx2(void), *qtr_cpu_attention_avx512(void), *qtr_cpu_attention_amx(void);
 
 size_t qtr_cpu_attention_scratch_bytes(const struct qtr_cpu *c, size_t head_dim);
 size_t qtr_cpu_attention_partial_bytes(size_t head_dim);

@@ -104,9 +104,8 @@ void qtr_cpu_kv_read(struct qtr_backend *b, const struct qtr_kv *kv, int32_t lay
   (void)b;
   size_t dim = (size_t)kv->config.head_dim, s = (size_t)slot;
   const uint8_t *half = qtr_cpu_kv_half(kv, layer, page, head, is_v);
-  *scale = 0;
-  *zero = 0;
-  for (size_t d = 0; d < dim; d++) {
+  float s_value = 0, z_value = 0;
+  for (size_t d = 0; code && d < dim; d++) {
     int shift;
     switch (kv->config.format) {
       case QTR_KV_F16: code[d] = ((const uint16_t *)(const void *)half)[qtr_cpu_kv_at_f16(is_v, dim, s, d)]; break;
@@ -119,12 +118,14 @@ void qtr_cpu_kv_read(struct qtr_backend *b, const struct qtr_kv *kv, int32_t lay
       default: code[d] = (uint16_t)(int16_t)(int8_t)half[qtr_cpu_kv_at_int8(is_v, dim, s, d)]; break;
     }
   }
-  if (kv->config.format == QTR_KV_INT8_STATIC) *scale = kv->static_scale[2 * layer + is_v];
+  if (kv->config.format == QTR_KV_INT8_STATIC) s_value = kv->static_scale[2 * layer + is_v];
   if (kv->half_bytes > kv->code_bytes) {
     const uint16_t *parameter = qtr_cpu_kv_scales(kv, half);
-    *scale = qtr_f16_to_f32(parameter[slot]);
-    *zero = qtr_f16_to_f32(parameter[QTR_PAGE_TOKENS + slot]);
+    s_value = qtr_f16_to_f32(parameter[slot]);
+    z_value = qtr_f16_to_f32(parameter[QTR_PAGE_TOKENS + slot]);
   }
+  if (scale) *scale = s_value;
+  if (zero) *zero = z_value;
 }
 
 /* ---- one token into its slot ------------------------------------------------------------------------ */
@@ -149,8 +150,13 @@ static void rope_row(float *restrict x, size_t half_dim, const float *restrict c
 static const struct qtr_cpu_kv_rows rows_portable = {qtr_kv_quant_row, quant_static_row, to_f16_row, rope_row};
 
 static const struct qtr_cpu_kv_rows *choose_rows(const struct qtr_cpu *c) {
-  (void)c;
-  return &rows_portable;
+  const struct qtr_cpu_kv_rows *rows = NULL;
+  if (c->isa >= QTR_CPU_AVX512) {
+    rows = qtr_cpu_kv_rows_avx512();
+  } else if (c->isa >= QTR_CPU_AVX2) {
+    rows = qtr_cpu_kv_rows_avx2();
+  }
+  return rows ? rows : &rows_portable;
 }
 
 static void store_int8(uint8_t *restrict half, bool is_v, size_t dim, size_t slot, const uint8_t *restrict code) {

@@ -72,6 +72,7 @@ struct qtr_cpu_kv_rows {
   void (*to_f16)(const float *x, size_t dim, uint16_t *half);
   void (*rope)(float *x, size_t half_dim, const float *cos, const float *sin); /* (2 half_dim) in place, C.4 */
 };
-extern const struct qtr_cpu_kv_rows qtr_cpu_kv_rows_avx2, qtr_cpu_kv_rows_avx512;
+/* NULL in a build without these instructions. */
+const struct qtr_cpu_kv_rows *qtr_cpu_kv_rows_avx2(void), *qtr_cpu_kv_rows_avx512(void);
 
 #endif

@@ -1,0 +1,13 @@
+/* attention_avx512.c - attention_float.h in AVX-512. */
+#include "backend/cpu/attention.h"
+
+#ifdef __AVX512F__
+#include "backend/cpu/attention_vf_avx512.h"
+
+#include "backend/cpu/attention_float.h"
+
+static const struct qtr_att_kernel kernel = {float_scratch_bytes, float_prepare, float_segment};
+const struct qtr_att_kernel *qtr_cpu_attention_avx512(void) { return &kernel; }
+#else
+const struct qtr_att_kernel *qtr_cpu_attention_avx512(void) { return NULL; }
+#endif

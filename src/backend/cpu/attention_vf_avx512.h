@@ -1,0 +1,42 @@
+/* attention_vf_avx512.h - the vector operations of attention_float.h in AVX-512, for the AVX-512 and the AMX kernels. */
+#include <immintrin.h>
+#include <math.h>
+#include <string.h>
+
+#include "base/checked.h"
+#include "base/half.h"
+
+enum { VW = 16, GEMM_VECTORS = 4 };
+typedef __m512 vf;
+typedef __m512i vi;
+
+static inline vf vf_load(const float *p) { return _mm512_loadu_ps(p); }
+static inline void vf_store(float *p, vf x) { _mm512_storeu_ps(p, x); }
+static inline vf vf_set(float x) { return _mm512_set1_ps(x); }
+static inline vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }
+static inline vf vf_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+static inline vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+static inline vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+static inline vf vf_fnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); }
+static inline vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
+static inline vf vf_scale2(vf p, vf t) {
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(t), 23)));
+}
+static inline vf vf_first(vf x, int32_t n, vf fill) {
+  __mmask16 mask = n <= 0 ? 0 : n >= VW ? 0xffff : (__mmask16)((1u << n) - 1);
+  return _mm512_mask_mov_ps(fill, mask, x);
+}
+static inline float vf_hmax(vf x) { return _mm512_reduce_max_ps(x); }
+static inline float vf_hsum(vf x) { return _mm512_reduce_add_ps(x); }
+static inline vf vf_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
+static inline vi vi_load_u16(const uint8_t *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)); }
+static inline vi vi_right(vi x, int shift) { return shift ? _mm512_srli_epi32(x, (unsigned)shift) : x; }
+static inline vf vf_bits4(vi x, int shift) { /* the permutation looks at four bits only: a table of 16 floats */
+  return _mm512_permutexvar_ps(vi_right(x, shift), _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+}
+static inline vf vf_bits8(vi x, int shift) {
+  return _mm512_cvtepi32_ps(_mm512_and_si512(vi_right(x, shift), _mm512_set1_epi32(255)));
+}
+static inline vf vf_signed8(vi x, int shift) {
+  return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(x, (unsigned)(24 - shift)), 24));
+}

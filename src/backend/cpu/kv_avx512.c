@@ -1,0 +1,34 @@
+/* kv_avx512.c - kv_rows.h in AVX-512. */
+#include "backend/cpu/kv.h"
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+
+enum { RW = 16 };
+typedef __m512 rf;
+static inline rf rf_load(const float *p) { return _mm512_loadu_ps(p); }
+static inline void rf_store(float *p, rf x) { _mm512_storeu_ps(p, x); }
+static inline rf rf_set(float x) { return _mm512_set1_ps(x); }
+static inline rf rf_add(rf a, rf b) { return _mm512_add_ps(a, b); }
+static inline rf rf_sub(rf a, rf b) { return _mm512_sub_ps(a, b); }
+static inline rf rf_mul(rf a, rf b) { return _mm512_mul_ps(a, b); }
+static inline rf rf_min(rf a, rf b) { return _mm512_min_ps(a, b); }
+static inline rf rf_max(rf a, rf b) { return _mm512_max_ps(a, b); }
+static inline float rf_hmin(rf x) { return _mm512_reduce_min_ps(x); }
+static inline float rf_hmax(rf x) { return _mm512_reduce_max_ps(x); }
+static inline void rf_store_codes(uint8_t *p, rf x) {
+  _mm_storeu_si128((void *)p, _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(x)));
+}
+static inline void rf_store_signed(uint8_t *p, rf x) {
+  _mm_storeu_si128((void *)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
+}
+static inline void rf_store_f16(uint16_t *p, rf x) {
+  _mm256_storeu_si256((void *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+#include "backend/cpu/kv_rows.h"
+
+const struct qtr_cpu_kv_rows *qtr_cpu_kv_rows_avx512(void) { return &rows; }
+#else
+const struct qtr_cpu_kv_rows *qtr_cpu_kv_rows_avx512(void) { return NULL; }
+#endif

@@ -1,9 +1,9 @@
 /* cpu.h - what the files of the CPU backend share. cpu.c owns the vtable, the choice of instructions and the step; linear*.c
  * the matrices; activation*.c norms and quantisation; kv*.c and attention*.c the cache. Activations are F32.
  *
- * A file's suffix names the instructions it may use (_avx2, _avx512, _vnni, _amx; none = portable C) and only the run-time choice in
- * `struct qtr_cpu.isa` may lead there. The choice is made once per process from the machine, never from the shape of a batch,
- * unless both ways give the same bits (integer dot products do). */
+ * A file's suffix names the instructions it may use (_avx2, _avx512, _vnni, _amx; none = portable C) and only the run-time
+ * choice in `struct qtr_cpu.isa` may lead there. The choice is made once per process from the machine, never from the shape
+ * of a batch, unless both ways give the same bits (integer dot products do). */
 #ifndef QTR_BACKEND_CPU_CPU_H
 #define QTR_BACKEND_CPU_CPU_H
 
@@ -18,7 +18,8 @@ struct qtr_cpu {
   const struct qtr_batch *batch; /* of the running step */
   float *cos, *sin;              /* (n_tokens, half_dim) of the running step */
   size_t rope_capacity, half_dim;
-  void *scratch; /* (threads, scratch_bytes) 64-aligned, for kernels; grown by qtr_cpu_scratch outside of steps' inner loops */
+  void *
+      scratch; /* (threads, scratch_bytes) 64-aligned, for kernels; grown by qtr_cpu_scratch outside of steps' inner loops */
   size_t scratch_bytes;
 };
 
@@ -26,21 +27,21 @@ struct qtr_cpu {
 void *qtr_cpu_alloc(size_t n_bytes);
 void qtr_cpu_free(void *p, size_t n_bytes);
 
-/* Grows the scratch to `bytes` for each thread; called when matrices and caches are created, never inside a step. Thread t owns
- * (char *)scratch + t * scratch_bytes. */
+/* Grows the scratch to `bytes` for each thread; called when matrices and caches are created, never inside a step. Thread t
+ * owns (char *)scratch + t * scratch_bytes. */
 enum qtr_status qtr_cpu_scratch(struct qtr_cpu *c, size_t bytes, struct qtr_error *err);
 static inline void *qtr_cpu_thread_scratch(const struct qtr_cpu *c, int thread) {
   return (char *)c->scratch + (size_t)thread * c->scratch_bytes;
 }
 
-/* The one parallel loop of this backend: task(arg, begin, end, thread) over [0, n) in pieces of `chunk` items, handed out as the
- * threads come; thread < c->threads. Serial when there is one piece, or in a build without OpenMP. */
+/* The one parallel loop of this backend: task(arg, begin, end, thread) over [0, n) in pieces of `chunk` items, handed out as
+ * the threads come; thread < c->threads. Serial when there is one piece, or in a build without OpenMP. */
 typedef void (*qtr_cpu_task)(void *arg, size_t begin, size_t end, int thread);
 void qtr_cpu_for(const struct qtr_cpu *c, size_t n, size_t chunk, qtr_cpu_task task, void *arg);
 
 /* linear.c, activation.c: slots of the vtable, described in backend.h. */
-enum qtr_status qtr_cpu_linear_create(struct qtr_backend *b, const struct qtr_linear_source *source, struct qtr_linear **linear,
-                                      struct qtr_error *err);
+enum qtr_status qtr_cpu_linear_create(struct qtr_backend *b, const struct qtr_linear_source *source,
+                                      struct qtr_linear **linear, struct qtr_error *err);
 void qtr_cpu_linear_free(struct qtr_backend *b, struct qtr_linear *linear);
 size_t qtr_cpu_linear_bytes(const struct qtr_linear *linear);
 void qtr_cpu_linear(struct qtr_backend *b, const struct qtr_linear_args *args);

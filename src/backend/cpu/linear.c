@@ -1,0 +1,160 @@
+/* linear.c - matrices of the CPU backend: creation, the choice of kernel, and the loop over panels and tokens (linear.h,
+ * spec B.2 to B.4). */
+#include "backend/cpu/linear.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/checked.h"
+#include "base/status.h"
+
+/* |Σ x w8| <= 128 * 128 * n_in must stay below 2^31. */
+#define MAX_INT_DIM ((size_t)131071)
+
+static enum qtr_status source_check(const struct qtr_linear_source *s, size_t *n_out, struct qtr_error *err) {
+  if (s->format >= QTR_N_LINEAR_FORMATS || s->n_parts < 1 || s->n_parts > QTR_MAX_PARTS || s->n_in == 0) {
+    return qtr_fail(err, QTR_ERR_ARGUMENT, "linear: format %d, %zu parts of %zu inputs", (int)s->format, s->n_parts,
+                    s->n_in);
+  }
+  const char *name = qtr_linear_format_name(s->format);
+  bool w4 = s->format == QTR_LINEAR_W4A8 || s->format == QTR_LINEAR_W4A8_G128;
+  size_t step_in = s->format == QTR_LINEAR_W4A8_G128 ? QTR_GROUP : w4 ? 32 : 1, step_out = w4 ? 32 : 1;
+  if (s->n_in % step_in) {
+    return qtr_fail(err, QTR_ERR_UNSUPPORTED, "linear: %s needs a multiple of %zu inputs, found %zu", name, step_in,
+                    s->n_in);
+  }
+  if (s->format >= QTR_LINEAR_W8A8 && s->n_in > MAX_INT_DIM) {
+    return qtr_fail(err, QTR_ERR_UNSUPPORTED, "linear: %s takes at most %zu inputs, found %zu", name, MAX_INT_DIM, s->n_in);
+  }
+  *n_out = 0;
+  for (size_t p = 0; p < s->n_parts; p++) {
+    const struct qtr_linear_part *part = &s->part[p];
+    bool missing = !part->weight || (s->format >= QTR_LINEAR_W8A8 && !part->scale) ||
+                   (s->format == QTR_LINEAR_W4A8 && !part->szero) ||
+                   (s->format == QTR_LINEAR_W4A8_G128 && (!part->s2_scale || !part->s2_zero));
+    if (missing || part->n_out == 0 || part->n_out % step_out || qtr_add_overflow(*n_out, part->n_out, n_out)) {
+      return qtr_fail(err, QTR_ERR_ARGUMENT, "linear: part %zu of a %s matrix: %s, %zu rows (a multiple of %zu is needed)",
+                      p, name, missing ? "a tensor is missing" : "bad size", part->n_out, step_out);
+    }
+  }
+  if (s->gate_up && (s->n_parts != 2 || s->part[0].n_out != s->part[1].n_out)) {
+    return qtr_fail(err, QTR_ERR_ARGUMENT, "linear: gate and up must be two parts of equal rows");
+  }
+  return QTR_OK;
+}
+
+/* Bytes of a panel; false on overflow. */
+static bool panel_size(struct qtr_linear *l) {
+  switch (l->form) {
+    case QTR_PANEL_W8: l->panel_bytes = l->n_in_padded / 4 * QTR_BLOCK_BYTES; return true; /* n_in is bounded */
+    case QTR_PANEL_W4: l->panel_bytes = l->n_in_padded / 8 * QTR_BLOCK_BYTES; return true;
+    case QTR_PANEL_W4G: l->panel_bytes = l->n_in / QTR_GROUP * QTR_GROUP_BYTES; return true;
+    default:
+      return !qtr_mul_overflow(l->n_in, QTR_PANEL_ROWS * (l->form == QTR_PANEL_F32 ? sizeof(float) : 2), &l->panel_bytes);
+  }
+}
+
+static float *row_floats(struct qtr_linear *l) {
+  size_t n = l->n_panels * QTR_PANEL_ROWS;
+  l->n_bytes += n * sizeof(float);
+  float *x = aligned_alloc(64, n * sizeof(float)); /* a multiple of 128 bytes */
+  if (x) memset(x, 0, n * sizeof *x);
+  return x;
+}
+
+enum qtr_status qtr_cpu_linear_create(struct qtr_backend *b, const struct qtr_linear_source *source,
+                                      struct qtr_linear **linear, struct qtr_error *err) {
+  struct qtr_cpu *c = (struct qtr_cpu *)b;
+  static const enum qtr_panel forms[QTR_N_LINEAR_FORMATS] = {
+      [QTR_LINEAR_F32] = QTR_PANEL_F32, [QTR_LINEAR_F16] = QTR_PANEL_F16, [QTR_LINEAR_BF16] = QTR_PANEL_BF16,
+      [QTR_LINEAR_W8A8] = QTR_PANEL_W8, [QTR_LINEAR_W4A8] = QTR_PANEL_W4, [QTR_LINEAR_W4A8_G128] = QTR_PANEL_W4G,
+  };
+  size_t n_out = 0, n_bytes;
+  *linear = NULL;
+  enum qtr_status status = source_check(source, &n_out, err);
+  if (status != QTR_OK) return status;
+  struct qtr_linear *l = calloc(1, sizeof *l);
+  if (!l) return qtr_fail_memory(err, "a matrix", sizeof *l);
+  l->form = forms[source->format];
+  if (l->form == QTR_PANEL_W4G && !qtr_cpu_linear_g128_fits(c, source)) l->form = QTR_PANEL_W8;
+  l->gate_up = source->gate_up;
+  l->n_in = source->n_in;
+  l->n_out = n_out;
+  l->n_panels = l->gate_up ? qtr_ceil_div(n_out / 2, QTR_PANEL_ROWS / 2) : qtr_ceil_div(n_out, QTR_PANEL_ROWS);
+  l->n_in_padded = l->form >= QTR_PANEL_W8 ? qtr_round_up(l->n_in, 64) : l->n_in;
+  bool bias = false;
+  for (size_t p = 0; p < source->n_parts; p++) bias = bias || source->part[p].bias;
+
+  status = QTR_ERR_MEMORY;
+  if (!panel_size(l) || qtr_mul_overflow(l->panel_bytes, l->n_panels, &n_bytes)) {
+    qtr_fail_memory(err, "a matrix", SIZE_MAX);
+    goto done;
+  }
+  l->n_bytes = n_bytes;
+  l->panels = qtr_cpu_alloc(n_bytes);
+  if (l->form >= QTR_PANEL_W8) l->scale = row_floats(l);
+  if (l->form == QTR_PANEL_W4) l->szero = row_floats(l);
+  if (bias) l->bias = row_floats(l);
+  if (!l->panels || (l->form >= QTR_PANEL_W8 && !l->scale) || (l->form == QTR_PANEL_W4 && !l->szero) || (bias && !l->bias)) {
+    qtr_fail_memory(err, "a matrix", n_bytes);
+    goto done;
+  }
+  qtr_cpu_linear_repack(c, source, l);
+  *linear = l;
+  l = NULL;
+  status = QTR_OK;
+done:
+  qtr_cpu_linear_free(b, l);
+  return status;
+}
+
+void qtr_cpu_linear_free(struct qtr_backend *b, struct qtr_linear *l) {
+  (void)b;
+  if (!l) return;
+  qtr_cpu_free(l->panels, l->panel_bytes * l->n_panels);
+  free(l->scale);
+  free(l->szero);
+  free(l->bias);
+  free(l);
+}
+
+size_t qtr_cpu_linear_bytes(const struct qtr_linear *linear) { return linear->n_bytes; }
+
+/* ---- running ------------------------------------------------------------------------------------- */
+
+static const struct qtr_linear_kernels *kernels_of(const struct qtr_cpu *c) {
+  const struct qtr_linear_kernels *k = NULL;
+  if (c->isa >= QTR_CPU_VNNI) k = qtr_cpu_linear_vnni();
+  if (!k && c->isa >= QTR_CPU_AVX512) k = qtr_cpu_linear_avx512();
+  if (!k && c->isa >= QTR_CPU_AVX2) k = qtr_cpu_linear_avx2();
+  return k ? k : qtr_cpu_linear_portable();
+}
+
+struct linear_task {
+  const struct qtr_linear_args *args;
+  const struct qtr_linear_kernels *kernels;
+};
+
+static void linear_panels(void *arg, size_t begin, size_t end, int thread) {
+  (void)thread;
+  const struct linear_task *t = arg;
+  const struct qtr_linear_args *a = t->args;
+  _Alignas(64) int32_t acc[QTR_DOT_TOKENS * QTR_PANEL_ROWS];
+  for (size_t p = begin; p < end; p++) {
+    for (size_t token = 0; token < a->n_tokens; token += t->kernels->max_tokens) {
+      size_t n = QTR_MIN(a->n_tokens - token, t->kernels->max_tokens);
+      t->kernels->dot(a->linear, a->input, p, token, n, acc);
+      t->kernels->finish(a, p, token, n, acc, a->linear->form == QTR_PANEL_W8);
+    }
+  }
+}
+
+void qtr_cpu_linear(struct qtr_backend *b, const struct qtr_linear_args *args) {
+  const struct qtr_cpu *c = (const struct qtr_cpu *)b;
+  const struct qtr_linear *l = args->linear;
+  struct linear_task task = {args, kernels_of(c)};
+  size_t work = l->panel_bytes * args->n_tokens; /* of one panel */
+  size_t chunk = QTR_MAX(l->n_panels / ((size_t)c->threads * 8), (size_t)1);
+  chunk = QTR_MAX(chunk, 32768 / QTR_MAX(work, (size_t)1)); /* what is smaller is not worth waking a thread */
+  if (args->n_tokens) qtr_cpu_for(c, l->n_panels, chunk, linear_panels, &task);
+}

@@ -40,9 +40,8 @@ void qtr_model_flags_init(struct qtr_model_flags *flags);
  * malloc'ed. */
 enum qtr_status qtr_find_model(const char *given, char **dir, struct qtr_error *err);
 
-/* Engine options from flags and the variables NUM_GPU_PAGE_BLOCKS / NUM_RETRIEVAL_GPU_PAGE_BLOCKS. Strings are borrowed. */
-enum qtr_status qtr_engine_options_from_flags(const struct qtr_model_flags *flags, const char *dir,
-                                              struct qtr_engine_options *options, struct qtr_error *err);
+/* Engine options from flags. Strings are borrowed. */
+void qtr_engine_options_from_flags(const struct qtr_model_flags *flags, const char *dir, struct qtr_engine_options *options);
 /* Finds the model and opens the engine. */
 enum qtr_status qtr_open_engine(const struct qtr_model_flags *flags, struct qtr_engine **engine, struct qtr_error *err);
 /* A positive whole number from the environment, 0 when the variable is absent or empty. */

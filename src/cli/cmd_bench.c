@@ -167,11 +167,16 @@ static enum qtr_status open_any(struct flags *flags, struct qtr_engine **engine,
   if (flags->kv_granularity)
     flags->model.kv_scales = strcmp(flags->kv_granularity, "per_tensor") == 0 ? "static" : "dynamic";
   if (!flags->config) status = qtr_find_model(flags->quant_path ? flags->quant_path : flags->model.model, &dir, err);
-  if (!status) status = qtr_engine_options_from_flags(&flags->model, dir, &options, err);
+  int32_t said = 0, also_said = 0;
+  if (!status) status = qtr_env_int("NUM_GPU_PAGE_BLOCKS", &said, err);
+  if (!status) status = qtr_env_int("NUM_RETRIEVAL_GPU_PAGE_BLOCKS", &also_said, err);
   if (status) goto done;
+  qtr_engine_options_from_flags(&flags->model, dir, &options);
   options.no_prefix_cache = true; /* nothing to find, and no time spent on looking */
   if (!options.max_num_seqs) options.max_num_seqs = flags->batch;
-  if (!options.kv_pages && !options.kv_bytes) { /* what the run needs; a page more each for the token after the last */
+  if (!options.max_model_len) options.max_model_len = flags->prompt_len + flags->gen_len;
+  if (!options.kv_pages && !options.kv_bytes && !said &&
+      !also_said) { /* what the run needs; a page more each for the token after the last */
     int64_t pages = (int64_t)flags->batch * ((flags->prompt_len + flags->gen_len) / QTR_PAGE_TOKENS + 1);
     options.kv_pages = pages > INT32_MAX ? INT32_MAX : (int32_t)pages;
   }

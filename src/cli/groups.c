@@ -151,9 +151,8 @@ enum qtr_status qtr_env_int(const char *name, int32_t *value, struct qtr_error *
   return QTR_OK;
 }
 
-enum qtr_status qtr_engine_options_from_flags(const struct qtr_model_flags *flags, const char *dir,
-                                              struct qtr_engine_options *options, struct qtr_error *err) {
-  enum qtr_status status;
+void qtr_engine_options_from_flags(const struct qtr_model_flags *flags, const char *dir,
+                                   struct qtr_engine_options *options) {
   qtr_engine_options_init(options);
   options->model_dir = dir;
   options->device = flags->device;
@@ -168,17 +167,16 @@ enum qtr_status qtr_engine_options_from_flags(const struct qtr_model_flags *flag
   options->kv_pages = flags->kv_pages;
   options->no_prefix_cache = flags->no_prefix_cache;
   options->norm = flags->norm && strcmp(flags->norm, "qserve") == 0 ? QTR_NORM_QSERVE : QTR_NORM_EXACT;
-  if (options->kv_pages || options->kv_bytes) return QTR_OK;
-  if ((status = qtr_env_int("NUM_GPU_PAGE_BLOCKS", &options->kv_pages, err)) || options->kv_pages) return status;
-  return qtr_env_int("NUM_RETRIEVAL_GPU_PAGE_BLOCKS", &options->kv_pages, err);
 }
 
 enum qtr_status qtr_open_engine(const struct qtr_model_flags *flags, struct qtr_engine **engine, struct qtr_error *err) {
   char *dir = NULL;
   struct qtr_engine_options options;
   enum qtr_status status = qtr_find_model(flags->model, &dir, err);
-  if (!status) status = qtr_engine_options_from_flags(flags, dir, &options, err);
-  if (!status) status = qtr_engine_open(&options, engine, err);
+  if (!status) {
+    qtr_engine_options_from_flags(flags, dir, &options);
+    status = qtr_engine_open(&options, engine, err);
+  }
   free(dir);
   return status;
 }

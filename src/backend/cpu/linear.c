@@ -1,6 +1,7 @@
 /* linear.c - matrices of the CPU backend: creation, the choice of kernel, and the loop over panels and tokens (linear.h,
  * spec B.2 to B.4). */
 #include "backend/cpu/linear.h"
+#include "backend/cpu/linear_amx.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -10,6 +11,8 @@
 
 /* |Σ x w8| <= 128 * 128 * n_in must stay below 2^31. */
 #define MAX_INT_DIM ((size_t)131071)
+/* Fewer tokens are as fast by dot products (measured). */
+#define AMX_MIN_TOKENS 9
 
 static enum qtr_status source_check(const struct qtr_linear_source *s, size_t *n_out, struct qtr_error *err) {
   if (s->format >= QTR_N_LINEAR_FORMATS || s->n_parts < 1 || s->n_parts > QTR_MAX_PARTS || s->n_in == 0) {
@@ -99,6 +102,10 @@ enum qtr_status qtr_cpu_linear_create(struct qtr_backend *b, const struct qtr_li
     qtr_fail_memory(err, "a matrix", n_bytes);
     goto done;
   }
+  if (l->form >= QTR_PANEL_W8 && c->isa >= QTR_CPU_AMX) {
+    status = qtr_cpu_scratch(c, l->n_in_padded * QTR_PANEL_ROWS, err);
+    if (status != QTR_OK) goto done;
+  }
   qtr_cpu_linear_repack(c, source, l);
   *linear = l;
   l = NULL;
@@ -149,12 +156,44 @@ static void linear_panels(void *arg, size_t begin, size_t end, int thread) {
   }
 }
 
+/* Tokens that share a pass over the weights by AMX: their codes should stay in the second-level cache beside a panel. */
+static size_t amx_tokens(const struct qtr_linear *l) {
+  const size_t cache = (size_t)1 << 20;
+  return QTR_MAX(cache / l->n_in_padded / 32, (size_t)4) * 32;
+}
+
+struct amx_task {
+  const struct qtr_cpu *c;
+  const struct qtr_linear_args *args;
+  size_t chunk; /* tokens of one pass */
+};
+
+/* Item i: panel i % n_panels for the chunk of tokens i / n_panels. */
+static void amx_panels(void *arg, size_t begin, size_t end, int thread) {
+  const struct amx_task *t = arg;
+  size_t n_panels = t->args->linear->n_panels;
+  while (begin < end) {
+    size_t token = begin / n_panels * t->chunk, panel = begin % n_panels, n = QTR_MIN(end - begin, n_panels - panel);
+    qtr_cpu_linear_amx(t->args, panel, panel + n, token, QTR_MIN(t->chunk, t->args->n_tokens - token),
+                       qtr_cpu_thread_scratch(t->c, thread));
+    begin += n;
+  }
+}
+
 void qtr_cpu_linear(struct qtr_backend *b, const struct qtr_linear_args *args) {
   const struct qtr_cpu *c = (const struct qtr_cpu *)b;
   const struct qtr_linear *l = args->linear;
-  struct linear_task task = {args, kernels_of(c)};
+  if (args->n_tokens == 0) return;
   size_t work = l->panel_bytes * args->n_tokens; /* of one panel */
+  if (c->isa >= QTR_CPU_AMX && qtr_cpu_linear_amx_built() && l->form >= QTR_PANEL_W8 && args->n_tokens >= AMX_MIN_TOKENS) {
+    struct amx_task task = {c, args, amx_tokens(l)};
+    size_t items = l->n_panels * qtr_ceil_div(args->n_tokens, task.chunk);
+    size_t chunk = QTR_MAX(QTR_MAX(items / ((size_t)c->threads * 8), (size_t)1), 262144 / work);
+    qtr_cpu_for(c, items, chunk, amx_panels, &task);
+    return;
+  }
+  struct linear_task task = {args, kernels_of(c)};
   size_t chunk = QTR_MAX(l->n_panels / ((size_t)c->threads * 8), (size_t)1);
-  chunk = QTR_MAX(chunk, 32768 / QTR_MAX(work, (size_t)1)); /* what is smaller is not worth waking a thread */
-  if (args->n_tokens) qtr_cpu_for(c, l->n_panels, chunk, linear_panels, &task);
+  chunk = QTR_MAX(chunk, 32768 / work); /* what is smaller is not worth waking a thread */
+  qtr_cpu_for(c, l->n_panels, chunk, linear_panels, &task);
 }

@@ -178,24 +178,21 @@ void qtr_options_free(const struct qtr_command_line *line) {
   }
 }
 
-/* Prints text from `column` on, wrapped at HELP_WIDTH and indented by HELP_COLUMN. */
+/* Prints text from `column` on, wrapped at HELP_WIDTH and indented by `indent`. */
 static void print_wrapped(const char *text, int column, int indent) {
-  while (*text) {
+  for (bool first = true; *text; first = false) {
     int len = (int)strcspn(text, " ");
-    if (column + len > HELP_WIDTH && column > indent) {
+    if (!first && column + 1 + len > HELP_WIDTH) {
       printf("\n%*s", indent, "");
       column = indent;
+    } else if (!first) {
+      putchar(' ');
+      column++;
     }
     printf("%.*s", len, text);
     column += len;
     text += len;
-    if (*text == ' ') {
-      text++;
-      if (*text && column + 1 + (int)strcspn(text, " ") <= HELP_WIDTH) {
-        putchar(' ');
-        column++;
-      }
-    }
+    text += strspn(text, " ");
   }
   putchar('\n');
 }
@@ -227,7 +224,7 @@ static void report_unknown(const struct qtr_command_line *line, const struct opt
   for (; known[n].name; n++) names[n] = known[n].name;
   char word[32];
   (void)snprintf(word, sizeof word, "%.*s", (int)QTR_MIN(strcspn(written, "="), (size_t)31), written);
-  const char *near = qtr_nearest_word(word + strspn(word, "-"), names, n);
+  const char *near = strlen(word) > 3 ? qtr_nearest_word(word + strspn(word, "-"), names, n) : NULL;
   (void)fprintf(stderr, "quattuor %s: unknown option %.60s", line->command, written);
   if (near) (void)fprintf(stderr, "; did you mean --%s?", near);
   (void)fprintf(stderr, " (quattuor %s --help lists them)\n", line->command);

@@ -1,0 +1,375 @@
+/* check_attention.c - RoPE, KV writes and attention of a device against the reference, on ragged batches over a cache whose
+ * other slots hold large garbage.
+ *
+ * KV: V is stored with the reference's bits. RoPE may contract a multiplication and an addition, so rotated values may
+ * differ by 2^-23 of the terms; K must then be stored with the bits that the reference gives for the device's own rotated
+ * values. Attention is compared over caches with the same bits (frequencies 0: RoPE is the identity). An error d(t) of a
+ * score moves its weight p(t) by as much relatively, and so the result by p(t) d(t) |v(t) - result|: summed over t, that is
+ * the tolerance, plus rounding of p and v. Each sequence must have the same bits alone, and when its tokens come in two
+ * steps. */
+#include "ops.h"
+
+#define EPS 0x1p-23
+
+struct cache {
+  const struct op_entry *entry;
+  struct op_batch b;
+  int32_t n_pages;
+  struct qtr_kv *ref, *dev;
+  float *qkv;      /* (n_tokens, width) of the final step, before RoPE */
+  float *inv_freq; /* (head_dim / 2) */
+  float **history; /* (n_seqs) each (kv_len, width): what the earlier steps wrote */
+};
+
+enum { N_LAYERS = 2, LAYER = 1 };
+
+static size_t width_of(const struct op_entry *e) { return (size_t)(e->n_heads + 2 * e->n_kv_heads) * (size_t)e->head_dim; }
+
+static void begin(const struct op_device *d, const struct qtr_batch *batch, const float *inv_freq,
+                  const struct op_entry *e) {
+  struct qtr_error err = {0};
+  op_must(d->ops->begin_step(d->b, batch, inv_freq, (size_t)e->head_dim / 2, &err), &err);
+}
+
+static void end(const struct op_device *d) {
+  struct qtr_error err = {0};
+  op_must(d->ops->end_step(d->b, &err), &err);
+}
+
+/* One step that only writes K and V; qkv host (n_tokens, width), on return as the device left it. */
+static void step_write(const struct op_device *d, struct qtr_kv *kv, const struct op_entry *e, int32_t layer,
+                       const struct qtr_batch *batch, const float *inv_freq, float *qkv) {
+  size_t n = (size_t)batch->n_tokens * width_of(e);
+  void *device = op_upload(d, qkv, n);
+  begin(d, batch, inv_freq, e);
+  d->ops->rope_kv_write(d->b, &(struct qtr_rope_kv_args){.qkv = device,
+                                                         .kv = kv,
+                                                         .layer = layer,
+                                                         .n_heads = e->n_heads,
+                                                         .n_kv_heads = e->n_kv_heads,
+                                                         .head_dim = e->head_dim});
+  op_download(d, device, d->caps.act_dtype, n, qkv);
+  end(d);
+  d->ops->free(d->b, device);
+}
+
+/* The same on both devices: the reference stores what the device made of q and k. */
+static void step_write_both(const struct op_check *c, struct cache *k, int32_t layer, const struct qtr_batch *batch,
+                            float *qkv) {
+  float *zeros = op_malloc((size_t)k->entry->head_dim, sizeof *zeros);
+  step_write(&c->dev, k->dev, k->entry, layer, batch, k->inv_freq, qkv);
+  step_write(&c->ref, k->ref, k->entry, layer, batch, zeros, qkv);
+  free(zeros);
+}
+
+/* Values of K and V: channels of different sizes, some rows constant or nearly so, some of one sign. */
+static void fill_qkv(struct op_rng *rng, const struct op_entry *e, size_t n_tokens, float size, float *qkv) {
+  size_t dim = (size_t)e->head_dim, heads = width_of(e) / dim;
+  for (size_t i = 0; i < n_tokens * heads; i++) {
+    float *x = qkv + i * dim, offset = 0, scale = size;
+    size_t kind = op_rng_below(rng, 16);
+    if (kind == 0) offset = 5 * size;
+    if (kind == 1) offset = -200 * size;
+    if (kind == 2) scale = 0, offset = size;
+    if (kind == 3) scale = 0;
+    if (kind == 4) scale = 1e-6f;
+    if (i % heads < (size_t)e->n_heads) scale = 1, offset = 0; /* queries */
+    for (size_t j = 0; j < dim; j++) x[j] = offset + scale * op_rng_normal(rng);
+    if (kind == 5) x[op_rng_below(rng, dim)] *= 20;
+  }
+}
+
+static void cache_make(struct op_check *c, const struct op_entry *e, enum qtr_kv_format format, const struct op_pattern *p,
+                       bool rope, struct cache *k) {
+  memset(k, 0, sizeof *k);
+  k->entry = e;
+  op_batch_make(&c->rng, p, &k->n_pages, &k->b);
+  k->inv_freq = op_malloc((size_t)e->head_dim / 2, sizeof *k->inv_freq);
+  for (int32_t i = 0; i < e->head_dim / 2 && rope; i++) k->inv_freq[i] = powf(10000, -2 * (float)i / (float)e->head_dim);
+  float static_scale[2 * N_LAYERS];
+  for (size_t i = 0; i < 2 * N_LAYERS; i++) static_scale[i] = 0.02f + 0.05f * op_rng_uniform(&c->rng);
+  struct qtr_kv_config config = {.format = format,
+                                 .n_layers = N_LAYERS,
+                                 .n_kv_heads = e->n_kv_heads,
+                                 .head_dim = e->head_dim,
+                                 .n_pages = k->n_pages,
+                                 .static_scale = static_scale};
+  struct qtr_error err = {0};
+  op_must(c->ref.ops->kv_create(c->ref.b, &config, &k->ref, &err), &err);
+  op_must(c->dev.ops->kv_create(c->dev.b, &config, &k->dev, &err), &err);
+
+  /* Garbage in every slot of both layers, a page a step. */
+  size_t width = width_of(e);
+  float *qkv = op_malloc(QTR_PAGE_TOKENS * width, sizeof *qkv);
+  for (int32_t page = 0; page < k->n_pages; page++) {
+    struct op_batch b;
+    op_batch_single(&page, 1, 0, QTR_PAGE_TOKENS, &b);
+    for (int32_t layer = 0; layer < N_LAYERS; layer++) {
+      fill_qkv(&c->rng, e, QTR_PAGE_TOKENS, 300, qkv);
+      step_write_both(c, k, layer, &b.batch, qkv);
+    }
+    op_batch_free(&b);
+  }
+  free(qkv);
+  const struct qtr_batch *batch = &k->b.batch;
+  k->history = op_malloc((size_t)batch->n_seqs, sizeof *k->history);
+  for (int32_t s = 0; s < batch->n_seqs; s++) {
+    int32_t n = batch->kv_len[s];
+    if (n == 0) continue;
+    struct op_batch b;
+    op_batch_single(batch->block_table + (size_t)s * (size_t)batch->max_blocks, batch->max_blocks, 0, n, &b);
+    k->history[s] = op_malloc((size_t)n * width, sizeof **k->history);
+    fill_qkv(&c->rng, e, (size_t)n, 1, k->history[s]);
+    step_write_both(c, k, LAYER, &b.batch, k->history[s]);
+    op_batch_free(&b);
+  }
+  k->qkv = op_malloc((size_t)batch->n_tokens * width, sizeof *k->qkv);
+  fill_qkv(&c->rng, e, (size_t)batch->n_tokens, 1, k->qkv);
+}
+
+static void cache_free(const struct op_check *c, struct cache *k) {
+  c->ref.ops->kv_free(c->ref.b, k->ref);
+  c->dev.ops->kv_free(c->dev.b, k->dev);
+  for (int32_t s = 0; s < k->b.batch.n_seqs; s++) free(k->history[s]);
+  free(k->history);
+  free(k->qkv);
+  free(k->inv_freq);
+  op_batch_free(&k->b);
+}
+
+/* Every slot of every page of both layers. */
+static void compare_cache(const struct op_check *c, const struct cache *k, struct op_diff *diff) {
+  size_t dim = (size_t)k->entry->head_dim;
+  uint16_t *a = op_malloc(dim, sizeof *a), *b = op_malloc(dim, sizeof *b);
+  float scale[2], zero[2];
+  for (int32_t i = 0; i < N_LAYERS * 2 * k->n_pages * QTR_PAGE_TOKENS; i++) {
+    int32_t slot = i % QTR_PAGE_TOKENS, page = i / QTR_PAGE_TOKENS % k->n_pages, pool = i / QTR_PAGE_TOKENS / k->n_pages;
+    for (int32_t h = 0; h < k->entry->n_kv_heads; h++) {
+      c->ref.ops->kv_read(c->ref.b, k->ref, pool / 2, pool % 2, page, slot, h, a, &scale[0], &zero[0]);
+      c->dev.ops->kv_read(c->dev.b, k->dev, pool / 2, pool % 2, page, slot, h, b, &scale[1], &zero[1]);
+      diff->n += dim + 2;
+      if (memcmp(a, b, dim * sizeof *a) || scale[0] != scale[1] || zero[0] != zero[1]) {
+        size_t at = 0;
+        while (at + 1 < dim && a[at] == b[at]) at++;
+        op_bad(
+            diff,
+            "layer %d %c page %d slot %d head %d: code %zu is %u, expected %u; scale %g, expected %g; zero %g, expected %g",
+            pool / 2, pool % 2 ? 'V' : 'K', page, slot, h, at, b[at], a[at], (double)scale[1], (double)scale[0],
+            (double)zero[1], (double)zero[0]);
+      }
+    }
+  }
+  free(a);
+  free(b);
+}
+
+void op_check_kv_write(struct op_check *c, const struct op_entry *e, enum qtr_kv_format format, struct op_diff *diff) {
+  size_t width = width_of(e), dim = (size_t)e->head_dim, rotated = (size_t)(e->n_heads + e->n_kv_heads) * dim;
+  for (size_t i = 0; i < n_op_patterns; i++) {
+    if (!(op_patterns[i].use & OP_CHECK)) continue;
+    struct cache k;
+    cache_make(c, e, format, &op_patterns[i], true, &k);
+    size_t n = (size_t)k.b.batch.n_tokens * width;
+    float *expected = op_malloc(n, sizeof *expected), *before = op_malloc(n, sizeof *before);
+    void *rounded = op_upload(&c->dev, k.qkv, n);
+    op_download(&c->dev, rounded, c->dev.caps.act_dtype, n, k.qkv);
+    c->dev.ops->free(c->dev.b, rounded);
+    memcpy(expected, k.qkv, n * sizeof *expected);
+    memcpy(before, k.qkv, n * sizeof *before);
+    step_write(&c->ref, k.ref, e, LAYER, &k.b.batch, k.inv_freq, expected);
+    step_write_both(c, &k, LAYER, &k.b.batch, k.qkv);
+    double act = c->dev.caps.act_dtype == QTR_DTYPE_F32 ? 0 : 0x1p-11;
+    for (size_t j = 0; j < n; j++) { /* q and k turned, v as it was */
+      size_t row = j / dim * dim, in = j % dim, pair = row + (in + dim / 2) % dim;
+      bool is_v = j % width >= rotated;
+      double terms = is_v ? 0 : fabs((double)before[j]) + fabs((double)before[pair]);
+      op_compare(diff, (double)k.qkv[j], (double)expected[j], (EPS + act) * terms, op_patterns[i].name, j / width,
+                 j % width);
+    }
+    compare_cache(c, &k, diff);
+    free(expected);
+    free(before);
+    cache_free(c, &k);
+  }
+}
+
+/* The final step of a cache, or one like it: writes K and V of qkv (host, n_tokens rows) and attends. out: host (n_tokens +
+ * 1, n_heads * head_dim), the last row a guard. */
+static void step_attend(const struct op_device *d, struct qtr_kv *kv, const struct cache *k, const struct qtr_batch *batch,
+                        const float *qkv, float *out) {
+  const struct op_entry *e = k->entry;
+  size_t n = (size_t)batch->n_tokens, n_out = (n + 1) * (size_t)(e->n_heads * e->head_dim);
+  void *device = op_upload(d, qkv, n * width_of(e));
+  for (size_t i = 0; i < n_out; i++) out[i] = NAN;
+  void *result = op_upload(d, out, n_out);
+  begin(d, batch, k->inv_freq, e);
+  d->ops->rope_kv_write(d->b, &(struct qtr_rope_kv_args){.qkv = device,
+                                                         .kv = kv,
+                                                         .layer = LAYER,
+                                                         .n_heads = e->n_heads,
+                                                         .n_kv_heads = e->n_kv_heads,
+                                                         .head_dim = e->head_dim});
+  d->ops->attention(d->b, &(struct qtr_attention_args){.qkv = device,
+                                                       .kv = kv,
+                                                       .out = result,
+                                                       .layer = LAYER,
+                                                       .scale = 1 / sqrtf((float)e->head_dim),
+                                                       .n_heads = e->n_heads,
+                                                       .n_kv_heads = e->n_kv_heads,
+                                                       .head_dim = e->head_dim});
+  op_download(d, result, d->caps.act_dtype, n_out, out);
+  end(d);
+  d->ops->free(d->b, device);
+  d->ops->free(d->b, result);
+}
+
+/* K and V of one head of a sequence as stored, over its first n tokens: k, v (n, dim), largest magnitudes of each row (n).
+ */
+struct head {
+  size_t n, dim;
+  double *k, *v, *k_max, *v_max, *weight, *error;
+};
+
+static struct head head_read(const struct op_check *c, const struct cache *k, enum qtr_kv_format format, int32_t s,
+                             int32_t n, int32_t index) {
+  const struct qtr_batch *batch = &k->b.batch;
+  const int32_t *table = batch->block_table + (size_t)s * (size_t)batch->max_blocks;
+  size_t dim = (size_t)k->entry->head_dim, rows = (size_t)n;
+  struct head h = {.n = rows,
+                   .dim = dim,
+                   .k = op_malloc(rows * dim, sizeof(double)),
+                   .v = op_malloc(rows * dim, sizeof(double)),
+                   .k_max = op_malloc(rows, sizeof(double)),
+                   .v_max = op_malloc(rows, sizeof(double)),
+                   .weight = op_malloc(rows, sizeof(double)),
+                   .error = op_malloc(rows, sizeof(double))};
+  uint16_t *code = op_malloc(dim, sizeof *code);
+  float scale, zero;
+  for (size_t t = 0; t < rows; t++) {
+    for (int is_v = 0; is_v < 2; is_v++) {
+      double *to = (is_v ? h.v : h.k) + t * dim, max = 0;
+      c->ref.ops->kv_read(c->ref.b, k->ref, LAYER, is_v, table[t / QTR_PAGE_TOKENS], (int32_t)(t % QTR_PAGE_TOKENS), index,
+                          code, &scale, &zero);
+      for (size_t i = 0; i < dim; i++) {
+        to[i] = format == QTR_KV_F16           ? (double)qtr_f16_to_f32(code[i])
+                : format == QTR_KV_INT8_STATIC ? (double)(int16_t)code[i] * (double)scale
+                                               : ((double)code[i] - (double)zero) * (double)scale;
+        max = fmax(max, fabs(to[i]));
+      }
+      *(is_v ? &h.v_max[t] : &h.k_max[t]) = max;
+    }
+  }
+  free(code);
+  return h;
+}
+
+static void head_free(struct head *h) {
+  free(h->k);
+  free(h->v);
+  free(h->k_max);
+  free(h->v_max);
+  free(h->weight);
+  free(h->error);
+}
+
+/* Softmax weights of a query over the first n tokens, and of each score the error fp32 may make: 4 * 2^-23 of Σ|q| max|k|
+ * scale, whether codes are dequantised first or scale and zero are applied to the sum. */
+static double weigh(struct head *h, const float *q, size_t n, double scale) {
+  double max = -INFINITY, total = 0, mean_error = 0, q_sum = 0;
+  for (size_t i = 0; i < h->dim; i++) q_sum += fabs((double)q[i]);
+  for (size_t t = 0; t < n; t++) {
+    double dot = 0;
+    for (size_t i = 0; i < h->dim; i++) dot += (double)q[i] * h->k[t * h->dim + i];
+    h->weight[t] = dot * scale;
+    h->error[t] = 4 * EPS * q_sum * h->k_max[t] * scale;
+    max = fmax(max, h->weight[t]);
+  }
+  for (size_t t = 0; t < n; t++) total += h->weight[t] = exp(h->weight[t] - max);
+  for (size_t t = 0; t < n; t++) {
+    h->weight[t] /= total;
+    mean_error += h->weight[t] * h->error[t];
+  }
+  return mean_error;
+}
+
+static void compare_attention(const struct op_check *c, const struct cache *k, enum qtr_kv_format format, const float *got,
+                              const float *expected, const char *what, struct op_diff *diff) {
+  const struct qtr_batch *batch = &k->b.batch;
+  const struct op_entry *e = k->entry;
+  size_t dim = (size_t)e->head_dim, width = width_of(e), row = (size_t)e->n_heads * dim;
+  double act = c->dev.caps.act_dtype == QTR_DTYPE_F32 ? 0 : 0x1p-10;
+  int32_t group = e->n_heads / e->n_kv_heads;
+  for (int32_t s = 0; s < batch->n_seqs; s++) {
+    int32_t n_all = batch->kv_len[s] + batch->q_start[s + 1] - batch->q_start[s];
+    for (int32_t index = 0; index < e->n_kv_heads; index++) {
+      struct head head = head_read(c, k, format, s, n_all, index);
+      for (int32_t i = 0; i < (n_all - batch->kv_len[s]) * group; i++) {
+        size_t token = (size_t)(batch->q_start[s] + i / group), h = (size_t)(index * group + i % group);
+        size_t n = (size_t)(batch->kv_len[s] + i / group) + 1;
+        double mean_error = weigh(&head, k->qkv + token * width + h * dim, n, 1 / sqrt((double)dim)), rounding = 0;
+        for (size_t t = 0; t < n; t++) rounding += 4 * EPS * head.weight[t] * head.v_max[t];
+        for (size_t j = 0; j < dim; j++) {
+          size_t at = token * row + h * dim + j;
+          double out = (double)expected[at], tolerance = rounding + act * fabs(out) + 1e-37;
+          for (size_t t = 0; t < n; t++) {
+            tolerance += head.weight[t] * (head.error[t] + mean_error + 8 * EPS) * fabs(head.v[t * dim + j] - out);
+          }
+          op_compare(diff, (double)got[at], out, tolerance, what, token, h * dim + j);
+        }
+      }
+      head_free(&head);
+    }
+  }
+}
+
+/* Sequence s alone, its tokens in one step or two, must give the bits it had in the batch. */
+static void check_alone(struct op_check *c, struct cache *k, int32_t s, const float *together, float *out,
+                        struct op_diff *diff) {
+  const struct qtr_batch *batch = &k->b.batch;
+  const struct op_entry *e = k->entry;
+  const int32_t *table = batch->block_table + (size_t)s * (size_t)batch->max_blocks;
+  int32_t n = batch->q_start[s + 1] - batch->q_start[s];
+  size_t row = (size_t)(e->n_heads * e->head_dim), first = (size_t)batch->q_start[s];
+  int32_t cuts[2] = {0, n > 1 ? 1 + (int32_t)op_rng_below(&c->rng, (size_t)n - 1) : 0};
+  for (int i = 0; i < (n > 1 ? 2 : 1); i++) {
+    for (int32_t from = 0; from < n;) {
+      int32_t to = cuts[i] > from ? cuts[i] : n;
+      struct op_batch b;
+      op_batch_single(table, batch->max_blocks, batch->kv_len[s] + from, to - from, &b);
+      size_t token = first + (size_t)from;
+      step_attend(&c->dev, k->dev, k, &b.batch, k->qkv + token * width_of(e), out);
+      diff->n++;
+      if (memcmp(out, together + token * row, (size_t)(to - from) * row * sizeof *out)) {
+        op_bad(diff, "sequence %d (%d cached): tokens %d to %d alone differ from those in the batch", s, batch->kv_len[s],
+               from, to - 1);
+      }
+      op_batch_free(&b);
+      from = to;
+    }
+  }
+}
+
+void op_check_attention(struct op_check *c, const struct op_entry *e, enum qtr_kv_format format, struct op_diff *diff) {
+  size_t row = (size_t)(e->n_heads * e->head_dim);
+  for (size_t i = 0; i < n_op_patterns; i++) {
+    if (!(op_patterns[i].use & OP_CHECK)) continue;
+    struct cache k;
+    cache_make(c, e, format, &op_patterns[i], false, &k);
+    size_t n = (size_t)k.b.batch.n_tokens;
+    float *got = op_malloc((n + 1) * row, sizeof *got), *expected = op_malloc((n + 1) * row, sizeof *expected);
+    float *alone = op_malloc((n + 1) * row, sizeof *alone);
+    void *rounded = op_upload(&c->dev, k.qkv, n * width_of(e));
+    op_download(&c->dev, rounded, c->dev.caps.act_dtype, n * width_of(e), k.qkv);
+    c->dev.ops->free(c->dev.b, rounded);
+    step_attend(&c->dev, k.dev, &k, &k.b.batch, k.qkv, got);
+    step_attend(&c->ref, k.ref, &k, &k.b.batch, k.qkv, expected);
+    compare_cache(c, &k, diff);
+    compare_attention(c, &k, format, got, expected, op_patterns[i].name, diff);
+    if (!isnan(got[n * row])) op_bad(diff, "%s: wrote past the last row", op_patterns[i].name);
+    for (int32_t s = 0; s < k.b.batch.n_seqs; s++) check_alone(c, &k, s, got, alone, diff);
+    free(got);
+    free(expected);
+    free(alone);
+    cache_free(c, &k);
+  }
+}

@@ -1,0 +1,158 @@
+/* table.c - the one table of operations, shapes and formats that `check` and `perf` share, and the batches for the cache. */
+#include <stdio.h>
+
+#include "ops.h"
+
+#define BIT(x) (1u << (x))
+#define FLOATS (BIT(QTR_LINEAR_F32) | BIT(QTR_LINEAR_F16) | BIT(QTR_LINEAR_BF16))
+#define W4 (BIT(QTR_LINEAR_W4A8) | BIT(QTR_LINEAR_W4A8_G128))
+#define INTS (BIT(QTR_LINEAR_W8A8) | W4)
+#define NO_GROUPS (FLOATS | BIT(QTR_LINEAR_W8A8) | BIT(QTR_LINEAR_W4A8))
+#define KVS (BIT(QTR_N_KV_FORMATS) - 1)
+#define NORMS (BIT(N_OP_NORM_FORMATS) - 1)
+#define QUANTS (BIT(QTR_QUANT_NONE) | BIT(QTR_QUANT_INT8))
+#define BOTH (OP_CHECK | OP_PERF)
+
+/* n_out, n_in: one, two (gate and up) or three (q, k, v) parts */
+#define LINEAR(name, use_, formats_, in, ep, tokens, ...)                                                                 \
+  {                                                                                                                       \
+    .kind = OP_LINEAR, .shape = name, .use = use_, .formats = formats_, .n_in = in, .epilogue = ep, .max_tokens = tokens, \
+    .rows = {                                                                                                             \
+      __VA_ARGS__                                                                                                         \
+    }                                                                                                                     \
+  }
+#define BIASED(name, formats_, in, ep, tokens, ...)                                                     \
+  {                                                                                                     \
+    .kind = OP_LINEAR, .shape = name, .use = OP_CHECK, .formats = formats_, .n_in = in, .epilogue = ep, \
+    .max_tokens = tokens, .bias = true, .wild = true, .rows = {                                         \
+      __VA_ARGS__                                                                                       \
+    }                                                                                                   \
+  }
+#define ROWS(op, name, use_, formats_, dim, tokens) \
+  { .kind = op, .shape = name, .use = use_, .formats = formats_, .n_in = dim, .max_tokens = tokens }
+#define HEADS(op, name, use_, heads, kv_heads, dim) \
+  { .kind = op, .shape = name, .use = use_, .formats = KVS, .n_heads = heads, .n_kv_heads = kv_heads, .head_dim = dim }
+
+#define STORE QTR_EPILOGUE_STORE
+#define ADD QTR_EPILOGUE_ADD
+#define SILU QTR_EPILOGUE_SILU_MUL
+#define LOGITS QTR_EPILOGUE_LOGITS
+
+const struct op_entry op_table[] = {
+    ROWS(OP_QUANT, "odd-33", OP_CHECK, BIT(QTR_QUANT_NONE), 33, 9),
+    ROWS(OP_QUANT, "tiny-32", OP_CHECK, QUANTS, 32, 9),
+    ROWS(OP_QUANT, "tiny-96", OP_CHECK, QUANTS, 96, 9),
+    ROWS(OP_QUANT, "demo-1408", OP_CHECK, QUANTS, 1408, 17),
+    ROWS(OP_QUANT, "llama-1b-2048", BOTH, QUANTS, 2048, 17),
+    ROWS(OP_QUANT, "llama-1b-8192", BOTH, QUANTS, 8192, 17),
+    ROWS(OP_QUANT, "llama-8b-14336", BOTH, QUANTS, 14336, 17),
+
+    ROWS(OP_NORM, "odd-33", OP_CHECK, BIT(OP_NORM_EXACT_FLOAT), 33, 9),
+    ROWS(OP_NORM, "tiny-32", OP_CHECK, NORMS, 32, 9),
+    ROWS(OP_NORM, "tiny-96", OP_CHECK, NORMS, 96, 9),
+    ROWS(OP_NORM, "demo-512", OP_CHECK, NORMS, 512, 17),
+    ROWS(OP_NORM, "vicuna-13b-5120", OP_CHECK, NORMS, 5120, 17),
+    ROWS(OP_NORM, "llama-1b-2048", BOTH, NORMS, 2048, 17),
+    ROWS(OP_NORM, "llama-8b-4096", BOTH, NORMS, 4096, 17),
+
+    LINEAR("odd-1x1", OP_CHECK, FLOATS, 1, STORE, 5, 1),
+    LINEAR("odd-5x3", OP_CHECK, FLOATS, 3, ADD, 33, 5),
+    BIASED("odd-10x7", FLOATS, 7, STORE, 33, 3, 5, 2),
+    BIASED("odd-34x33", FLOATS, 33, SILU, 33, 17, 17),
+    BIASED("odd-129x257", FLOATS, 257, ADD, 65, 129),
+    LINEAR("odd-300x100", OP_CHECK, FLOATS, 100, LOGITS, 100, 300),
+    BIASED("tiny-32x32", NO_GROUPS, 32, STORE, 130, 32),
+    BIASED("tiny-96x64", NO_GROUPS, 64, ADD, 130, 96),
+    BIASED("tiny-128x96", NO_GROUPS, 96, STORE, 130, 32, 64, 32),
+    BIASED("tiny-192x160", NO_GROUPS, 160, SILU, 130, 96, 96),
+    BIASED("tiny-160x128", INTS, 128, LOGITS, 130, 160),
+    BIASED("tiny-448x384", INTS, 384, SILU, 130, 224, 224),
+    BIASED("tiny-288x640", INTS | FLOATS, 640, ADD, 130, 288),
+    BIASED("demo.qkv", INTS | FLOATS, 512, STORE, 65, 1024, 512, 512),
+    LINEAR("demo.o", OP_CHECK, INTS | FLOATS, 1024, ADD, 65, 512),
+    LINEAR("demo.gate_up", OP_CHECK, INTS | FLOATS, 512, SILU, 65, 1408, 1408),
+    LINEAR("demo.down", OP_CHECK, INTS | FLOATS, 1408, ADD, 65, 512),
+    LINEAR("demo.logits", OP_CHECK, INTS | FLOATS, 512, LOGITS, 8, 8192),
+    LINEAR("llama-1b.qkv", BOTH, INTS | FLOATS, 2048, STORE, 33, 2048, 512, 512),
+    LINEAR("llama-1b.o", OP_PERF, INTS | BIT(QTR_LINEAR_BF16), 2048, ADD, 33, 2048),
+    LINEAR("llama-1b.gate_up", BOTH, INTS, 2048, SILU, 33, 8192, 8192),
+    LINEAR("llama-1b.gate_up", OP_PERF, BIT(QTR_LINEAR_BF16), 2048, SILU, 33, 8192, 8192),
+    LINEAR("llama-1b.down", BOTH, INTS, 8192, ADD, 33, 2048),
+    LINEAR("llama-1b.down", OP_PERF, BIT(QTR_LINEAR_BF16), 8192, ADD, 33, 2048),
+    LINEAR("llama-1b.logits", OP_PERF, BIT(QTR_LINEAR_W8A8) | BIT(QTR_LINEAR_BF16), 2048, LOGITS, 8, 128256),
+    LINEAR("llama-8b.qkv", BOTH, INTS, 4096, STORE, 8, 4096, 1024, 1024),
+    LINEAR("llama-8b.gate_up", OP_PERF, INTS, 4096, SILU, 8, 14336, 14336),
+    LINEAR("llama-8b.down", BOTH, W4, 14336, ADD, 8, 4096),
+
+    HEADS(OP_KV_WRITE, "tiny-3/1x8", OP_CHECK, 3, 1, 8),
+    HEADS(OP_KV_WRITE, "tiny-2/2x32", OP_CHECK, 2, 2, 32),
+    HEADS(OP_KV_WRITE, "odd-4/2x80", OP_CHECK, 4, 2, 80),
+    HEADS(OP_KV_WRITE, "llama-1b-32/8x64", BOTH, 32, 8, 64),
+    HEADS(OP_KV_WRITE, "demo-8/4x128", BOTH, 8, 4, 128),
+
+    HEADS(OP_ATTENTION, "tiny-3/1x8", OP_CHECK, 3, 1, 8),
+    HEADS(OP_ATTENTION, "tiny-10/2x16", OP_CHECK, 10, 2, 16),
+    HEADS(OP_ATTENTION, "tiny-2/2x32", OP_CHECK, 2, 2, 32),
+    HEADS(OP_ATTENTION, "odd-8/1x80", OP_CHECK, 8, 1, 80),
+    HEADS(OP_ATTENTION, "odd-16/1x96", OP_CHECK, 16, 1, 96),
+    HEADS(OP_ATTENTION, "qwen-0.5b-14/2x64", OP_CHECK, 14, 2, 64),
+    HEADS(OP_ATTENTION, "llama-1b-32/8x64", BOTH, 32, 8, 64),
+    HEADS(OP_ATTENTION, "demo-8/4x128", BOTH, 8, 4, 128),
+    HEADS(OP_ATTENTION, "llama-8b-32/8x128", OP_PERF, 32, 8, 128),
+    HEADS(OP_ATTENTION, "llama2-4/4x128", OP_CHECK, 4, 4, 128),
+
+    ROWS(OP_EMBED, "demo-512", OP_CHECK, BIT(QTR_DTYPE_F32) | BIT(QTR_DTYPE_F16) | BIT(QTR_DTYPE_BF16) | BIT(QTR_DTYPE_I8),
+         512, 33),
+    ROWS(OP_EMBED, "odd-7", OP_CHECK, BIT(QTR_DTYPE_F32) | BIT(QTR_DTYPE_F16) | BIT(QTR_DTYPE_BF16) | BIT(QTR_DTYPE_I8), 7,
+         33),
+    ROWS(OP_GATHER, "demo-512", OP_CHECK, BIT(0), 512, 33),
+    ROWS(OP_GATHER, "odd-7", OP_CHECK, BIT(0), 7, 33),
+};
+const size_t n_op_table = sizeof op_table / sizeof op_table[0];
+
+const size_t op_check_tokens[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 100, 128, 130};
+const size_t n_op_check_tokens = sizeof op_check_tokens / sizeof op_check_tokens[0];
+const size_t op_perf_tokens[] = {1, 2, 3, 4, 5, 7, 8, 16, 17, 31, 32, 33, 64, 100, 128, 512};
+const size_t n_op_perf_tokens = sizeof op_perf_tokens / sizeof op_perf_tokens[0];
+
+const struct op_pattern op_patterns[] = {
+    {"decode", OP_CHECK, 1, 7, {{0, 1}, {1, 1}, {63, 1}, {64, 1}, {65, 1}, {200, 1}, {1000, 1}}},
+    {"prefill", OP_CHECK, 1, 5, {{0, 1}, {0, 63}, {0, 64}, {0, 65}, {0, 100}}},
+    {"chunks", OP_CHECK, 1, 6, {{1, 5}, {63, 2}, {64, 33}, {65, 64}, {200, 17}, {1000, 3}}},
+    {"mixed", OP_CHECK, 1, 7, {{0, 17}, {1000, 1}, {65, 2}, {200, 31}, {63, 1}, {0, 1}, {64, 100}}},
+    {"decode 1 x 1024", OP_PERF, 1, 1, {{1023, 1}}},
+    {"decode 1 x 4096", OP_PERF, 1, 1, {{4095, 1}}},
+    {"decode 8 x 1024", OP_PERF, 8, 1, {{1023, 1}}},
+    {"decode 32 x 192", OP_PERF, 32, 1, {{191, 1}}},
+    {"decode 32 x 1024", OP_PERF, 32, 1, {{1023, 1}}},
+    {"prefill 512", OP_PERF, 1, 1, {{0, 512}}},
+    {"prefill 512 after 3584", OP_PERF, 1, 1, {{3584, 512}}},
+    {"prefill 224 + decode 1024", OP_PERF, 1, 2, {{0, 224}, {1023, 1}}},
+};
+const size_t n_op_patterns = sizeof op_patterns / sizeof op_patterns[0];
+
+size_t op_n_parts(const struct op_entry *e) {
+  size_t n = 0;
+  while (n < QTR_MAX_PARTS && e->rows[n]) n++;
+  return n;
+}
+
+size_t op_n_out(const struct op_entry *e) { return e->rows[0] + e->rows[1] + e->rows[2]; }
+
+size_t op_out_width(const struct op_entry *e) { return op_n_out(e) / (e->epilogue == QTR_EPILOGUE_SILU_MUL ? 2 : 1); }
+
+void op_name(const struct op_entry *e, unsigned format, char *out, size_t n) {
+  static const char *const kinds[N_OP_KINDS] = {"quant", "norm", "linear", "kv_write", "attention", "embed", "gather"};
+  static const char *const norms[N_OP_NORM_FORMATS] = {"exact-float", "exact-int8", "qserve-int8"};
+  const char *name = "f32";
+  switch (e->kind) {
+    case OP_QUANT: name = format == QTR_QUANT_INT8 ? "int8" : "none"; break;
+    case OP_NORM: name = norms[format]; break;
+    case OP_LINEAR: name = qtr_linear_format_name((enum qtr_linear_format)format); break;
+    case OP_KV_WRITE:
+    case OP_ATTENTION: name = qtr_kv_format_name((enum qtr_kv_format)format); break;
+    case OP_EMBED: name = qtr_dtype_name((enum qtr_dtype)format); break;
+    default: break;
+  }
+  (void)snprintf(out, n, "%s/%s/%s", kinds[e->kind], name, e->shape);
+}

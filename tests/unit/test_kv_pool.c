@@ -215,11 +215,33 @@ static void test_chain_and_salt(void **unused) {
   assert_int_equal(qtr_kv_pool_create(0, true, &pool, &err), QTR_ERR_ARGUMENT);
 }
 
+/* Pages dropped in the wrong order: still no parent goes before its child. */
+static void test_leaves_first(void **unused) {
+  (void)unused;
+  struct qtr_kv_pool *pool = NULL;
+  int32_t token[PAGE];
+  assert_int_equal(qtr_kv_pool_create(3, true, &pool, NULL), QTR_OK);
+  fill(0, token);
+  int32_t a = qtr_kv_pool_take(pool), b = qtr_kv_pool_take(pool), c = qtr_kv_pool_take(pool);
+  qtr_kv_pool_publish(pool, 0, a, -1, token);
+  qtr_kv_pool_publish(pool, 0, b, a, token);
+  qtr_kv_pool_unref(pool, a);
+  assert_int_equal(qtr_kv_pool_take(pool), -1); /* its child is in use */
+  qtr_kv_pool_unref(pool, b);
+  qtr_kv_pool_unref(pool, c);
+  assert_int_equal(qtr_kv_pool_take(pool), c); /* free */
+  assert_int_equal(qtr_kv_pool_take(pool), b);
+  assert_int_equal(qtr_kv_pool_take(pool), a);
+  assert_int_equal(qtr_kv_pool_take(pool), -1);
+  qtr_kv_pool_free(pool);
+}
+
 int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(test_random),
       cmocka_unit_test(test_random_without_cache),
       cmocka_unit_test(test_chain_and_salt),
+      cmocka_unit_test(test_leaves_first),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,0 +1,75 @@
+/* engine_fixture.h - an engine over a tiny model with random weights on the reference backend: no files, no tokenizer. */
+#ifndef QTR_TESTS_ENGINE_FIXTURE_H
+#define QTR_TESTS_ENGINE_FIXTURE_H
+
+#include "base/checked.h"
+#include "engine/engine_internal.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#define TINY_VOCAB 256
+#define TINY_EOS 6 /* ids 0 … 5 end a text: about one token in 43 */
+
+static struct qtr_model *tiny_model(enum qtr_linear_format format) {
+  struct qtr_config config = {.architecture = "LlamaForCausalLM",
+                              .hidden_size = 32,
+                              .intermediate_size = 32,
+                              .n_layers = 2,
+                              .n_heads = 2,
+                              .n_kv_heads = 1,
+                              .head_dim = 32,
+                              .vocab_size = TINY_VOCAB,
+                              .max_position_embeddings = 1024,
+                              .rms_norm_eps = 1e-5f,
+                              .rope_theta = 10000,
+                              .bos_token = -1,
+                              .pad_token = -1,
+                              .n_eos = TINY_EOS};
+  for (int32_t i = 0; i < TINY_EOS; i++) config.eos_token[i] = i;
+  struct qtr_backend *backend = NULL;
+  struct qtr_model *model = NULL;
+  struct qtr_error err = {0};
+  const struct qtr_backend_options backend_options = {.threads = 1};
+  const struct qtr_model_options model_options = {.quiet = true};
+  if (qtr_backend_open("reference", &backend_options, &backend, &err) ||
+      qtr_model_random(&config, format, false, 11, backend, &model_options, &model, &err)) {
+    fail_msg("%s", err.message);
+  }
+  return model;
+}
+
+static struct qtr_engine *tiny_engine(struct qtr_model *model, const struct qtr_engine_options *options) {
+  struct qtr_engine *engine = NULL;
+  struct qtr_error err = {0};
+  if (qtr_engine_open_model(model, NULL, NULL, options, &engine, &err)) fail_msg("%s", err.message);
+  return engine;
+}
+
+/* Runs until nothing is left. */
+static inline void drain(struct qtr_engine *engine) {
+  struct qtr_error err = {0};
+  bool work = true;
+  while (work) {
+    if (qtr_engine_step(engine, &work, &err)) fail_msg("%s", err.message);
+  }
+}
+
+/* The state after everything has ended: no page used, pool consistent, nothing queued. */
+static inline void assert_idle(struct qtr_engine *engine) {
+  struct qtr_stats stats;
+  struct qtr_error err = {0};
+  qtr_engine_stats(engine, &stats);
+  if (!qtr_kv_pool_check(engine->pool, &err)) fail_msg("%s", err.message);
+  assert_int_equal(stats.n_pages_used, 0);
+  assert_int_equal(stats.n_running, 0);
+  assert_int_equal(stats.n_waiting, 0);
+  for (size_t i = 0; i < QTR_ID_SLOTS; i++) assert_null(engine->by_id[i]);
+}
+
+#endif

@@ -350,6 +350,7 @@ enum qtr_status qtr_engine_open(const struct qtr_engine_options *o, struct qtr_e
     if (status == QTR_ERR_NOT_FOUND) status = QTR_OK;
   }
   if (!status) status = qtr_engine_open_model(model, tokenizer, chat, o, engine, err);
+  if (!status) *err = (struct qtr_error){0}; /* an absent tokenizer or template is no error */
   if (status) {
     qtr_chat_template_close(chat);
     qtr_tokenizer_close(tokenizer);

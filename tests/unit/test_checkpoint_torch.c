@@ -1,0 +1,424 @@
+/* torch archives: files torch.save wrote (tests/golden/checkpoint), and zips and pickles built here to be hostile. */
+#include "base/file.h"
+#include "checkpoint/tensors.h"
+
+#include <jansson.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#define GOLDEN QTR_SOURCE_DIR "/tests/golden/checkpoint"
+
+/* ---- files by torch ------------------------------------------------------------------------------ */
+
+static void compare(const char *archive, const char *name, const struct qtr_tensor *t, const json_t *want) {
+  if (!t) fail_msg("%s: no tensor %s", archive, name);
+  json_t *shape = json_object_get(want, "shape"), *values = json_object_get(want, "values");
+  assert_string_equal(qtr_dtype_name(t->dtype), json_string_value(json_object_get(want, "dtype")));
+  assert_int_equal(t->n_dims, json_array_size(shape));
+  for (size_t d = 0; d < t->n_dims; d++) assert_int_equal(t->shape[d], json_integer_value(json_array_get(shape, d)));
+  size_t n = json_array_size(values);
+  assert_int_equal(t->n_bytes, n * qtr_dtype_bytes(t->dtype));
+  float x[1024];
+  assert_in_range(n, 0, 1024);
+  if (t->dtype == QTR_DTYPE_BOOL) {
+    for (size_t i = 0; i < n; i++) x[i] = ((const uint8_t *)t->data)[i];
+  } else {
+    assert_int_equal(qtr_tensor_to_floats(t, x, n, NULL), QTR_OK);
+  }
+  for (size_t i = 0; i < n; i++) {
+    double value = json_number_value(json_array_get(values, i));
+    if ((double)x[i] != (double)(float)value) fail_msg("%s: %s[%zu] is %g, not %g", archive, name, i, (double)x[i], value);
+  }
+}
+
+static void test_files_of_torch(void **state) {
+  (void)state;
+  json_t *all = json_load_file(GOLDEN "/expected.json", 0, NULL), *want, *value;
+  const char *archive, *name;
+  size_t n_read = 0, n_refused = 0;
+  assert_non_null(all);
+  json_object_foreach(all, archive, want) {
+    char path[4096];
+    struct qtr_checkpoint *c;
+    struct qtr_error err = {0};
+    (void)snprintf(path, sizeof path, "%s/%s.bin", GOLDEN, archive);
+    enum qtr_status status = qtr_checkpoint_open(path, &c, &err);
+    if (json_is_null(want)) {
+      if (status != QTR_ERR_UNSUPPORTED) fail_msg("%s: %s %s", archive, qtr_status_name(status), err.message);
+      n_refused++;
+      continue;
+    }
+    if (status) fail_msg("%s: %s", archive, err.message);
+    assert_int_equal(qtr_checkpoint_count(c), json_object_size(want));
+    json_object_foreach(want, name, value) compare(archive, name, qtr_checkpoint_find(c, name), value);
+    if (strcmp(archive, "qserve") == 0) {
+      enum qtr_linear_format format;
+      assert_int_equal(qtr_checkpoint_format(c, &format, &err), QTR_OK);
+      assert_int_equal(format, QTR_LINEAR_W4A8);
+    }
+    qtr_checkpoint_close(c);
+    n_read++;
+  }
+  assert_int_equal(n_read, 7);
+  assert_int_equal(n_refused, 4);
+  json_decref(all);
+}
+
+/* Contiguous tensors are not copied, and storages that two tensors share stay one. */
+static void test_no_copies(void **state) {
+  (void)state;
+  struct qtr_map map;
+  struct qtr_checkpoint *c;
+  assert_int_equal(qtr_map_open(GOLDEN "/views.bin", &map, NULL), QTR_OK);
+  assert_int_equal(qtr_checkpoint_open_memory(map.data, map.n_bytes, &c, NULL), QTR_OK);
+  const uint8_t *whole = qtr_checkpoint_find(c, "whole")->data, *row = qtr_checkpoint_find(c, "row")->data;
+  assert_in_range((uintptr_t)whole, (uintptr_t)map.data, (uintptr_t)map.data + map.n_bytes);
+  assert_ptr_equal(row, whole + 12 * sizeof(float));
+  const uint8_t *window = qtr_checkpoint_find(c, "window")->data;
+  assert_false(window >= map.data && window < map.data + map.n_bytes);
+  qtr_checkpoint_close(c);
+  qtr_map_close(&map);
+}
+
+/* Every prefix of a good archive is refused; one flipped bit anywhere is refused or still reads; neither may touch a byte
+ * outside (run under ASan). */
+static void test_damage(void **state) {
+  (void)state;
+  char *file;
+  size_t n;
+  struct qtr_checkpoint *c;
+  assert_int_equal(qtr_file_read(GOLDEN "/views.bin", 1 << 20, &file, &n, NULL), QTR_OK);
+  for (size_t i = 0; i < n; i++) {
+    uint8_t *part = malloc(i + 1);
+    assert_non_null(part);
+    memcpy(part, file, i);
+    assert_int_not_equal(qtr_checkpoint_open_memory(part, i, &c, NULL), QTR_OK);
+    free(part);
+  }
+  for (size_t i = 0; i < n; i++) {
+    for (int bit = 0; bit < 8; bit++) {
+      file[i] ^= (char)(1 << bit);
+      if (qtr_checkpoint_open_memory(file, n, &c, NULL) == QTR_OK) {
+        /* what it names can be read */
+        unsigned sum = 0;
+        for (size_t k = 0; k < qtr_checkpoint_count(c); k++) {
+          const struct qtr_tensor *t = qtr_checkpoint_at(c, k);
+          for (size_t b = 0; b < t->n_bytes; b++) sum += ((const uint8_t *)t->data)[b];
+        }
+        assert_true(sum < UINT32_MAX);
+        qtr_checkpoint_close(c);
+      }
+      file[i] ^= (char)(1 << bit);
+    }
+  }
+  free(file);
+}
+
+/* ---- built here ---------------------------------------------------------------------------------- */
+
+struct bytes {
+  uint8_t data[8192];
+  size_t n;
+};
+
+static void put(struct bytes *b, const void *data, size_t n) {
+  assert_true(b->n + n <= sizeof b->data);
+  if (n) memcpy(b->data + b->n, data, n);
+  b->n += n;
+}
+
+static void put_int(struct bytes *b, uint64_t x, size_t n) {
+  for (size_t i = 0; i < n; i++) put(b, &(uint8_t){(uint8_t)(x >> (8 * i))}, 1);
+}
+
+struct entry {
+  const char *name;
+  const void *data;
+  size_t n;
+};
+
+struct zip_how {
+  bool zip64;
+  uint16_t method, flags;
+  uint64_t size_plus, offset_plus, count_plus, directory_plus; /* lies */
+};
+
+/* A zip of stored entries. With zip64, all sizes and offsets stand in the 64-bit fields. */
+static void make_zip(struct bytes *b, const struct entry *entries, size_t n, struct zip_how how) {
+  size_t offset[8];
+  b->n = 0;
+  for (size_t i = 0; i < n; i++) {
+    size_t name_len = strlen(entries[i].name);
+    offset[i] = b->n;
+    put(b, "PK\3\4", 4);
+    put_int(b, 0, 22);
+    put_int(b, name_len, 2);
+    put_int(b, 3, 2); /* an extra field of odd length: data is where the local header says */
+    put(b, entries[i].name, name_len);
+    put(b, "xyz", 3);
+    put(b, entries[i].data, entries[i].n);
+  }
+  size_t directory = b->n;
+  for (size_t i = 0; i < n; i++) {
+    size_t name_len = strlen(entries[i].name);
+    uint64_t size = entries[i].n + how.size_plus, place = offset[i] + how.offset_plus;
+    put(b, "PK\1\2", 4);
+    put_int(b, 0, 4);
+    put_int(b, how.flags, 2);
+    put_int(b, how.method, 2);
+    put_int(b, 0, 8);
+    put_int(b, how.zip64 ? UINT32_MAX : size, 4);
+    put_int(b, how.zip64 ? UINT32_MAX : size, 4);
+    put_int(b, name_len, 2);
+    put_int(b, how.zip64 ? 28 + 5 : 0, 2);
+    put_int(b, 0, 10);
+    put_int(b, how.zip64 ? UINT32_MAX : place, 4);
+    put(b, entries[i].name, name_len);
+    if (how.zip64) {
+      put(b, "\x99\x99\1\0q", 5); /* another field before it */
+      put_int(b, 1, 2);
+      put_int(b, 24, 2);
+      put_int(b, size, 8);
+      put_int(b, size, 8);
+      put_int(b, place, 8);
+    }
+  }
+  size_t end = b->n, directory_bytes = end - directory;
+  uint64_t at = directory + how.directory_plus, count = n + how.count_plus;
+  if (how.zip64) {
+    put(b, "PK\6\6", 4);
+    put_int(b, 44, 8);
+    put_int(b, 0, 12);
+    put_int(b, count, 8);
+    put_int(b, count, 8);
+    put_int(b, directory_bytes, 8);
+    put_int(b, at, 8);
+    put(b, "PK\6\7", 4);
+    put_int(b, 0, 4);
+    put_int(b, end, 8);
+    put_int(b, 1, 4);
+  }
+  put(b, "PK\5\6", 4);
+  put_int(b, 0, 4);
+  put_int(b, how.zip64 ? UINT16_MAX : count, 2);
+  put_int(b, how.zip64 ? UINT16_MAX : count, 2);
+  put_int(b, how.zip64 ? UINT32_MAX : directory_bytes, 4);
+  put_int(b, how.zip64 ? UINT32_MAX : at, 4);
+  put_int(b, 7, 2);
+  put(b, "comment", 7);
+}
+
+/* Opens a copy that ends exactly where the file ends. */
+static enum qtr_status open_copy(const struct bytes *b, struct qtr_checkpoint **c, uint8_t **copy, struct qtr_error *err) {
+  *copy = malloc(b->n);
+  assert_non_null(*copy);
+  memcpy(*copy, b->data, b->n);
+  return qtr_checkpoint_open_memory(*copy, b->n, c, err);
+}
+
+static void refuse(const struct bytes *b, enum qtr_status status, const char *word) {
+  struct qtr_checkpoint *c;
+  struct qtr_error err = {0};
+  uint8_t *copy;
+  enum qtr_status got = open_copy(b, &c, &copy, &err);
+  if (got != status) fail_msg("%s instead of %s: %s (%s)", qtr_status_name(got), qtr_status_name(status), err.message, word);
+  if (!strstr(err.message, word)) fail_msg("\"%s\" does not say %s", err.message, word);
+  free(copy);
+}
+
+/* One tensor "w" of 6 int8: shape and stride as given, in protocol 2. The text between is what torch writes. */
+#define STORAGE(key, n) "((U\7storagectorch\nCharStorage\nU\1" key "U\3cpuK" n "tQ"
+#define TENSOR(storage, offset, shape, stride)                      \
+  "ctorch._utils\n_rebuild_tensor_v2\n" storage offset shape stride \
+  "\x89"                                                            \
+  "ccollections\nOrderedDict\n)RtR"
+#define DICT(content) "\x80\2}(" content "u."
+#define GOOD TENSOR(STORAGE("0", "\6"), "K\0", "K\2K\3\x86", "K\3K\1\x86")
+
+static void make_archive(struct bytes *b, const char *pickle, size_t n, struct zip_how how) {
+  const struct entry entries[] = {{"x/data.pkl", pickle, n}, {"x/data/0", "\1\2\3\4\5\6", 6}, {"x/version", "3\n", 2}};
+  make_zip(b, entries, 3, how);
+}
+#define ARCHIVE(b, text) make_archive(b, text, sizeof(text) - 1, (struct zip_how){0})
+
+static void test_built_archive(void **state) {
+  (void)state;
+  for (int zip64 = 0; zip64 < 2; zip64++) {
+    struct bytes b;
+    struct qtr_checkpoint *c;
+    struct qtr_error err = {0};
+    uint8_t *copy;
+    static const char text[] = DICT("U\1w" GOOD);
+    make_archive(&b, text, sizeof text - 1, (struct zip_how){.zip64 = zip64});
+    if (open_copy(&b, &c, &copy, &err)) fail_msg("%s", err.message);
+    const struct qtr_tensor *t = qtr_checkpoint_find(c, "w");
+    assert_non_null(t);
+    assert_int_equal(t->n_dims, 2);
+    assert_memory_equal(t->data, "\1\2\3\4\5\6", 6);
+    qtr_checkpoint_close(c);
+    free(copy);
+  }
+}
+
+static void test_hostile_zips(void **state) {
+  (void)state;
+  static const char text[] = DICT("U\1w" GOOD);
+  static const struct {
+    struct zip_how how;
+    enum qtr_status status;
+    const char *word;
+  } cases[] = {
+      {{.method = 8}, QTR_ERR_UNSUPPORTED, "compressed"},
+      {{.flags = 1}, QTR_ERR_UNSUPPORTED, "encrypted"},
+      {{.size_plus = 100000}, QTR_ERR_FORMAT, "size of an entry"},
+      {{.offset_plus = 1}, QTR_ERR_FORMAT, "place of an entry"},
+      {{.offset_plus = 100000}, QTR_ERR_FORMAT, "place of an entry"},
+      {{.count_plus = 1}, QTR_ERR_FORMAT, "directory"},
+      {{.count_plus = 60000}, QTR_ERR_FORMAT, "directory"},
+      {{.directory_plus = 1}, QTR_ERR_FORMAT, "directory"},
+      {{.directory_plus = 100000}, QTR_ERR_FORMAT, "directory"},
+      {{.zip64 = true, .size_plus = UINT64_MAX - 3}, QTR_ERR_FORMAT, "of an entry"},
+      {{.zip64 = true, .offset_plus = UINT64_MAX - 40}, QTR_ERR_FORMAT, "place of an entry"},
+      {{.zip64 = true, .directory_plus = UINT64_MAX - 40}, QTR_ERR_FORMAT, "directory"},
+      {{.zip64 = true, .count_plus = UINT64_MAX / 2}, QTR_ERR_FORMAT, "directory"},
+  };
+  struct bytes b;
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    make_archive(&b, text, sizeof text - 1, cases[i].how);
+    refuse(&b, cases[i].status, cases[i].word);
+  }
+  const struct entry twice[] = {{"x/data.pkl", text, sizeof text - 1}, {"x/data/0", "abcdef", 6}, {"x/data/0", "ghijkl", 6}};
+  make_zip(&b, twice, 3, (struct zip_how){0});
+  refuse(&b, QTR_ERR_FORMAT, "twice");
+  const struct entry two_roots[] = {{"x/data.pkl", text, sizeof text - 1}, {"y/data.pkl", text, sizeof text - 1}};
+  make_zip(&b, two_roots, 2, (struct zip_how){0});
+  refuse(&b, QTR_ERR_FORMAT, "two data.pkl");
+  const struct entry no_pickle[] = {{"x/data/0", "abcdef", 6}, {"data.pkl", text, sizeof text - 1}};
+  make_zip(&b, no_pickle, 2, (struct zip_how){0});
+  refuse(&b, QTR_ERR_FORMAT, "no data.pkl");
+  const struct entry big[] = {{"x/data.pkl", text, sizeof text - 1}, {"x/data/0", "abcdef", 6}, {"x/byteorder", "big", 3}};
+  make_zip(&b, big, 3, (struct zip_how){0});
+  refuse(&b, QTR_ERR_UNSUPPORTED, "big-endian");
+  const struct entry no_storage[] = {{"x/data.pkl", text, sizeof text - 1}, {"x/data/1", "abcdef", 6}};
+  make_zip(&b, no_storage, 2, (struct zip_how){0});
+  refuse(&b, QTR_ERR_FORMAT, "data/0");
+  const struct entry short_storage[] = {{"x/data.pkl", text, sizeof text - 1}, {"x/data/0", "abcde", 5}};
+  make_zip(&b, short_storage, 2, (struct zip_how){0});
+  refuse(&b, QTR_ERR_FORMAT, "beyond its storage");
+  make_zip(&b, NULL, 0, (struct zip_how){0});
+  refuse(&b, QTR_ERR_FORMAT, "header"); /* an empty zip has no local header: it is taken for safetensors */
+}
+
+static void test_hostile_tensors(void **state) {
+  (void)state;
+  struct bytes b;
+#define SHAPED(storage, offset, shape, stride) DICT("U\1w" TENSOR(storage, offset, shape, stride))
+#define REFUSE(text, status, word) \
+  do {                             \
+    ARCHIVE(&b, text);             \
+    refuse(&b, status, word);      \
+  } while (0)
+  const char *beyond = "beyond its storage";
+  REFUSE(SHAPED(STORAGE("0", "\6"), "K\0", "K\2K\4\x86", "K\4K\1\x86"), QTR_ERR_FORMAT, beyond);
+  REFUSE(SHAPED(STORAGE("0", "\6"), "K\1", "K\2K\3\x86", "K\3K\1\x86"), QTR_ERR_FORMAT, beyond);
+  REFUSE(SHAPED(STORAGE("0", "\5"), "K\0", "K\2K\3\x86", "K\3K\1\x86"), QTR_ERR_FORMAT, beyond);   /* says it has less */
+  REFUSE(SHAPED(STORAGE("0", "\x20"), "K\0", "K\4K\3\x86", "K\3K\1\x86"), QTR_ERR_FORMAT, beyond); /* says it has more */
+  REFUSE(SHAPED(STORAGE("1", "\6"), "K\0", "K\2K\3\x86", "K\3K\1\x86"), QTR_ERR_FORMAT, "data/1");
+  REFUSE(SHAPED(STORAGE("0", "\6"), "J\xff\xff\xff\xff", "K\2K\3\x86", "K\3K\1\x86"), QTR_ERR_FORMAT, "negative");
+  REFUSE(SHAPED(STORAGE("0", "\6"), "K\0", "J\xff\xff\xff\xffK\3\x86", "K\3K\1\x86"), QTR_ERR_FORMAT, "negative");
+  REFUSE(SHAPED(STORAGE("0", "\6"), "K\0", "K\2K\3\x86", "J\xfd\xff\xff\xffK\1\x86"), QTR_ERR_FORMAT, "negative");
+  REFUSE(SHAPED(STORAGE("0", "\6"), "K\0", "K\2K\3\x86", "K\1\x85"), QTR_ERR_FORMAT, "differ in length");
+  REFUSE(SHAPED(STORAGE("0", "\6"), "K\0", "K\2", "K\1\x85"), QTR_ERR_FORMAT, "no tuple");
+  /* 2^62 x 2^62, and a stride that wraps */
+#define HUGE_INT "\x8a\x08\0\0\0\0\0\0\0\x40"
+  REFUSE(SHAPED(STORAGE("0", "\6"), "K\0", HUGE_INT HUGE_INT "\x86", "K\0K\0\x86"), QTR_ERR_FORMAT, "too many elements");
+  REFUSE(SHAPED(STORAGE("0", "\6"), "K\0", "K\5\x85", HUGE_INT "\x85"), QTR_ERR_FORMAT, beyond);
+  REFUSE(SHAPED(STORAGE("0", "\6"), HUGE_INT, "K\1\x85", "K\1\x85"), QTR_ERR_FORMAT, beyond);
+  /* stride 0 would blow six bytes up to gigabytes */
+  REFUSE(SHAPED(STORAGE("0", "\6"), "K\0", "J\0\0\0\x40\x85", "K\0\x85"), QTR_ERR_LIMIT, "strided");
+}
+
+static void test_hostile_pickles(void **state) {
+  (void)state;
+  struct bytes b;
+  REFUSE("", QTR_ERR_FORMAT, "no end");
+  REFUSE(".", QTR_ERR_FORMAT, "leaves nothing");
+  REFUSE("\x80\2}", QTR_ERR_FORMAT, "no end");
+  REFUSE("\x80\6}.", QTR_ERR_FORMAT, "protocol");
+  REFUSE("\x80\2K\1.", QTR_ERR_UNSUPPORTED, "no dictionary");
+  REFUSE("\x80\2}.", QTR_ERR_FORMAT, "no tensors");
+  REFUSE(DICT("U\1wcos\nsystem\nU\4true\x85R"), QTR_ERR_UNSUPPORTED, "os.system");
+  REFUSE(DICT("U\1wcbuiltins\neval\nU\4true\x85R"), QTR_ERR_UNSUPPORTED, "builtins.eval");
+  REFUSE("\x80\4\x8c\2os\x8c\6system\x93.", QTR_ERR_UNSUPPORTED, "os.system");
+  REFUSE("ctorch\n", QTR_ERR_FORMAT, "no end");
+  REFUSE("(ios\nsystem\n.", QTR_ERR_UNSUPPORTED, "0x69");                        /* INST */
+  REFUSE("(ctorch._utils\n_rebuild_tensor_v2\no.", QTR_ERR_UNSUPPORTED, "0x6f"); /* OBJ */
+  REFUSE("ccollections\nOrderedDict\n)\x81.", QTR_ERR_UNSUPPORTED, "0x81");      /* NEWOBJ */
+  REFUSE("P0\n.", QTR_ERR_UNSUPPORTED, "0x50");
+  REFUSE("\x82\1.", QTR_ERR_UNSUPPORTED, "0x82"); /* EXT1 */
+  REFUSE("ccollections\nOrderedDict\nK\1\x85R.", QTR_ERR_FORMAT, "with arguments");
+  REFUSE("ctorch\nHalfStorage\n)R.", QTR_ERR_FORMAT, "cannot be called");
+  REFUSE("ctorch._utils\n_rebuild_tensor_v2\n)R.", QTR_ERR_FORMAT, "too few");
+  REFUSE("ctorch._utils\n_rebuild_tensor_v2\n(NK\0))tR.", QTR_ERR_FORMAT, "no storage");
+  REFUSE("ctorch._utils\n_rebuild_parameter\n(K\1tR.", QTR_ERR_FORMAT, "parameter");
+  REFUSE("K\1K\2R.", QTR_ERR_FORMAT, "no known class");
+  REFUSE("R.", QTR_ERR_FORMAT, "call");
+  REFUSE("(R.", QTR_ERR_FORMAT, "call");
+  REFUSE("Q.", QTR_ERR_FORMAT, "persistent");
+  REFUSE("(K\1K\2K\3K\4K\5tQ.", QTR_ERR_FORMAT, "persistent");
+  REFUSE(
+      "(U\7storageccollections\nOrderedDict\nU\1"
+      "0U\3cpuK\6tQ.",
+      QTR_ERR_FORMAT, "persistent");
+  REFUSE("t.", QTR_ERR_FORMAT, "no mark");
+  REFUSE("u.", QTR_ERR_FORMAT, "no mark");
+  REFUSE("(u.", QTR_ERR_FORMAT, "no dictionary");
+  REFUSE("}(K\1u.", QTR_ERR_FORMAT, "no dictionary"); /* a key without a value */
+  REFUSE("(K\1d.", QTR_ERR_FORMAT, "without a value");
+  REFUSE("}K\1s.", QTR_ERR_FORMAT, "no dictionary"); /* the dictionary itself is the key */
+  REFUSE("K\1K\2K\3s.", QTR_ERR_FORMAT, "no dictionary");
+  REFUSE("a.", QTR_ERR_FORMAT, "too short");
+  REFUSE("}K\1a.", QTR_ERR_FORMAT, "no list");
+  REFUSE("\x85.", QTR_ERR_FORMAT, "too short");
+  REFUSE("(\x85.", QTR_ERR_FORMAT, "mark");
+  REFUSE("K\1(\x86.", QTR_ERR_FORMAT, "mark");
+  REFUSE("0.", QTR_ERR_FORMAT, "drop");
+  REFUSE("2.", QTR_ERR_FORMAT, "repeat");
+  REFUSE("b.", QTR_ERR_FORMAT, "state");
+  REFUSE("K\1K\2b.", QTR_ERR_FORMAT, "state");
+  REFUSE("q\0.", QTR_ERR_FORMAT, "remember");
+  REFUSE("Nr\xff\xff\xff\x7f.", QTR_ERR_FORMAT, "remember");
+  REFUSE("h\0.", QTR_ERR_FORMAT, "recalls");
+  REFUSE("Nq\1h\0.", QTR_ERR_FORMAT, "recalls");
+  REFUSE("j\xff\xff\xff\xff.", QTR_ERR_FORMAT, "recalls");
+  REFUSE("U\377abc.", QTR_ERR_FORMAT, "ends inside");
+  REFUSE(
+      "X\xff\xff\xff\xff"
+      "abc.",
+      QTR_ERR_FORMAT, "ends inside");
+  REFUSE(
+      "\x8d\xff\xff\xff\xff\xff\xff\xff\xff"
+      "abc.",
+      QTR_ERR_FORMAT, "ends inside");
+  REFUSE("\x8b\xff\xff\xff\xff.", QTR_ERR_FORMAT, "64 bits");
+  REFUSE("\x8a\x09.........", QTR_ERR_FORMAT, "64 bits");
+  REFUSE("J\0\0.", QTR_ERR_FORMAT, "ends inside");
+  /* one name twice */
+  REFUSE(DICT("U\1w" GOOD "U\1w" GOOD), QTR_ERR_FORMAT, "twice");
+  /* a dictionary that holds itself, as the state dict and as a value */
+  REFUSE("}q\0U\5modelh\0s.", QTR_ERR_FORMAT, "no tensors");
+}
+
+int main(void) {
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(test_files_of_torch),  cmocka_unit_test(test_no_copies),    cmocka_unit_test(test_damage),
+      cmocka_unit_test(test_built_archive),   cmocka_unit_test(test_hostile_zips), cmocka_unit_test(test_hostile_tensors),
+      cmocka_unit_test(test_hostile_pickles),
+  };
+  return cmocka_run_group_tests(tests, NULL, NULL);
+}

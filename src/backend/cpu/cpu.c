@@ -218,6 +218,7 @@ const struct qtr_backend_ops qtr_backend_cpu = {
     .input_free = qtr_cpu_input_free,
     .kv_create = qtr_cpu_kv_create,
     .kv_free = qtr_cpu_kv_free,
+    .kv_format = qtr_cpu_kv_format,
     .begin_step = begin_step,
     .end_step = end_step,
     .embed = qtr_cpu_embed,

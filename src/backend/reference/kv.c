@@ -55,6 +55,8 @@ done:
   return status;
 }
 
+enum qtr_kv_format qtr_reference_kv_format(const struct qtr_kv *kv) { return kv->config.format; }
+
 void qtr_reference_kv_free(struct qtr_backend *b, struct qtr_kv *kv) {
   (void)b;
   if (!kv) return;

@@ -166,6 +166,7 @@ const struct qtr_backend_ops qtr_backend_reference = {
     .input_free = qtr_reference_input_free,
     .kv_create = qtr_reference_kv_create,
     .kv_free = qtr_reference_kv_free,
+    .kv_format = qtr_reference_kv_format,
     .begin_step = reference_begin_step,
     .end_step = reference_end_step,
     .embed = qtr_reference_embed,

@@ -54,7 +54,8 @@ static const struct qtr_att_kernel portable = {float_scratch_bytes, float_prepar
 
 static const struct qtr_att_kernel *choose_kernel(const struct qtr_cpu *c, enum qtr_kv_format format) {
   const struct qtr_att_kernel *kernel = NULL;
-  (void)format;
+  if (c->isa >= QTR_CPU_AMX && format != QTR_KV_F16) kernel = qtr_cpu_attention_amx(); /* halves are not exact in bf16 */
+  if (kernel) return kernel;
   if (c->isa >= QTR_CPU_AVX512) {
     kernel = qtr_cpu_attention_avx512();
   } else if (c->isa >= QTR_CPU_AVX2) {

@@ -53,7 +53,7 @@ static inline void load_scales(const struct qtr_att_tile *t, const uint8_t *k, c
   }
 }
 
-#ifndef ATTENTION_SCALES_ONLY
+#ifndef ATTENTION_NO_KERNEL
 
 /* K of the first n keys -> k (dim, 64), a row of keys for each dim; whole blocks of 16 keys are written. */
 static inline void unpack_k(const struct qtr_kv *kv, const uint8_t *half, int32_t n, float *restrict k) {
@@ -200,6 +200,8 @@ struct row_state {
   float sum[16], zeros[16];
 };
 
+#ifndef ATTENTION_NO_KERNEL
+
 /* s (64): q · code, becomes the weights w; the first n keys count, the others get 0. Returns the factor of what was summed
  * before. */
 static inline float softmax_page(float *restrict s, const struct page_scales *p, int32_t n, struct row_state *row) {
@@ -234,8 +236,6 @@ static inline float softmax_page(float *restrict s, const struct page_scales *p,
   vf_store(row->zeros, zeros);
   return correction;
 }
-
-#ifndef ATTENTION_SCALES_ONLY
 
 /* ---- products --------------------------------------------------------------------------------------- */
 

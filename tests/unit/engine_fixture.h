@@ -16,7 +16,7 @@
 #define TINY_VOCAB 256
 #define TINY_EOS 6 /* ids 0 … 5 end a text: about one token in 43 */
 
-static struct qtr_model *tiny_model(enum qtr_linear_format format) {
+static inline struct qtr_model *tiny_model(enum qtr_linear_format format) {
   struct qtr_config config = {.architecture = "LlamaForCausalLM",
                               .hidden_size = 32,
                               .intermediate_size = 32,
@@ -44,7 +44,7 @@ static struct qtr_model *tiny_model(enum qtr_linear_format format) {
   return model;
 }
 
-static struct qtr_engine *tiny_engine(struct qtr_model *model, const struct qtr_engine_options *options) {
+static inline struct qtr_engine *tiny_engine(struct qtr_model *model, const struct qtr_engine_options *options) {
   struct qtr_engine *engine = NULL;
   struct qtr_error err = {0};
   if (qtr_engine_open_model(model, NULL, NULL, options, &engine, &err)) fail_msg("%s", err.message);

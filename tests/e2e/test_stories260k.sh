@@ -19,7 +19,7 @@ import json, sys
 got = json.loads(open(sys.argv[1]).readline())["text"].strip()
 want = open(sys.argv[2]).read().strip()
 n = min(len(got), len(want))
-assert n > 600 and got[:n] == want[:n], f"{sys.argv[3]}:\n{got}\n--- expected\n{want}"
+assert n > 0.98 * len(want) and got[:n] == want[:n], f"{sys.argv[3]}:\n{got}\n--- expected\n{want}"
 print(sys.argv[3], "equal:", n, "characters")
 P
 done

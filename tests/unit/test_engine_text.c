@@ -252,7 +252,7 @@ static void test_text_events(void **unused) {
   struct qtr_request_options o;
   uint64_t id;
   qtr_request_options_init(&o);
-  o.prompt = "aabc <|end|>";
+  o.prompt = "xyzq <|end|>";
   o.prompt_len = strlen(o.prompt);
   o.max_tokens = 60;
   o.ignore_eos = true;
@@ -284,7 +284,7 @@ static void test_text_events(void **unused) {
   qtr_text_free(&text);
   int32_t *ids;
   size_t n_ids;
-  assert_int_equal(qtr_engine_tokenize(engine, "aabc <|end|>", 12, true, false, &ids, &n_ids, &err), QTR_OK);
+  assert_int_equal(qtr_engine_tokenize(engine, "xyzq <|end|>", 12, true, false, &ids, &n_ids, &err), QTR_OK);
   assert_int_equal(n_ids, (size_t)n_prompt);
   free(ids);
   char *prompt;

@@ -6,6 +6,7 @@ SRC=$2
 T=$(mktemp -d)
 trap 'rm -rf "$T"' EXIT
 n_failed=0
+[ -x "$Q" ] || { echo "no binary $Q" >&2; exit 1; }
 
 fail() { echo "FAIL: $*" >&2; n_failed=$((n_failed + 1)); }
 skip() { echo "skipped: $*" >&2; exit 77; }

@@ -11,8 +11,7 @@ enum flow { FLOW_NORMAL, FLOW_BREAK, FLOW_CONTINUE };
 static struct value eval(struct eval *ev, const struct node *n);
 static enum flow exec_list(struct eval *ev, const struct node_list *list);
 
-/* ---- output
- * --------------------------------------------------------------------------------------------------------------------- */
+/* ---- output ---------------------------------------------------------------------------------- */
 
 void qtr_tpl_write(struct eval *ev, struct output *out, const char *data, size_t len) {
   if (ev->failed || len == 0) return;
@@ -51,8 +50,7 @@ struct value qtr_tpl_output_string(struct eval *ev, const struct output *out) {
   return qtr_tpl_string(ev, out->data ? out->data : "", out->len);
 }
 
-/* ---- scopes
- * --------------------------------------------------------------------------------------------------------------------- */
+/* ---- scopes ---------------------------------------------------------------------------------- */
 
 static struct scope *push_scope(struct eval *ev, struct scope *parent) {
   struct scope *s = qtr_tpl_alloc(ev, sizeof *s);
@@ -146,8 +144,7 @@ static void assign(struct eval *ev, struct scope *scope, const struct node *targ
   }
 }
 
-/* ---- calls
- * ---------------------------------------------------------------------------------------------------------------------- */
+/* ---- calls ----------------------------------------------------------------------------------- */
 
 static bool same_name(const struct str *s, const char *name, size_t len) {
   return s->len == len && memcmp(s->data, name, len) == 0;
@@ -327,8 +324,7 @@ static struct value apply_chain(struct eval *ev, const struct node *n, struct va
   return v;
 }
 
-/* ---- expressions
- * ---------------------------------------------------------------------------------------------------------------- */
+/* ---- expressions ----------------------------------------------------------------------------- */
 
 static struct value eval_sequence(struct eval *ev, const struct node *n) {
   struct value list = qtr_tpl_list(ev, n->kind == N_LIST ? V_LIST : V_TUPLE, n->items.n);
@@ -433,8 +429,7 @@ static struct value eval(struct eval *ev, const struct node *n) {
   return ev->failed ? qtr_tpl_undefined() : v;
 }
 
-/* ---- statements
- * ----------------------------------------------------------------------------------------------------------------- */
+/* ---- statements ------------------------------------------------------------------------------ */
 
 /* The items of a loop that pass its `if`, whose scope holds only the target. */
 static bool filter_items(struct eval *ev, const struct node *n, struct value **items, size_t *n_items) {

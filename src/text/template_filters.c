@@ -21,8 +21,7 @@ static struct value fail_type(struct eval *ev, const char *filter, struct value 
   return qtr_tpl_fail(ev, QTR_ERR_FORMAT, "%s: cannot be used with '%s'", filter, qtr_tpl_type_name(v));
 }
 
-/* ---- text
- * ------------------------------------------------------------------------------------------------------------------ */
+/* ---- text ------------------------------------------------------------------------------------ */
 
 /* Runs the string method of the same name on soft_str(in): keeps markup. */
 static struct value string_method(struct eval *ev, const char *name, struct value in, const struct args *raw) {
@@ -179,8 +178,7 @@ FILTER(filter_tojson) { /* ensure_ascii=false, indent=none, separators=none, sor
   return qtr_tpl_output_string(ev, &out);
 }
 
-/* ---- numbers
- * --------------------------------------------------------------------------------------------------------------- */
+/* ---- numbers --------------------------------------------------------------------------------- */
 
 static struct value float_to_int(struct eval *ev, double f) {
   if (f > -0x1p63 && f < 0x1p63) return qtr_tpl_int((int64_t)f);
@@ -258,8 +256,7 @@ FILTER(filter_round) { /* precision=0, method='common' */
   return qtr_tpl_float(nearbyint(f / unit) * unit);
 }
 
-/* ---- sequences
- * -------------------------------------------------------------------------------------------------------------- */
+/* ---- sequences ------------------------------------------------------------------------------- */
 
 FILTER(filter_length) {
   size_t n;
@@ -591,8 +588,7 @@ FILTER(filter_batch) { /* linecount, fill_with=none */
   return ev->failed ? lines : qtr_tpl_iterator(ev, "generator", lines, NULL);
 }
 
-/* ---- the rest
- * ----------------------------------------------------------------------------------------------------------------- */
+/* ---- the rest -------------------------------------------------------------------------------- */
 
 FILTER(filter_default) { /* default_value='', boolean=false */
   if (in.type != V_UNDEFINED && !(flag(a[1]) && !qtr_tpl_truth(in))) return in;

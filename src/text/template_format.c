@@ -8,8 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-/* ---- numbers
- * ---------------------------------------------------------------------------------------------------------------- */
+/* ---- numbers --------------------------------------------------------------------------------- */
 
 /* Python's repr(float): the fewest digits that read back as the same number. */
 size_t qtr_tpl_float_repr(double f, char text[TPL_FLOAT_CHARS]) {
@@ -148,8 +147,7 @@ bool qtr_tpl_parse_int(const char *text, size_t len, int base, int64_t *i) {
   return true;
 }
 
-/* ---- str and repr
- * -------------------------------------------------------------------------------------------------------------- */
+/* ---- str and repr ---------------------------------------------------------------------------- */
 
 static void write_string_repr(struct eval *ev, struct output *out, const struct str *s) {
   bool single = s->len && memchr(s->data, '\'', s->len), both = single && memchr(s->data, '"', s->len);
@@ -288,9 +286,7 @@ struct value qtr_tpl_str(struct eval *ev, struct value v) {
   return ev->failed ? v : qtr_tpl_markup(ev, v, false);
 }
 
-/* ---- JSON
- * ------------------------------------------------------------------------------------------------------------------------
- */
+/* ---- JSON ------------------------------------------------------------------------------------ */
 
 static void write_json_string(struct eval *ev, struct output *out, const struct str *s, bool ascii) {
   qtr_tpl_write_text(ev, out, "\"");

@@ -13,10 +13,11 @@
 
 #include <string.h>
 
-/* ---- bounds: a template and its data are untrusted ------------------------------------------------------------------ */
+/* ---- bounds: a template and its data are untrusted ------------------------------------------- */
 #define TPL_MAX_SOURCE ((size_t)1 << 20)  /* bytes of a template */
 #define TPL_MAX_NEST 100                  /* parser recursion: brackets, blocks, unary operators */
 #define TPL_MAX_NODE_DEPTH 400            /* height of a syntax tree: a + b + c + … leans to the left */
+#define TPL_MAX_NAMES 10000               /* different identifiers: keeps a hostile hash table quick, too */
 #define TPL_MAX_EVAL_DEPTH 1000           /* C recursion of the evaluator, macros included */
 #define TPL_MAX_STEPS ((uint64_t)5000000) /* nodes evaluated; long strings and lists cost more than one */
 #define TPL_STEP_BYTES 64                 /* bytes a string operation may touch for one step */
@@ -27,7 +28,7 @@
 #define TPL_MAX_ITEMS ((size_t)1 << 20) /* entries of a list made by the template */
 #define TPL_MAX_VALUE_DEPTH 200         /* nested JSON, nested lists: repr, tojson, comparison recurse */
 
-/* ---- arena ------------------------------------------------------------------------------------------------------------ */
+/* ---- arena ----------------------------------------------------------------------------------- */
 struct arena_chunk;
 struct arena {
   struct arena_chunk *chunk;
@@ -36,7 +37,7 @@ struct arena {
 void *qtr_tpl_arena_alloc(struct arena *arena, size_t n_bytes); /* 16-byte aligned, not zeroed; NULL: limit or no memory */
 void qtr_tpl_arena_free(struct arena *arena);
 
-/* ---- values ----------------------------------------------------------------------------------------------------------- */
+/* ---- values ---------------------------------------------------------------------------------- */
 enum value_type {
   V_MISSING = 0, /* an argument that was not given; never seen by a template */
   V_UNDEFINED,
@@ -139,7 +140,7 @@ struct method {
   const struct builtin *def;
 };
 
-/* ---- syntax tree ------------------------------------------------------------------------------------------------------ */
+/* ---- syntax tree ----------------------------------------------------------------------------- */
 enum node_kind {
   /* expressions */
   N_CONST,   /* value */
@@ -237,8 +238,7 @@ struct qtr_template {
   uint32_t loop_name; /* id of "loop" */
 };
 
-/* ---- lexer --------------------------------------------------------------------------------------------------------------
- */
+/* ---- lexer ----------------------------------------------------------------------------------- */
 enum token_type {
   T_EOF,
   T_DATA,
@@ -291,8 +291,7 @@ struct token {
 enum qtr_status qtr_tpl_lex(struct arena *arena, const char *source, size_t len, struct token **tokens, size_t *n_tokens,
                             struct qtr_error *err);
 
-/* ---- evaluator ----------------------------------------------------------------------------------------------------------
- */
+/* ---- evaluator ------------------------------------------------------------------------------- */
 struct scope {
   struct scope *parent;
   struct binding {
@@ -440,10 +439,11 @@ bool qtr_tpl_is_identifier(uint32_t cp, bool first);
 bool qtr_tpl_is_cased(uint32_t cp);
 bool qtr_tpl_is_case_ignorable(uint32_t cp); /* letters around it are one word for the final sigma */
 bool qtr_tpl_is_alpha(uint32_t cp);
-bool qtr_tpl_is_digit(uint32_t cp);
+bool qtr_tpl_is_digit(uint32_t cp);   /* decimal digits */
+bool qtr_tpl_is_numeric(uint32_t cp); /* and fractions, Roman numerals … */
 bool qtr_tpl_is_upper(uint32_t cp);
 bool qtr_tpl_is_lower(uint32_t cp);
-enum letter_case { CASE_LOWER, CASE_UPPER, CASE_TITLE };
+enum letter_case { CASE_LOWER, CASE_UPPER, CASE_TITLE, CASE_FOLD };
 size_t qtr_tpl_map_case(uint32_t cp, enum letter_case to, uint32_t out[3]); /* number of code points */
 bool qtr_tpl_is_utf8(const char *data, size_t len, size_t *offset);
 

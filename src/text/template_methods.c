@@ -23,8 +23,7 @@ static struct value part(struct eval *ev, struct value in, size_t from, size_t t
   return ev->failed ? v : qtr_tpl_markup(ev, v, in.s->markup);
 }
 
-/* ---- strip
- * ---------------------------------------------------------------------------------------------------------------------- */
+/* ---- strip ----------------------------------------------------------------------------------- */
 
 static bool in_chars(const struct str *chars, uint32_t cp) {
   if (!chars) return qtr_tpl_is_space(cp);
@@ -82,8 +81,7 @@ static struct value remove_affix(struct eval *ev, struct value in, struct value 
 METHOD(str_removeprefix) { return remove_affix(ev, in, a[0], false); }
 METHOD(str_removesuffix) { return remove_affix(ev, in, a[0], true); }
 
-/* ---- case
- * ----------------------------------------------------------------------------------------------------------------------- */
+/* ---- case ------------------------------------------------------------------------------------ */
 
 /* A capital sigma at the end of a word becomes a final one. */
 static bool is_final_sigma(const struct str *s, size_t at, size_t n) {
@@ -105,7 +103,7 @@ static bool is_final_sigma(const struct str *s, size_t at, size_t n) {
   return before && !after;
 }
 
-enum case_change { TO_LOWER, TO_UPPER, TO_CAPITALIZED, TO_TITLE, TO_SWAPPED };
+enum case_change { TO_LOWER, TO_UPPER, TO_CAPITALIZED, TO_TITLE, TO_SWAPPED, TO_FOLDED };
 
 static struct value change_case(struct eval *ev, struct value in, enum case_change how) {
   struct output out = {0};
@@ -118,7 +116,7 @@ static struct value change_case(struct eval *ev, struct value in, enum case_chan
     enum letter_case to = CASE_LOWER;
     if (how == TO_UPPER || (how == TO_SWAPPED && qtr_tpl_is_lower(cp))) to = CASE_UPPER;
     if ((how == TO_CAPITALIZED && i == 0) || (how == TO_TITLE && !previous_cased)) to = CASE_TITLE;
-    if (how == TO_SWAPPED && !qtr_tpl_is_cased(cp)) {
+    if (how == TO_SWAPPED && !qtr_tpl_is_upper(cp) && !qtr_tpl_is_lower(cp)) {
       qtr_tpl_write(ev, &out, s->data + i, n);
       i += n;
       continue;
@@ -130,6 +128,7 @@ static struct value change_case(struct eval *ev, struct value in, enum case_chan
       i++;
       continue;
     }
+    if (how == TO_FOLDED) to = CASE_FOLD;
     if (cp == 0x3a3 && to == CASE_LOWER) {
       mapped[0] = is_final_sigma(s, i, n) ? 0x3c2 : 0x3c3;
     } else {
@@ -146,10 +145,10 @@ METHOD(str_lower) { return change_case(ev, in, TO_LOWER); }
 METHOD(str_upper) { return change_case(ev, in, TO_UPPER); }
 METHOD(str_capitalize) { return change_case(ev, in, TO_CAPITALIZED); }
 METHOD(str_title) { return change_case(ev, in, TO_TITLE); }
+METHOD(str_casefold) { return change_case(ev, in, TO_FOLDED); }
 METHOD(str_swapcase) { return change_case(ev, in, TO_SWAPPED); }
 
-/* ---- split and join
- * --------------------------------------------------------------------------------------------------------------- */
+/* ---- split and join -------------------------------------------------------------------------- */
 
 /* Collects parts of a string whose number is not known before. */
 struct parts {
@@ -204,7 +203,7 @@ static struct value split_spaces(struct eval *ev, struct value in, int64_t most,
   const struct str *s = in.s;
   if (from_right) {
     for (size_t end = skip_spaces_back(s, s->len, true); end > 0 && !ev->failed;) {
-      size_t from = most == 0 ? skip_spaces(s, 0, true) : skip_spaces_back(s, end, false);
+      size_t from = most == 0 ? 0 : skip_spaces_back(s, end, false);
       if (most > 0) most--;
       add_part(ev, &p, part(ev, in, from, end));
       end = skip_spaces_back(s, from, true);
@@ -345,8 +344,7 @@ METHOD(str_replace) { /* old, new, count=-1 */
   return ev->failed ? v : qtr_tpl_markup(ev, v, s->markup);
 }
 
-/* ---- search
- * ----------------------------------------------------------------------------------------------------------------------- */
+/* ---- search ---------------------------------------------------------------------------------- */
 
 /* Byte range of the optional start and end arguments. */
 static bool find_range(struct eval *ev, struct value in, const struct value *a, size_t *from, size_t *to) {
@@ -435,8 +433,7 @@ static struct value has_affix(struct eval *ev, struct value in, const struct val
 METHOD(str_startswith) { return has_affix(ev, in, a, false); }
 METHOD(str_endswith) { return has_affix(ev, in, a, true); }
 
-/* ---- the rest of str
- * ---------------------------------------------------------------------------------------------------------------- */
+/* ---- the rest of str ------------------------------------------------------------------------- */
 
 static struct value all_chars(struct eval *ev, struct value in, bool (*is)(uint32_t), bool empty) {
   (void)qtr_tpl_charge_bytes(ev, in.s->len);
@@ -447,9 +444,10 @@ static struct value all_chars(struct eval *ev, struct value in, bool (*is)(uint3
   }
   return qtr_tpl_bool(in.s->len > 0 || empty);
 }
-static bool is_alnum(uint32_t cp) { return qtr_tpl_is_alpha(cp) || qtr_tpl_is_digit(cp); }
+static bool is_alnum(uint32_t cp) { return qtr_tpl_is_alpha(cp) || qtr_tpl_is_numeric(cp); }
 static bool is_ascii(uint32_t cp) { return cp < 0x80; }
 METHOD(str_isdigit) { return all_chars(ev, in, qtr_tpl_is_digit, false); }
+METHOD(str_isnumeric) { return all_chars(ev, in, qtr_tpl_is_numeric, false); }
 METHOD(str_isalpha) { return all_chars(ev, in, qtr_tpl_is_alpha, false); }
 METHOD(str_isalnum) { return all_chars(ev, in, is_alnum, false); }
 METHOD(str_isspace) { return all_chars(ev, in, qtr_tpl_is_space, false); }
@@ -499,8 +497,7 @@ METHOD(str_zfill) {
   return ev->failed ? v : qtr_tpl_markup(ev, qtr_tpl_concat(ev, v, part(ev, in, sign, in.s->len)), in.s->markup);
 }
 
-/* ---- dict, list, tuple, range, loop
- * --------------------------------------------------------------------------------------------------- */
+/* ---- dict, list, tuple, range, loop ---------------------------------------------------------- */
 
 METHOD(dict_items) { return (struct value){.type = V_VIEW, .sub = VIEW_ITEMS, .d = in.d}; }
 METHOD(dict_keys) { return (struct value){.type = V_VIEW, .sub = VIEW_KEYS, .d = in.d}; }
@@ -561,7 +558,7 @@ METHOD(unsupported) {
 }
 
 static const struct builtin methods[] = {{"capitalize", str_capitalize, "", 0, V_STRING},
-                                         {"casefold", str_lower, "", 0, V_STRING},
+                                         {"casefold", str_casefold, "", 0, V_STRING},
                                          {"center", str_center, "width fillchar", 0, V_STRING},
                                          {"count", str_count, "sub start end", 1, V_STRING},
                                          {"endswith", str_endswith, "suffix start end", 1, V_STRING},
@@ -574,7 +571,7 @@ static const struct builtin methods[] = {{"capitalize", str_capitalize, "", 0, V
                                          {"isdecimal", str_isdigit, "", 0, V_STRING},
                                          {"isdigit", str_isdigit, "", 0, V_STRING},
                                          {"islower", str_islower, "", 0, V_STRING},
-                                         {"isnumeric", str_isdigit, "", 0, V_STRING},
+                                         {"isnumeric", str_isnumeric, "", 0, V_STRING},
                                          {"isprintable", str_isprintable, "", 0, V_STRING},
                                          {"isspace", str_isspace, "", 0, V_STRING},
                                          {"isupper", str_isupper, "", 0, V_STRING},

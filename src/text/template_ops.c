@@ -6,8 +6,7 @@
 
 #include <math.h>
 
-/* ---- arithmetic
- * ----------------------------------------------------------------------------------------------------------- */
+/* ---- arithmetic ------------------------------------------------------------------------------ */
 
 static struct value fail_operands(struct eval *ev, enum op op, struct value a, struct value b) {
   static const char *const signs[] = {
@@ -159,8 +158,7 @@ struct value qtr_tpl_negate(struct eval *ev, struct value v, bool negative) {
   return qtr_tpl_fail(ev, QTR_ERR_FORMAT, "bad operand type for unary %s: '%s'", negative ? "-" : "+", qtr_tpl_type_name(v));
 }
 
-/* ---- attributes and items
- * --------------------------------------------------------------------------------------------------- */
+/* ---- attributes and items -------------------------------------------------------------------- */
 
 static struct value no_such(struct value v, struct value name, enum undefined_kind kind) {
   return (struct value){.type = V_UNDEFINED, .sub = (uint8_t)kind, .of = v.type, .s = name.type == V_STRING ? name.s : NULL};
@@ -301,8 +299,7 @@ struct value qtr_tpl_getpath(struct eval *ev, struct value v, struct value path)
   return v;
 }
 
-/* ---- slices
- * ------------------------------------------------------------------------------------------------------------------- */
+/* ---- slices ---------------------------------------------------------------------------------- */
 
 static bool slice_integer(struct eval *ev, struct value v, int64_t *out) {
   *out = integer(v);

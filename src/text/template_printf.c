@@ -127,8 +127,7 @@ static void write_number(struct eval *ev, struct output *out, const struct spec 
   write_padded(ev, out, spec, align, text, len, n_prefix, len);
 }
 
-/* ---- "%…" % args
- * -------------------------------------------------------------------------------------------------------------- */
+/* ---- "%…" % args ----------------------------------------------------------------------------- */
 
 struct percent_args {
   struct value all;
@@ -268,8 +267,7 @@ struct value qtr_tpl_percent_format(struct eval *ev, struct value format, struct
   return ev->failed ? text : qtr_tpl_markup(ev, text, f->markup);
 }
 
-/* ---- str.format
- * ------------------------------------------------------------------------------------------------------------------- */
+/* ---- str.format ------------------------------------------------------------------------------ */
 
 static bool read_spec(struct eval *ev, const struct str *f, size_t at, size_t end, struct spec *spec) {
   *spec = (struct spec){.fill = " ", .fill_len = 1, .precision = -1};

@@ -127,8 +127,7 @@ const struct builtin *qtr_tpl_find_test(const char *name, size_t len) {
   return find(tests, sizeof tests / sizeof *tests, name, len);
 }
 
-/* ---- global functions
- * --------------------------------------------------------------------------------------------------------- */
+/* ---- global functions ------------------------------------------------------------------------ */
 
 TEST(function_range) {
   int64_t part[3] = {0, 0, 1};

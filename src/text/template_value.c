@@ -10,8 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-/* ---- arena
- * ------------------------------------------------------------------------------------------------------------------ */
+/* ---- arena ----------------------------------------------------------------------------------- */
 
 struct arena_chunk {
   struct arena_chunk *older;
@@ -51,8 +50,7 @@ void qtr_tpl_arena_free(struct arena *arena) {
   arena->chunk = NULL;
 }
 
-/* ---- errors and bounds
- * -------------------------------------------------------------------------------------------------------- */
+/* ---- errors and bounds ----------------------------------------------------------------------- */
 
 struct value qtr_tpl_fail(struct eval *ev, enum qtr_status status, const char *format, ...) {
   if (!ev->failed) {
@@ -115,8 +113,7 @@ const char *qtr_tpl_type_name(struct value v) {
   return v.type < sizeof names / sizeof *names ? names[v.type] : "?";
 }
 
-/* ---- strings
- * ------------------------------------------------------------------------------------------------------------------ */
+/* ---- strings --------------------------------------------------------------------------------- */
 
 struct value qtr_tpl_string(struct eval *ev, const char *data, size_t len) {
   struct str *s = qtr_tpl_alloc(ev, sizeof *s);
@@ -223,8 +220,7 @@ size_t qtr_tpl_char_offset(struct str *s, size_t index) {
   return at;
 }
 
-/* ---- lists
- * -------------------------------------------------------------------------------------------------------------------- */
+/* ---- lists ----------------------------------------------------------------------------------- */
 
 struct value qtr_tpl_list(struct eval *ev, enum value_type type, size_t n) {
   if (n > TPL_MAX_ITEMS) return qtr_tpl_fail(ev, QTR_ERR_LIMIT, "a list of more than %zu items", TPL_MAX_ITEMS);
@@ -265,8 +261,7 @@ struct value qtr_tpl_iterator(struct eval *ev, const char *kind, struct value li
   return (struct value){.type = V_ITERATOR, .it = it};
 }
 
-/* ---- dictionaries
- * ------------------------------------------------------------------------------------------------------------- */
+/* ---- dictionaries ---------------------------------------------------------------------------- */
 
 #define DICT_LINEAR 8 /* up to here a scan is quicker than an index */
 
@@ -387,8 +382,7 @@ void qtr_tpl_dict_set(struct eval *ev, struct dict *d, struct value key, struct 
   }
 }
 
-/* ---- JSON
- * --------------------------------------------------------------------------------------------------------------------- */
+/* ---- JSON ------------------------------------------------------------------------------------ */
 
 /* Strings are not copied: the variables outlive the rendering. */
 struct value qtr_tpl_from_json(struct eval *ev, const json_t *json, int depth) {
@@ -425,8 +419,7 @@ struct value qtr_tpl_from_json(struct eval *ev, const json_t *json, int depth) {
   return qtr_tpl_none();
 }
 
-/* ---- what Python knows about every value
- * ---------------------------------------------------------------------------------------- */
+/* ---- what Python knows about every value ----------------------------------------------------- */
 
 bool qtr_tpl_is_number(struct value v) { return v.type == V_BOOL || v.type == V_INT || v.type == V_FLOAT; }
 

@@ -1,10 +1,11 @@
 /* sampler.c - one row of logits to one token (sampler.h; the order of filters is that of struct qtr_sampling, spec E.4).
  *
- * Bias and penalties act on a float copy of the row, everything after them in double. The exponential is our own polynomial:
- * libm's differs in the last bit between machines (FMA or not), and a seed shall give the same token on all of them. The
- * random stream is Philox4x32-10 with the seed as its key and the draw's number as its counter (Salmon et al., SC'11), so
- * draws depend on nothing but their place. NaN logits count as -inf; of equal logits the lowest id wins everywhere.
- */
+ * A row is long and most of its tokens never matter, so the loops over it are ones the compiler vectorises, and only what
+ * top-k and top-p keep is sorted. Weights are floats, their sums double, in an order that depends on nothing but the row.
+ * The exponential is our own polynomial: libm's differs in the last bit between machines (FMA or not), and a seed shall give
+ * the same token on all of them. The random stream is Philox4x32-10 with the seed as its key and the draw's number as its
+ * counter (Salmon et al., SC'11), so draws depend on nothing but their place. NaN logits count as -inf; of equal logits the
+ * lowest id wins everywhere. */
 #include "engine/sampler.h"
 #include "base/checked.h"
 #include "base/half.h"
@@ -17,6 +18,8 @@
 
 #define GREEDY_TEMPERATURE 1e-5f /* spec E.4 */
 #define FIRST_SORT 64            /* candidates that top-p sorts first; eight times as many whenever they do not suffice */
+#define HEAP_MOST 512            /* up to here a heap beside the scan beats selecting from all */
+#define BLOCK 512                /* tokens whose weights are summed at a time */
 
 struct candidate {
   float logit;
@@ -26,7 +29,8 @@ struct candidate {
 struct qtr_sampler {
   int32_t vocab_size;
   float *logit;                /* (vocab_size) after bias and penalties; -inf = excluded */
-  double *weight;              /* (vocab_size) unnormalised probabilities */
+  float *weight;               /* (vocab_size) unnormalised probabilities */
+  double *block_sum;           /* (vocab_size / BLOCK, rounded up) their sums */
   struct candidate *candidate; /* (vocab_size) */
   int32_t *n_output;           /* (vocab_size) occurrences in the output; -1 = in the prompt only; all zero between calls */
 };
@@ -69,10 +73,11 @@ enum qtr_status qtr_sampler_create(int32_t vocab_size, struct qtr_sampler **out,
     s->vocab_size = vocab_size;
     s->logit = malloc(n * sizeof *s->logit);
     s->weight = malloc(n * sizeof *s->weight);
+    s->block_sum = malloc(qtr_ceil_div(n, BLOCK) * sizeof *s->block_sum);
     s->candidate = malloc(n * sizeof *s->candidate);
     s->n_output = calloc(n, sizeof *s->n_output);
   }
-  if (!s || !s->logit || !s->weight || !s->candidate || !s->n_output) {
+  if (!s || !s->logit || !s->weight || !s->block_sum || !s->candidate || !s->n_output) {
     qtr_sampler_free(s);
     return qtr_fail_memory(err, "the sampler", n * (sizeof *s->logit + sizeof *s->weight + sizeof *s->candidate + 4));
   }
@@ -84,6 +89,7 @@ void qtr_sampler_free(struct qtr_sampler *s) {
   if (!s) return;
   free(s->logit);
   free(s->weight);
+  free(s->block_sum);
   free(s->candidate);
   free(s->n_output);
   free(s);
@@ -91,34 +97,30 @@ void qtr_sampler_free(struct qtr_sampler *s) {
 
 /* ---- arithmetic ---------------------------------------------------------------------------------- */
 
-/* exp(x) for x <= 0, within 1 ulp or two, 0 below -700. Only additions, multiplications and bit patterns: the same bits on
- * every machine (the build forbids contraction), and a loop over it vectorises. */
-static inline double exp_negative(double x) {
-  const double log2e = 0x1.71547652b82fep+0, ln2_high = 0x1.62e42fefa3800p-1, ln2_low = 0x1.ef35793c76730p-45;
-  const double shift = 0x1.8p52; /* adding it rounds to an integer, which then stands in the low mantissa bits */
-  double clamped = x > -700.0 ? x : -700.0;
-  double k = clamped * log2e + shift;
-  int64_t n;
-  memcpy(&n, &k, sizeof n);
+/* x or 0, without a branch: a loop with one does not vectorise, for floating point may trap. */
+static inline float keep_if(bool keep, float x) { return qtr_f32_from_bits(qtr_f32_bits(x) & (0u - (uint32_t)keep)); }
+
+/* exp(x) for x <= 0 within 2 ulp, 0 for NaN and below -87. Only additions, multiplications and bit patterns: the same bits
+ * on every machine (the build forbids contraction), and a loop over it vectorises. */
+static inline float exp_negative(float x) {
+  const float log2e = 0x1.715476p+0f, ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
+  const float shift = 0x1.8p23f; /* adding it rounds to an integer, which then stands in the low mantissa bits */
+  const bool some = x > -87.0f;
+  x = keep_if(some, x);
+  float k = x * log2e + shift;
+  uint32_t n = qtr_f32_bits(k);
   k -= shift;
-  double r = (clamped - k * ln2_high) - k * ln2_low; /* |r| <= ln2/2 */
-  double p = 1.0 / 479001600.0;                      /* Taylor to r^12: the rest is below 2^-56 */
-  p = p * r + 1.0 / 39916800.0;
-  p = p * r + 1.0 / 3628800.0;
-  p = p * r + 1.0 / 362880.0;
-  p = p * r + 1.0 / 40320.0;
-  p = p * r + 1.0 / 5040.0;
-  p = p * r + 1.0 / 720.0;
-  p = p * r + 1.0 / 120.0;
-  p = p * r + 1.0 / 24.0;
-  p = p * r + 1.0 / 6.0;
-  p = p * r + 0.5;
-  p = p * r + 1.0;
-  p = p * r + 1.0;
-  uint64_t bits = ((uint64_t)n + 1023u) << 52; /* 2^n; the shift's own bits fall out at the top */
-  double scale;
-  memcpy(&scale, &bits, sizeof scale);
-  return x > -700.0 ? p * scale : 0.0;
+  float r = (x - k * ln2_high) - k * ln2_low; /* |r| <= ln2/2 */
+  float p = 1.0f / 5040.0f;                   /* Taylor to r^7: the rest is below 2^-27 */
+  p = p * r + 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  p *= qtr_f32_from_bits((n + 127u) << 23); /* 2^n; the shift's own bits fall out at the top */
+  return keep_if(some, p);
 }
 
 /* Philox4x32-10; 53 bits of its output as a number in [0, 1). */
@@ -144,7 +146,7 @@ static inline float clean(float x) { return x > -INFINITY ? (x < FLT_MAX ? x : F
 /* Lowest index of the largest value, -1 when nothing is above -inf. Lanes keep the maximum of a block, so that it
  * vectorises; only a block that beats all before it is looked through. NaN never compares greater. */
 static int32_t argmax(const float *x, int32_t n) {
-  enum { BLOCK = 1024, LANES = 16 };
+  enum { LANES = 16 };
   float best = -INFINITY;
   int32_t best_block = -1;
   for (int32_t at = 0; at < n; at += BLOCK) {
@@ -162,6 +164,30 @@ static int32_t argmax(const float *x, int32_t n) {
   int32_t i = best_block;
   while (!(x[i] == best)) i++;
   return i;
+}
+
+/* weight[i] := exp((x[i] - top) * inverse), or 0 when that is below least; sums per block, and the total. */
+static double weigh(struct qtr_sampler *s, const float *x, int32_t n, float top, float inverse, float least) {
+  enum { LANES = 8 };
+  double total = 0;
+  for (int32_t at = 0; at < n; at += BLOCK) {
+    int32_t count = QTR_MIN(BLOCK, n - at), i = 0;
+    const float *from = x + at;
+    float *to = s->weight + at;
+    for (int32_t k = 0; k < count; k++) {
+      float w = exp_negative((from[k] - top) * inverse);
+      to[k] = keep_if(w >= least, w);
+    }
+    double lane[LANES] = {0};
+    for (; i + LANES <= count; i += LANES) {
+      for (int j = 0; j < LANES; j++) lane[j] += (double)to[i + j];
+    }
+    for (; i < count; i++) lane[0] += (double)to[i];
+    for (int j = 1; j < LANES; j++) lane[0] += lane[j];
+    s->block_sum[at / BLOCK] = lane[0];
+    total += lane[0];
+  }
+  return total;
 }
 
 /* a comes before b: larger logit, then lower id. */
@@ -201,6 +227,54 @@ static void select_first(struct candidate *c, int32_t n, int32_t k) {
     else
       return;
   }
+}
+
+/* c[0 … n) is a heap with its last element in the order of before() at the root: moves c[at] down to its place. */
+static void sift_down(struct candidate *c, int32_t n, int32_t at) {
+  for (int32_t child; (child = 2 * at + 1) < n; at = child) {
+    if (child + 1 < n && before(&c[child], &c[child + 1])) child++;
+    if (!before(&c[at], &c[child])) return;
+    struct candidate t = c[at];
+    c[at] = c[child];
+    c[child] = t;
+  }
+}
+
+/* The k best of a row, best first, into c[0 … returned). Tokens at -inf and NaN are none. */
+static int32_t take_best(struct candidate *c, const float *x, int32_t n, int32_t k) {
+  enum { LANES = 16 };
+  int32_t held = 0;
+  if (k > HEAP_MOST) {
+    for (int32_t i = 0; i < n; i++) {
+      if (x[i] > -INFINITY) c[held++] = (struct candidate){x[i], i};
+    }
+    if (k < held) select_first(c, held, k);
+    held = QTR_MIN(held, k);
+  } else {
+    float least = -INFINITY; /* what a token must exceed to be among the best so far */
+    for (int32_t at = 0; k > 0 && at < n; at += LANES) {
+      int32_t end = QTR_MIN(at + LANES, n);
+      if (end - at == LANES) { /* nearly always nothing to see */
+        int any = 0;
+        for (int j = 0; j < LANES; j++) any |= x[at + j] > least;
+        if (!any) continue;
+      }
+      for (int32_t i = at; i < end; i++) {
+        if (!(x[i] > least)) continue;
+        if (held < k) {
+          c[held++] = (struct candidate){x[i], i};
+          if (held < k) continue;
+          for (int32_t j = k / 2; j-- > 0;) sift_down(c, k, j);
+        } else {
+          c[0] = (struct candidate){x[i], i};
+          sift_down(c, k, 0);
+        }
+        least = c[0].logit;
+      }
+    }
+  }
+  qsort(c, (size_t)held, sizeof *c, compare);
+  return held;
 }
 
 /* ---- filters ------------------------------------------------------------------------------------- */
@@ -254,100 +328,94 @@ static void prepare(struct qtr_sampler *s, const struct qtr_sample_args *a) {
   }
 }
 
-/* Draws from weight[0 … n) with the given sum; the last one with any weight stands for the rounding of the sum. */
-static int32_t draw(const double *weight, int32_t n, double sum, double unit) {
-  double target = unit * sum, at = 0;
-  int32_t last = 0;
-  for (int32_t i = 0; i < n; i++) {
-    if (weight[i] > 0) last = i;
-    at += weight[i];
+/* Draws from the weights of n tokens whose sum is total; the last one with any weight stands for the rounding of sums. */
+static int32_t draw(const struct qtr_sampler *s, int32_t n, double total, double unit) {
+  double target = unit * total, at = 0;
+  int32_t block = 0, last = 0, n_blocks = (n + BLOCK - 1) / BLOCK;
+  while (block < n_blocks - 1 && at + s->block_sum[block] <= target) at += s->block_sum[block++];
+  while (block > 0 && !(s->block_sum[block] > 0)) block--;
+  for (int32_t i = block * BLOCK, end = QTR_MIN(i + BLOCK, n); i < end; i++) {
+    if (!(s->weight[i] > 0)) continue;
+    last = i;
+    at += (double)s->weight[i];
     if (at > target) return i;
   }
   return last;
 }
 
-static int32_t draw_token(struct qtr_sampler *s, const struct qtr_sample_args *a, float best) {
+/* x: the row as it counts, best: its largest value. */
+static int32_t draw_token(struct qtr_sampler *s, const struct qtr_sample_args *a, const float *x, float best) {
   const struct qtr_sampling *p = a->sampling;
-  const double temperature = (double)p->temperature, top = (double)best;
+  const float inverse = 1.0f / p->temperature;
   const double unit = random_unit(a->seed, a->position);
+  const bool some = p->top_k > 0 && p->top_k < s->vocab_size;
   int32_t n = s->vocab_size;
-
-  if ((p->top_k < 0 || p->top_k >= n) && p->top_p >= 1) {
-    /* nothing to sort: weights by id */
-    double sum = 0, least = (double)p->min_p; /* the best token's weight is 1 */
-    for (int32_t i = 0; i < n; i++) s->weight[i] = exp_negative(((double)s->logit[i] - top) / temperature);
-    for (int32_t i = 0; i < n; i++) {
-      if (s->weight[i] < least) s->weight[i] = 0;
-      sum += s->weight[i];
-    }
-    return draw(s->weight, n, sum, unit);
+  if (!some && p->top_p >= 1) { /* nothing to sort: weights by id. The best token's is 1 */
+    double total = weigh(s, x, n, best, inverse, p->min_p);
+    return draw(s, n, total, unit);
   }
 
+  /* top-p: the shortest run of best tokens that holds top_p of what top-k left. min-p ends the run earlier: all that follow
+   * are smaller still. Without top-k the sum is the whole row's, and more and more of the best are sorted until the run
+   * ends. */
   struct candidate *c = s->candidate;
-  int32_t n_kept = 0;
-  for (int32_t i = 0; i < n; i++) {
-    if (s->logit[i] > -INFINITY) c[n_kept++] = (struct candidate){s->logit[i], i};
-  }
-  if (p->top_k > 0 && p->top_k < n_kept) {
-    select_first(c, n_kept, p->top_k);
-    n_kept = p->top_k;
-  }
-  /* top-p: the shortest run of best tokens that holds top_p of what top-k left. Summed in the order of c before sorting. */
-  double sum = 0;
-  for (int32_t i = 0; i < n_kept; i++) s->weight[i] = exp_negative(((double)c[i].logit - top) / temperature);
-  for (int32_t i = 0; i < n_kept; i++) sum += s->weight[i];
-  double wanted = p->top_p < 1 ? (double)p->top_p * sum : INFINITY, held = 0;
-  int32_t n_sorted = 0, n_run = 0;
-  while (n_run < n_kept && (n_run == 0 || held < wanted)) {
-    if (n_run == n_sorted) {
-      int32_t next = QTR_MIN(n_kept - n_sorted, n_sorted ? 7 * n_sorted : FIRST_SORT);
-      if (n_sorted + next < n_kept) select_first(c + n_sorted, n_kept - n_sorted, next);
-      qsort(c + n_sorted, (size_t)next, sizeof *c, compare);
-      n_sorted += next;
+  int32_t n_sorted = some ? p->top_k : FIRST_SORT, n_run = 0;
+  double sum = 0, held = 0;
+  if (!some) sum = weigh(s, x, n, best, inverse, 0);
+  for (;; n_sorted = n_sorted < n / 8 ? 8 * n_sorted : n) {
+    int32_t n_best = take_best(c, x, n, QTR_MIN(n_sorted, n));
+    if (some) {
+      for (int32_t i = 0; i < n_best; i++) sum += (double)exp_negative((c[i].logit - best) * inverse);
     }
-    s->weight[n_run] = exp_negative(((double)c[n_run].logit - top) / temperature);
-    if (n_run > 0 && s->weight[n_run] < (double)p->min_p) break; /* min-p: all that follow are smaller still */
-    held += s->weight[n_run++];
+    double wanted = p->top_p < 1 ? (double)p->top_p * sum : INFINITY;
+    for (n_run = 0, held = 0; n_run < n_best && (n_run == 0 || held < wanted); n_run++) {
+      float w = exp_negative((c[n_run].logit - best) * inverse);
+      if (n_run > 0 && w < p->min_p) break;
+      held += (double)w;
+    }
+    if (some || n_run < n_sorted || n_sorted >= n) break;
   }
-  return c[draw(s->weight, n_run, held, unit)].token;
+  double target = unit * held, at = 0;
+  for (int32_t i = 0; i < n_run; i++) {
+    at += (double)exp_negative((c[i].logit - best) * inverse);
+    if (at > target) return c[i].token;
+  }
+  return c[n_run - 1].token;
 }
 
 /* ---- log-probabilities --------------------------------------------------------------------------- */
 
-static void log_probabilities(const struct qtr_sample_args *a, int32_t n, struct qtr_sample_result *r) {
-  int32_t n_top = QTR_MIN(QTR_MIN(a->n_top, 20), n), n_held = 0;
-  int32_t best = argmax(a->logits, n);
+/* Of the untouched row. Infinite logits count as the largest number, as everywhere. */
+static void log_probabilities(struct qtr_sampler *s, const struct qtr_sample_args *a, struct qtr_sample_result *r) {
+  int32_t n = s->vocab_size, best = argmax(a->logits, n);
   if (best < 0) return;
-  double top = (double)clean(a->logits[best]), sum = 0;
-  struct candidate held[20];
-  for (int32_t i = 0; i < n; i++) {
-    float x = clean(a->logits[i]);
-    sum += exp_negative((double)x - top);
-    if (n_held == n_top && (n_top == 0 || !(x > held[n_top - 1].logit))) continue;
-    if (!(x > -INFINITY)) continue;
-    int32_t at = n_held < n_top ? n_held++ : n_top - 1;
-    for (; at > 0 && x > held[at - 1].logit; at--) held[at] = held[at - 1];
-    held[at] = (struct candidate){x, i};
+  float top = clean(a->logits[best]);
+  const float *x = a->logits;
+  if (!(a->logits[best] < INFINITY)) {
+    for (int32_t i = 0; i < n; i++) s->logit[i] = clean(a->logits[i]);
+    x = s->logit;
   }
-  double log_sum = top + log(sum);
+  double log_sum = (double)top + log(weigh(s, x, n, top, 1.0f, 0));
   r->logprob = (float)((double)clean(a->logits[r->token]) - log_sum);
-  r->n_top = n_held;
-  for (int32_t i = 0; i < n_held; i++) {
-    r->top[i] = (struct qtr_token_logprob){held[i].token, (float)((double)held[i].logit - log_sum)};
+  r->n_top = take_best(s->candidate, x, n, QTR_MIN(a->n_top, 20));
+  for (int32_t i = 0; i < r->n_top; i++) {
+    r->top[i] = (struct qtr_token_logprob){s->candidate[i].token, (float)((double)s->candidate[i].logit - log_sum)};
   }
 }
 
 void qtr_sample(struct qtr_sampler *s, const struct qtr_sample_args *a, struct qtr_sample_result *r) {
   r->logprob = 0;
   r->n_top = 0;
+  const float *x = a->logits;
   bool untouched = a->n_bias == 0 && !a->allowed && !has_penalties(a->sampling);
   bool greedy = a->sampling->temperature < GREEDY_TEMPERATURE || a->sampling->top_k == 1;
-  if (untouched && greedy) {
-    r->token = argmax(a->logits, s->vocab_size);
-  } else {
+  r->token = untouched ? argmax(x, s->vocab_size) : -1;
+  if (!untouched || (r->token >= 0 && !(x[r->token] < INFINITY))) {
     prepare(s, a);
-    r->token = argmax(s->logit, s->vocab_size);
-    if (r->token >= 0 && !greedy) r->token = draw_token(s, a, s->logit[r->token]);
+    x = s->logit;
+    r->token = argmax(x, s->vocab_size);
   }
-  if (r->token >= 0 && a->n_top >= 0) log_probabilities(a, s->vocab_size, r);
+  if (r->token < 0) return;
+  if (!greedy) r->token = draw_token(s, a, x, x[r->token]);
+  if (a->n_top >= 0) log_probabilities(s, a, r);
 }

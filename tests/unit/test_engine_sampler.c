@@ -8,7 +8,7 @@
 
 #include <cmocka.h>
 
-#define VOCAB 300
+#define VOCAB 1300 /* several blocks of the sampler */
 
 static uint64_t rng = 1;
 static double uniform(void) { return random_unit(7, rng++); }
@@ -34,11 +34,13 @@ static void test_stream_known_answer(void **unused) {
 
 static void test_exponential(void **unused) {
   (void)unused;
-  assert_true(exp_negative(0) == 1.0);
-  assert_true(exp_negative(-INFINITY) == 0 && exp_negative(-1e300) == 0 && exp_negative(-701) == 0);
+  assert_true(exp_negative(0) == 1.0f);
+  assert_true(exp_negative(-INFINITY) == 0 && exp_negative(-1e30f) == 0 && exp_negative(-88) == 0 && exp_negative(NAN) == 0);
   for (int i = 0; i < 200000; i++) {
-    double x = -700 * uniform() * uniform(), y = exp(x);
-    if (fabs(exp_negative(x) - y) > 4e-16 * y) fail_msg("exp(%.17g) is %.17g, not %.17g", x, y, exp_negative(x));
+    float x = (float)(-87 * uniform() * uniform());
+    double y = exp((double)x);
+    if (fabs((double)exp_negative(x) - y) > 1.2e-7 * y)
+      fail_msg("exp(%.9g) is %.9g, not %.9g", x, y, (double)exp_negative(x));
   }
 }
 
@@ -107,7 +109,7 @@ static int brute_draw(const struct brute *b, double u) {
   for (int i = 0; i < b->n_kept; i++) sum += b->weight[i];
   for (int i = 0; i < b->n_kept; i++) {
     at += b->weight[i];
-    if (fabsl(at - (long double)u * sum) < 1e-12L * sum) return -1;
+    if (fabsl(at - (long double)u * sum) < 2e-6L * sum) return -1; /* weights are floats */
     if (at > (long double)u * sum) return b->kept[i];
   }
   return -1;
@@ -119,7 +121,7 @@ static void test_brute_force(void **unused) {
   assert_int_equal(qtr_sampler_create(VOCAB, &sampler, NULL), QTR_OK);
   static struct brute b;
   int n_compared = 0;
-  for (int round = 0; round < 20000; round++) {
+  for (int round = 0; round < 6000; round++) {
     float logits[VOCAB];
     int32_t prompt[20], output[20];
     struct qtr_logit_bias bias[4];
@@ -162,16 +164,16 @@ static void test_brute_force(void **unused) {
     n_compared++;
     if (r.token != expected) fail_msg("round %d: token %d, not %d", round, r.token, expected);
   }
-  assert_true(n_compared > 19000);
+  assert_true(n_compared > 5500);
   for (int i = 0; i < VOCAB; i++) assert_int_equal(sampler->n_output[i], 0);
   qtr_sampler_free(sampler);
 }
 
 /* ---- distribution ---- */
 
-/* Chi-square of 200,000 draws; the bounds are the 99.99 % points, and the stream is fixed, so this never fails by chance. */
+/* Chi-square of 60,000 draws; the bounds are the 99.99 % points, and the stream is fixed, so this never fails by chance. */
 static void chi_square(const struct qtr_sampling *p, double bound) {
-  enum { N = 200000 };
+  enum { N = 60000 };
   struct qtr_sampler *sampler;
   assert_int_equal(qtr_sampler_create(VOCAB, &sampler, NULL), QTR_OK);
   float logits[VOCAB];

@@ -7,6 +7,7 @@
 #include "base/clock.h"
 #include "base/progress.h"
 #include "base/status.h"
+#include "base/threads.h"
 #include "engine/engine_internal.h"
 
 #include <math.h>
@@ -46,7 +47,18 @@ struct run {
   int32_t *row;             /* (chunk) */
   float *logits;            /* (chunk, vocab_size) host */
   double *nll;              /* (chunk) */
+  struct qtr_threads *team;
+  const int32_t *target; /* (rows of the chunk) the tokens that follow */
 };
+
+static void score_rows(void *arg, size_t begin, size_t end, int thread) {
+  (void)thread;
+  const struct run *run = arg;
+  size_t vocab = (size_t)run->engine->model->config.vocab_size;
+  for (size_t i = begin; i < end; i++) {
+    run->nll[i] = negative_log_likelihood(run->logits + i * vocab, vocab, run->target[i]);
+  }
+}
 
 /* Scores token[1 … ctx); adds to *sum in the order of the tokens, whatever the number of threads. */
 static enum qtr_status run_window(struct run *run, const int32_t *token, size_t ctx, double *sum, struct qtr_error *err) {
@@ -71,12 +83,8 @@ static enum qtr_status run_window(struct run *run, const int32_t *token, size_t 
     enum qtr_status status = qtr_model_forward(model, run->engine->kv, run->workspace, &batch, &logits, err);
     if (!status) status = b->ops->download(b, logits, QTR_DTYPE_F32, n_rows * vocab, run->logits, err);
     if (status) return status;
-#ifdef _OPENMP
-#pragma omp parallel for schedule(static) num_threads(run->engine->threads)
-#endif
-    for (size_t i = 0; i < n_rows; i++) {
-      run->nll[i] = negative_log_likelihood(run->logits + i * vocab, vocab, token[first + i + 1]);
-    }
+    run->target = token + first + 1;
+    qtr_threads_for(run->team, n_rows, 8, score_rows, run);
     for (size_t i = 0; i < n_rows; i++) *sum += run->nll[i];
   }
   return QTR_OK;
@@ -132,6 +140,7 @@ enum qtr_status qtr_ppl_run(struct qtr_engine *engine, const int32_t *token, siz
   for (size_t i = 0; i < n_pages; i++) run.page[i] = (int32_t)i;
   for (size_t i = 0; i < chunk; i++) run.row[i] = (int32_t)i;
   status = qtr_workspace_create(engine->model, chunk, chunk, &run.workspace, err);
+  if (!status) status = qtr_threads_create(engine->threads, &run.team, err);
   for (size_t w = 0; w < n_windows && !status; w++) {
     status = run_window(&run, token + w * ctx, ctx, &sum, err);
     qtr_progress_update(&progress, w + 1);
@@ -147,6 +156,7 @@ enum qtr_status qtr_ppl_run(struct qtr_engine *engine, const int32_t *token, siz
   }
 done:
   qtr_progress_end(&progress);
+  qtr_threads_free(run.team);
   qtr_workspace_free(run.workspace);
   free(run.position);
   free(run.page);

@@ -10,6 +10,7 @@
 #include "base/file.h"
 #include "base/progress.h"
 #include "base/status.h"
+#include "base/threads.h"
 #include "checkpoint/packing.h"
 #include "checkpoint/safetensors_write.h"
 #include "quant/directory.h"
@@ -20,10 +21,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #define BLOCK_ROWS 32                  /* what one thread rounds at a time: the height of a packed tile */
 #define CHUNK_BYTES ((size_t)32 << 20) /* of floats */
@@ -47,7 +44,8 @@ struct plan {
   const struct qtr_checkpoint *checkpoint;
   struct qtr_config config;
   enum job_kind projection_kind;
-  int32_t group_size, threads;
+  int32_t group_size;
+  struct qtr_threads *team;
   struct job *job; /* (n_jobs) */
   size_t n_jobs, job_capacity;
   struct qtr_st_entry *entry; /* (n_entries) in file order */
@@ -81,12 +79,7 @@ static enum qtr_status check_options(struct plan *p) {
                     (int)q->weight_bits, w4 ? "128 and -1 (per channel) are" : "only -1 (per channel) is");
   }
   p->projection_kind = !w4 ? (w8 ? JOB_W8 : JOB_F16) : p->group_size == -1 ? JOB_W4 : JOB_W4_G128;
-  p->threads = o->threads;
-#ifdef _OPENMP
-  if (p->threads <= 0) p->threads = omp_get_max_threads();
-#endif
-  p->threads = QTR_MIN(QTR_MAX(p->threads, 1), 1024);
-  return QTR_OK;
+  return qtr_threads_create(o->threads > 0 ? QTR_MIN(o->threads, 1024) : qtr_threads_available(), &p->team, p->err);
 }
 
 static enum qtr_status add_entry(struct plan *p, const char *name, const char *suffix, enum qtr_dtype dtype, size_t n_dims,
@@ -399,6 +392,19 @@ static enum qtr_status write_scales(const struct job *j, const struct work *k, s
   }
 }
 
+/* The blocks of one chunk, as a parallel loop. */
+struct rounding {
+  const struct job *job;
+  const struct work *work;
+  size_t row, n_rows;
+};
+
+static void round_blocks(void *arg, size_t begin, size_t end, int thread) {
+  (void)thread;
+  const struct rounding *r = arg;
+  for (size_t b = begin; b < end; b++) round_block(r->job, r->work, r->row, r->n_rows, b);
+}
+
 /* One job from source to file; *done counts source bytes for the progress line. */
 static enum qtr_status run_job(const struct plan *p, const struct job *j, struct qtr_st_writer *writer,
                                struct qtr_progress *progress, size_t *done, struct qtr_rtn_error *total) {
@@ -413,10 +419,8 @@ static enum qtr_status run_job(const struct plan *p, const struct job *j, struct
   size_t step = chunk_rows(j), row_bytes = qtr_dtype_bytes(j->source->dtype) * j->n_in;
   for (size_t row = 0; row < j->n_out && !status; row += step) {
     size_t n_rows = QTR_MIN(step, j->n_out - row), n_blocks = qtr_ceil_div(n_rows, BLOCK_ROWS);
-#ifdef _OPENMP
-#pragma omp parallel for schedule(dynamic, 1) num_threads(p->threads) if (n_blocks > 1)
-#endif
-    for (size_t b = 0; b < n_blocks; b++) round_block(j, &k, row, n_rows, b);
+    struct rounding rounding = {.job = j, .work = &k, .row = row, .n_rows = n_rows};
+    qtr_threads_for(p->team, n_blocks, 1, round_blocks, &rounding);
     for (size_t b = 0; b < n_blocks && !status; b++) {
       if (k.status[b]) status = explain(j, k.status[b], p->err);
       total->squared += k.error[b].squared;
@@ -532,6 +536,7 @@ enum qtr_status qtr_quantize(const struct qtr_quantize_options *options, qtr_qua
   }
 done:
   qtr_st_abort(writer);
+  qtr_threads_free(p.team);
   if (status && made) (void)rmdir(options->output_dir); /* only when nothing is in it */
   qtr_checkpoint_close(checkpoint);
   free(path);

@@ -7,10 +7,6 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "backend/common/rope.h"
 #include "backend/cpu/machine.h"
 #include "base/checked.h"
@@ -108,20 +104,8 @@ static enum qtr_status download(struct qtr_backend *b, const void *device, enum 
 
 /* ---- the parallel loop --------------------------------------------------------------------------- */
 
-void qtr_cpu_for(const struct qtr_cpu *c, size_t n, size_t chunk, qtr_cpu_task task, void *arg) {
-#ifdef _OPENMP
-  size_t pieces = qtr_ceil_div(n, chunk);
-  if (pieces > 1 && c->threads > 1) {
-    /* Always the whole team: libgomp ends threads that a smaller team leaves out and must start them anew. */
-#pragma omp parallel for schedule(dynamic, 1) num_threads(c->threads)
-    for (size_t i = 0; i < pieces; i++) task(arg, i * chunk, QTR_MIN(n, (i + 1) * chunk), omp_get_thread_num());
-    return;
-  }
-#else
-  (void)c;
-  (void)chunk;
-#endif
-  if (n) task(arg, 0, n, 0);
+void qtr_cpu_for(const struct qtr_cpu *c, size_t n, size_t chunk, qtr_task task, void *arg) {
+  qtr_threads_for(c->team, n, chunk, task, arg);
 }
 
 /* ---- opening, closing, properties ---------------------------------------------------------------- */
@@ -129,6 +113,7 @@ void qtr_cpu_for(const struct qtr_cpu *c, size_t n, size_t chunk, qtr_cpu_task t
 static void backend_close(struct qtr_backend *b) {
   if (!b) return;
   struct qtr_cpu *c = (struct qtr_cpu *)b;
+  qtr_threads_free(c->team);
   qtr_cpu_free(c->scratch, c->scratch_bytes * (size_t)c->threads);
   free(c->cos);
   free(c->sin);
@@ -145,16 +130,13 @@ static enum qtr_status backend_open(const struct qtr_backend_options *options, s
   struct qtr_cpu *c = calloc(1, sizeof *c);
   if (!c) return qtr_fail_memory(err, "cpu backend", sizeof *c);
   enum qtr_status status = qtr_cpu_choose_isa(isa, &c->isa, err);
+  c->threads = threads ? threads : QTR_MIN(qtr_cpu_machine_threads(), MAX_THREADS);
+  if (status == QTR_OK) status = qtr_threads_create(c->threads, &c->team, err);
   if (status != QTR_OK) {
     free(c);
     return status;
   }
   c->base.ops = &qtr_backend_cpu;
-#ifdef _OPENMP
-  c->threads = threads ? threads : QTR_MIN(qtr_cpu_machine_threads(), MAX_THREADS);
-#else
-  c->threads = 1;
-#endif
   *backend = &c->base;
   return QTR_OK;
 }

@@ -8,6 +8,7 @@
 #define QTR_BACKEND_CPU_CPU_H
 
 #include "backend/backend.h"
+#include "base/threads.h"
 
 enum qtr_cpu_isa { QTR_CPU_PORTABLE, QTR_CPU_AVX2, QTR_CPU_AVX512, QTR_CPU_VNNI, QTR_CPU_AMX };
 
@@ -15,6 +16,7 @@ struct qtr_cpu {
   struct qtr_backend base; /* first: a struct qtr_backend * is a struct qtr_cpu * */
   enum qtr_cpu_isa isa;
   int threads;
+  struct qtr_threads *team;      /* of that many */
   const struct qtr_batch *batch; /* of the running step */
   float *cos, *sin;              /* (n_tokens, half_dim) of the running step */
   size_t rope_capacity, half_dim;
@@ -35,9 +37,8 @@ static inline void *qtr_cpu_thread_scratch(const struct qtr_cpu *c, int thread) 
 }
 
 /* The one parallel loop of this backend: task(arg, begin, end, thread) over [0, n) in pieces of `chunk` items, handed out as
- * the threads come; thread < c->threads. Serial when there is one piece, or in a build without OpenMP. */
-typedef void (*qtr_cpu_task)(void *arg, size_t begin, size_t end, int thread);
-void qtr_cpu_for(const struct qtr_cpu *c, size_t n, size_t chunk, qtr_cpu_task task, void *arg);
+ * the threads come; thread < c->threads. */
+void qtr_cpu_for(const struct qtr_cpu *c, size_t n, size_t chunk, qtr_task task, void *arg);
 
 /* linear.c, activation.c: slots of the vtable, described in backend.h. */
 enum qtr_status qtr_cpu_linear_create(struct qtr_backend *b, const struct qtr_linear_source *source,

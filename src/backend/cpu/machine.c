@@ -14,6 +14,7 @@
 
 #include "base/checked.h"
 #include "base/status.h"
+#include "base/threads.h"
 
 static const char *const isa_names[] = {"portable", "avx2", "avx512", "vnni", "amx"};
 
@@ -132,9 +133,7 @@ static void limit_threads(const char *dir, void *arg) {
 }
 
 int qtr_cpu_machine_threads(void) {
-  cpu_set_t set;
-  int threads = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : (int)sysconf(_SC_NPROCESSORS_ONLN);
-  threads = QTR_MAX(threads, 1);
+  int threads = qtr_threads_available();
   each_cgroup(limit_threads, &threads);
   return threads;
 }

@@ -2,12 +2,13 @@
  * ragged. K and V are read back from the pages, also those of the running step (backend.h), one KV head of one sequence at a
  * time; scores, softmax and the weighted sum are double. */
 #include <math.h>
+#include <string.h>
 
 #include "backend/reference/reference.h"
 
-/* One query over its n tokens of keys and values: k, v (n, dim); score: room for n; out (dim). */
+/* One query over its n tokens of keys and values: k, v (n, dim); score: room for n; sum: room for dim; out (dim). */
 static void attend(const float *q, const float *k, const float *v, size_t n, size_t dim, double scale, double *score,
-                   float *out) {
+                   double *sum, float *out) {
   double max = -INFINITY, total = 0;
   for (size_t t = 0; t < n; t++) {
     double dot = 0;
@@ -16,11 +17,11 @@ static void attend(const float *q, const float *k, const float *v, size_t n, siz
     max = fmax(max, score[t]);
   }
   for (size_t t = 0; t < n; t++) total += score[t] = exp(score[t] - max);
-  for (size_t i = 0; i < dim; i++) {
-    double sum = 0;
-    for (size_t t = 0; t < n; t++) sum += score[t] * (double)v[t * dim + i];
-    out[i] = (float)(sum / total);
+  memset(sum, 0, dim * sizeof *sum);
+  for (size_t t = 0; t < n; t++) {
+    for (size_t i = 0; i < dim; i++) sum[i] += score[t] * (double)v[t * dim + i];
   }
+  for (size_t i = 0; i < dim; i++) out[i] = (float)(sum[i] / total);
 }
 
 void qtr_reference_attention(struct qtr_backend *b, const struct qtr_attention_args *args) {
@@ -42,7 +43,7 @@ void qtr_reference_attention(struct qtr_backend *b, const struct qtr_attention_a
         for (int32_t h = kv_head * group; h < (kv_head + 1) * group; h++) {
           const float *q = (const float *)args->qkv + token * width + (size_t)h * dim;
           float *out = (float *)args->out + (token * (size_t)args->n_heads + (size_t)h) * dim;
-          attend(q, r->k, r->v, n, dim, (double)args->scale, r->score, out);
+          attend(q, r->k, r->v, n, dim, (double)args->scale, r->score, r->sum, out);
         }
       }
     }

@@ -37,8 +37,9 @@ static void step_free(struct qtr_reference *r) {
   free(r->k);
   free(r->v);
   free(r->score);
+  free(r->sum);
   r->cos = r->sin = r->k = r->v = NULL;
-  r->score = NULL;
+  r->score = r->sum = NULL;
   r->batch = NULL;
 }
 
@@ -133,7 +134,8 @@ static enum qtr_status reference_begin_step(struct qtr_backend *b, const struct 
   r->k = qtr_reference_alloc(longest * half_dim, 2 * sizeof *r->k, "one head's keys", err);
   r->v = qtr_reference_alloc(longest * half_dim, 2 * sizeof *r->v, "one head's values", err);
   r->score = qtr_reference_alloc(longest, sizeof *r->score, "attention scores", err);
-  if (!r->cos || !r->sin || !r->k || !r->v || !r->score) {
+  r->sum = qtr_reference_alloc(half_dim, 2 * sizeof *r->sum, "one head's result", err);
+  if (!r->cos || !r->sin || !r->k || !r->v || !r->score || !r->sum) {
     step_free(r);
     return QTR_ERR_MEMORY;
   }

@@ -17,6 +17,7 @@ struct qtr_reference {
   size_t half_dim;
   float *k, *v;      /* (longest kv_len + q_len of the step, head_dim) one head, dequantised */
   double *score;     /* (longest kv_len + q_len of the step) */
+  double *sum;       /* (head_dim) */
   double *weight;    /* (widest n_in of any linear, 8) eight rows of a floating-point matrix, widened */
   size_t weight_dim; /* that n_in */
 };

@@ -181,6 +181,7 @@ static enum qtr_status emit(struct qtr_detokenizer *d, const char *text, size_t 
   if (d->at_start && n > 0 && len >= n && memcmp(text, strip, n) == 0) {
     text += n;
     len -= n;
+    if (len == 0 && d->tokenizer->decoder.strip_repeats) return QTR_OK;
   }
   d->at_start = false;
   return qtr_text_append(out, text, len, err);
@@ -196,6 +197,7 @@ static enum qtr_status settle(struct qtr_detokenizer *d, bool at_end, struct qtr
     if (n == 0 && !at_end) break;
     if (n == 0) n = d->n_pending;
     if (!valid && each_byte) n = 1;
+    if (d->tokenizer->decoder.strip_pieces_only) d->at_start = false;
     status = valid ? emit(d, (const char *)d->pending, n, out, err) : emit(d, replacement, 3, out, err);
     d->n_pending -= n;
     memmove(d->pending, d->pending + n, d->n_pending);

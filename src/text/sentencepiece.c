@@ -269,7 +269,8 @@ static enum qtr_status set_up_text(const struct model *model, struct qtr_tokeniz
     status = qtr_normalizer_add(&t->normalizer, QTR_NORMALIZE_REPLACE, " ", SPACE_MARK, err);
   }
   t->decoder.kind = QTR_DECODE_PIECES;
-  t->decoder.byte_fallback = true;
+  t->decoder.byte_fallback = t->decoder.strip_pieces_only = true;
+  t->decoder.strip_repeats = model->remove_extra_whitespaces;
   if (model->add_dummy_prefix || model->remove_extra_whitespaces) memcpy(t->decoder.strip, " ", 2);
   return status ? status : qtr_normalizer_add(&t->decoder.replace, QTR_NORMALIZE_REPLACE, SPACE_MARK, " ", err);
 }
@@ -299,6 +300,7 @@ enum qtr_status qtr_tokenizer_read_sentencepiece(const char *data, size_t n_byte
   t->bos = control_id(&model, model.bos);
   t->eos = control_id(&model, model.eos);
   t->add_bos = 1; /* as Llama's tokenizer class does; the file itself is silent */
+  t->added_as_is = true;
   t->bpe.fuse_unk = t->bpe.fuse_unk_last = true;
   t->bpe.byte_fallback = model.byte_fallback;
   status = add_characters(&model, t, err);

@@ -70,7 +70,7 @@ static enum qtr_status build_tries(struct qtr_tokenizer *t, struct qtr_error *er
     bool normalized = t->vocab.tokens[id].flags & QTR_TOKEN_NORMALIZED;
     size_t len;
     const char *content = qtr_vocab_text(&t->vocab, id, &len);
-    if (normalized && t->normalizer.n_steps > 0) {
+    if (normalized && !t->added_as_is && t->normalizer.n_steps > 0) {
       status = qtr_normalizer_apply(&t->normalizer, &scratch, content, len, &text, err);
       content = text.data;
       len = text.len;

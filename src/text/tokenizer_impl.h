@@ -20,6 +20,8 @@ struct qtr_decoder {
   struct qtr_normalizer replace; /* PIECES: REPLACE steps with literal patterns, on each token */
   bool byte_fallback;            /* PIECES: "<0x41>" is a byte */
   char strip[5];                 /* PIECES: this character goes from the start of the whole text, once; "" = none */
+  bool strip_repeats;            /* ... and from the pieces after it as long as nothing else is left (SentencePiece) */
+  bool strip_pieces_only;        /* ... but not when byte tokens made it (SentencePiece) */
   char mark[5];                  /* PIECES (Metaspace): this character goes from the first token; "" = none */
 };
 
@@ -28,6 +30,7 @@ struct qtr_tokenizer {
   struct qtr_bpe bpe;
   struct qtr_normalizer normalizer;
   struct qtr_pretokenizer pretokenizer;
+  bool added_as_is;                /* SentencePiece: user-defined pieces are written in normalized form already */
   struct qtr_trie raw, normalized; /* added tokens looked for in the text as it is, and in the normalized text */
   struct qtr_decoder decoder;
   int32_t prefix[QTR_MAX_TEMPLATE_IDS], suffix[QTR_MAX_TEMPLATE_IDS]; /* put around the ids with add_special */
@@ -35,7 +38,7 @@ struct qtr_tokenizer {
   int32_t bos, eos;        /* -1 = none */
   int add_bos, add_eos;    /* what a configuration file says: 0, 1, or -1 = nothing */
   int32_t n_ids;           /* largest id + 1 */
-  int32_t first_internal; /* SentencePiece: ids from here on never leave the library; -1 = there are none */
+  int32_t first_internal;  /* SentencePiece: ids from here on never leave the library; -1 = there are none */
   struct qtr_text decoded; /* what each token adds to a decoded text, by decoded_at */
   uint32_t *decoded_at;    /* (n_ids + 1) offsets */
   int16_t *byte_value;     /* (n_ids) the byte of a byte token, -1 = none; NULL without byte fallback */

@@ -9,6 +9,7 @@
 #include "base/file.h"
 #include "base/half.h"
 #include "base/status.h"
+#include "checkpoint/packing.h"
 #include "checkpoint/tensors.h"
 
 #include <dirent.h>
@@ -115,6 +116,10 @@ size_t qtr_checkpoint_count(const struct qtr_checkpoint *c) { return c->n_tensor
 
 const struct qtr_tensor *qtr_checkpoint_at(const struct qtr_checkpoint *c, size_t i) {
   return i < c->n_tensors ? &c->tensor[i] : NULL;
+}
+
+struct qtr_tensor *qtr_checkpoint_edit(struct qtr_checkpoint *c, size_t i) {
+  return &c->tensor[i];
 }
 
 const struct qtr_tensor *qtr_checkpoint_find(const struct qtr_checkpoint *c, const char *name) {
@@ -263,6 +268,35 @@ enum qtr_status qtr_checkpoint_format(const struct qtr_checkpoint *c, enum qtr_l
 
 /* ---- files --------------------------------------------------------------------------------------- */
 
+static bool has_suffix(const char *name, const char *suffix) {
+  size_t n = strlen(name), k = strlen(suffix);
+  return n > k && strcmp(name + n - k, suffix) == 0;
+}
+
+/* DeepCompressor's own exporter, whose file is called quant_model.pt, stores the second-level scales of 32 output channels
+ * as 0, 8, 1, 9 … 7, 15, 16, 24, 17 … (spec A.4.3). They become copies in QServe's order, so that nobody else needs to know.
+ * Only the name tells: a scale and its zero move together, so codes stay in range in either order and the numbers give
+ * nothing away. */
+static enum qtr_status fix_s2_order(struct qtr_checkpoint *c, size_t first, struct qtr_error *err) {
+  for (size_t i = first; i < c->n_tensors; i++) {
+    struct qtr_tensor *t = &c->tensor[i];
+    if (!has_suffix(t->name, ".s2_scales") && !has_suffix(t->name, ".s2_zeros")) continue;
+    if (qtr_dtype_bytes(t->dtype) != 1 || t->n_dims != 2 || t->shape[1] % 32) continue; /* its user refuses it */
+    size_t n_out = t->shape[1];
+    const uint8_t *stored = t->data;
+    uint8_t *copy = qtr_checkpoint_own(c, t->n_bytes);
+    if (!copy) return qtr_fail_memory(err, t->name, t->n_bytes);
+    for (size_t g = 0; g < t->shape[0]; g++) {
+      for (size_t r = 0; r < n_out; r++) {
+        size_t from = r / 32 * 32 + r / 16 % 2 * 16 + r % 8 * 2 + r / 8 % 2;
+        copy[g * n_out + qtr_s2_position(r)] = stored[g * n_out + from];
+      }
+    }
+    t->data = copy;
+  }
+  return QTR_OK;
+}
+
 static enum qtr_status read_content(struct qtr_checkpoint *c, const uint8_t *data, size_t n, struct qtr_error *err) {
   if (n >= 4 && memcmp(data, "PK\3\4", 4) == 0) return qtr_torch_read(c, data, n, err);
   if (n >= 19 && memcmp(data, "version https://git", 19) == 0) {
@@ -294,15 +328,14 @@ static enum qtr_status add_file(struct qtr_checkpoint *c, const char *dir, const
   if ((status = qtr_map_open(path, &c->map[c->n_files], err))) goto done;
   c->file[c->n_files] = shown;
   const struct qtr_map *map = &c->map[c->n_files++];
-  if ((status = read_content(c, map->data, map->n_bytes, err))) (void)qtr_error_prefix(err, "%s", shown);
+  size_t first = c->n_tensors;
+  const char *slash = strrchr(name, '/'), *base = slash ? slash + 1 : name;
+  status = read_content(c, map->data, map->n_bytes, err);
+  if (!status && strncmp(base, "quant_model.", 12) == 0) status = fix_s2_order(c, first, err);
+  if (status) (void)qtr_error_prefix(err, "%s", shown);
 done:
   free(path);
   return status;
-}
-
-static bool has_suffix(const char *name, const char *suffix) {
-  size_t n = strlen(name), k = strlen(suffix);
-  return n > k && strcmp(name + n - k, suffix) == 0;
 }
 
 static bool file_in(const char *dir, const char *name) {

@@ -1,6 +1,7 @@
 /* safetensors: hostile headers one by one, writer and reader against each other, and which files of a directory are read. */
 #include "base/file.h"
 #include "base/half.h"
+#include "checkpoint/packing.h"
 #include "checkpoint/safetensors_write.h"
 #include "checkpoint/tensors.h"
 
@@ -400,11 +401,54 @@ static void test_formats(void **state) {
   assert_non_null(strstr(err.message, "no projections"));
 }
 
+/* ---- DeepCompressor's order of second-level scales (A.4.3) ------------------------------------------- */
+
+/* A file whose scale of channel r and group g is (r + 100 g) mod 251, stored in QServe's or DeepCompressor's order under the
+ * name that goes with it: what comes out is in QServe's order. */
+static void check_s2_order(const char *file, bool foreign) {
+  enum { OUT = 96, GROUPS = 2 };
+  uint8_t stored[GROUPS][OUT];
+  for (size_t g = 0; g < GROUPS; g++) {
+    for (size_t i = 0; i < OUT; i++) {
+      size_t own = i / 32 * 32 + i % 4 * 8 + i / 4 % 8;    /* A.4.2: 0, 8, 16, 24, 1, … */
+      size_t theirs = i / 16 * 16 + i % 2 * 8 + i / 2 % 8; /* A.4.3: 0, 8, 1, 9, … 7, 15, 16, 24, … */
+      stored[g][i] = (uint8_t)(((foreign ? theirs : own) + 100 * g) % 251);
+    }
+  }
+  const struct qtr_st_entry entries[] = {
+      {.name = "model.layers.0.mlp.up_proj.s2_scales", .dtype = QTR_DTYPE_I8, .n_dims = 2, .shape = {GROUPS, OUT}},
+      {.name = "model.layers.0.mlp.up_proj.s2_zeros", .dtype = QTR_DTYPE_U8, .n_dims = 2, .shape = {GROUPS, OUT}},
+  };
+  char *dir = make_dir(), *path = qtr_path_join(dir, file);
+  struct qtr_st_writer *w;
+  struct qtr_checkpoint *c;
+  assert_int_equal(qtr_st_create(path, entries, 2, NULL, &w, NULL), QTR_OK);
+  assert_int_equal(qtr_st_write(w, stored, sizeof stored, NULL), QTR_OK);
+  assert_int_equal(qtr_st_write(w, stored, sizeof stored, NULL), QTR_OK);
+  assert_int_equal(qtr_st_finish(w, NULL), QTR_OK);
+  assert_int_equal(qtr_checkpoint_open(dir, &c, NULL), QTR_OK);
+  for (size_t i = 0; i < 2; i++) {
+    const uint8_t *s2 = qtr_checkpoint_find(c, entries[i].name)->data;
+    for (size_t r = 0; r < OUT; r++) {
+      for (size_t g = 0; g < GROUPS; g++) assert_int_equal(s2[g * OUT + qtr_s2_position(r)], (r + 100 * g) % 251);
+    }
+  }
+  qtr_checkpoint_close(c);
+  free(path);
+  remove_dir(dir);
+}
+
+static void test_s2_orders(void **state) {
+  (void)state;
+  check_s2_order("model.safetensors", false);
+  check_s2_order("quant_model.pt", true); /* the content says what kind of file it is */
+}
+
 int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(test_reads),       cmocka_unit_test(test_hostile_headers),   cmocka_unit_test(test_hostile_lengths),
       cmocka_unit_test(test_damage),      cmocka_unit_test(test_writer_round_trip), cmocka_unit_test(test_writer_failures),
-      cmocka_unit_test(test_directories), cmocka_unit_test(test_formats),
+      cmocka_unit_test(test_directories), cmocka_unit_test(test_formats),           cmocka_unit_test(test_s2_orders),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

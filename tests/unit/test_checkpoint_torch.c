@@ -133,7 +133,7 @@ static void put(struct bytes *b, const void *data, size_t n) {
 }
 
 static void put_int(struct bytes *b, uint64_t x, size_t n) {
-  for (size_t i = 0; i < n; i++) put(b, &(uint8_t){i < 8 ? (uint8_t)(x >> (8 * i)) : 0}, 1);
+  for (size_t i = 0; i < n; i++) put(b, &(uint8_t){(uint8_t)(i < 8 ? x >> (8 * i) : 0)}, 1);
 }
 
 struct entry {

@@ -1,4 +1,5 @@
-/* engine_fixture.h - an engine over a tiny model with random weights on the reference backend: no files, no tokenizer. */
+/* engine_fixture.h - an engine over a tiny model with random weights, on the reference backend unless said otherwise: no
+ * files, no tokenizer. */
 #ifndef QTR_TESTS_ENGINE_FIXTURE_H
 #define QTR_TESTS_ENGINE_FIXTURE_H
 
@@ -16,7 +17,7 @@
 #define TINY_VOCAB 256
 #define TINY_EOS 6 /* ids 0 … 5 end a text: about one token in 43 */
 
-static inline struct qtr_model *tiny_model(enum qtr_linear_format format) {
+static inline struct qtr_model *tiny_model_on(const char *device, enum qtr_linear_format format) {
   struct qtr_config config = {.architecture = "LlamaForCausalLM",
                               .hidden_size = 32,
                               .intermediate_size = 32,
@@ -35,14 +36,16 @@ static inline struct qtr_model *tiny_model(enum qtr_linear_format format) {
   struct qtr_backend *backend = NULL;
   struct qtr_model *model = NULL;
   struct qtr_error err = {0};
-  const struct qtr_backend_options backend_options = {.threads = 1};
+  const struct qtr_backend_options backend_options = {.threads = 2};
   const struct qtr_model_options model_options = {.quiet = true};
-  if (qtr_backend_open("reference", &backend_options, &backend, &err) ||
+  if (qtr_backend_open(device, &backend_options, &backend, &err) ||
       qtr_model_random(&config, format, false, 11, backend, &model_options, &model, &err)) {
     fail_msg("%s", err.message);
   }
   return model;
 }
+
+static inline struct qtr_model *tiny_model(enum qtr_linear_format format) { return tiny_model_on("reference", format); }
 
 static inline struct qtr_engine *tiny_engine(struct qtr_model *model, const struct qtr_engine_options *options) {
   struct qtr_engine *engine = NULL;

@@ -22,6 +22,13 @@ struct got {
 };
 
 static struct want want[N_REQUESTS];
+/* What the runs are about: a device, formats and how many of the requests. */
+static struct {
+  const char *device, *precision;
+  enum qtr_linear_format format;
+  int n;
+} subject = {"reference", NULL, QTR_LINEAR_F32, N_REQUESTS};
+
 static struct got alone[N_REQUESTS][MAX_N], got[N_REQUESTS][MAX_N];
 
 static uint64_t state = 88172645463325252u;
@@ -114,11 +121,15 @@ static int take_events(struct qtr_engine *engine, struct got (*out)[MAX_N], bool
 
 /* Each request on its own: the truth. */
 static void run_alone(void) {
-  const struct qtr_engine_options o = {
-      .max_num_seqs = MAX_N, .kv_pages = 64, .no_prefix_cache = true, .max_num_batched_tokens = 300};
-  struct qtr_engine *engine = tiny_engine(tiny_model(QTR_LINEAR_F32), &o);
+  const struct qtr_engine_options o = {.max_num_seqs = MAX_N,
+                                       .kv_pages = 64,
+                                       .no_prefix_cache = true,
+                                       .max_num_batched_tokens = 300,
+                                       .precision = subject.precision};
+  struct qtr_engine *engine = tiny_engine(tiny_model_on(subject.device, subject.format), &o);
   int n_stopped = 0, n_length = 0;
-  for (int i = 0; i < N_REQUESTS; i++) {
+  memset(alone, 0, sizeof alone);
+  for (int i = 0; i < subject.n; i++) {
     (void)add(engine, i, false);
     drain(engine);
     assert_int_equal(take_events(engine, alone, false), want[i].n);
@@ -129,7 +140,7 @@ static void run_alone(void) {
     }
   }
   assert_idle(engine);
-  assert_true(n_stopped > 100 && n_length > 100);
+  assert_true(n_stopped > subject.n / 10 && n_length > subject.n / 10);
   qtr_engine_close(engine);
 }
 
@@ -144,15 +155,16 @@ static void run_together(const struct setup *setup) {
   const struct qtr_engine_options o = {.max_num_seqs = setup->seqs,
                                        .kv_pages = setup->pages,
                                        .no_prefix_cache = setup->no_cache,
-                                       .max_num_batched_tokens = setup->budget};
-  struct qtr_engine *engine = tiny_engine(tiny_model(QTR_LINEAR_F32), &o);
+                                       .max_num_batched_tokens = setup->budget,
+                                       .precision = subject.precision};
+  struct qtr_engine *engine = tiny_engine(tiny_model_on(subject.device, subject.format), &o);
   struct qtr_error err = {0};
   int added = 0, n_ended = 0, n_expected = 0, n_cancelled = 0;
   memset(got, 0, sizeof got);
-  for (int i = 0; i < N_REQUESTS; i++) n_expected += want[i].n;
+  for (int i = 0; i < subject.n; i++) n_expected += want[i].n;
   bool work = true;
-  for (long step = 0; work || added < N_REQUESTS; step++) {
-    for (int k = pick(4); k > 0 && added < N_REQUESTS; k--) (void)add(engine, added++, true);
+  for (long step = 0; work || added < subject.n; step++) {
+    for (int k = pick(4); k > 0 && added < subject.n; k--) (void)add(engine, added++, true);
     if (qtr_engine_step(engine, &work, &err)) fail_msg("%s: %s", setup->name, err.message);
     assert_true(engine->batch.n_tokens <= setup->budget && engine->batch.n_seqs <= setup->seqs);
     if (!qtr_kv_pool_check(engine->pool, &err)) fail_msg("%s, step %ld: %s", setup->name, step, err.message);
@@ -162,7 +174,7 @@ static void run_together(const struct setup *setup) {
   }
   assert_int_equal(n_ended, n_expected);
   assert_idle(engine);
-  for (int i = 0; i < N_REQUESTS; i++) {
+  for (int i = 0; i < subject.n; i++) {
     for (int k = 0; k < want[i].n; k++) {
       const struct got *a = &alone[i][k], *b = &got[i][k];
       bool cancelled = b->finish == QTR_FINISH_CANCELLED;
@@ -179,16 +191,16 @@ static void run_together(const struct setup *setup) {
   }
   struct qtr_stats stats;
   qtr_engine_stats(engine, &stats);
-  assert_int_equal(stats.n_requests_finished, N_REQUESTS);
-  assert_true(n_cancelled > 50);
+  assert_int_equal(stats.n_requests_finished, subject.n);
+  assert_true(n_cancelled > subject.n / 20);
   if (setup->squeezed)
-    assert_true(stats.n_preemptions > 100);
+    assert_true(stats.n_preemptions > (uint64_t)subject.n / 20);
   else
     assert_int_equal(stats.n_preemptions, 0);
   if (setup->no_cache)
     assert_int_equal(stats.n_cached_tokens, 0);
   else
-    assert_true(stats.n_cached_tokens > 10000);
+    assert_true(stats.n_cached_tokens > 10 * (uint64_t)subject.n);
   print_message("%s: %llu steps, %llu preemptions, %llu cached tokens, %d cancelled\n", setup->name,
                 (unsigned long long)stats.n_steps, (unsigned long long)stats.n_preemptions,
                 (unsigned long long)stats.n_cached_tokens, n_cancelled);
@@ -216,6 +228,18 @@ static void test_small_pool_without_cache(void **unused) {
       .name = "small pool, no prefix cache", .pages = 8, .seqs = 16, .budget = 100, .no_cache = true, .squeezed = true});
 }
 
+/* The backend that serves, with its threads and 4-bit formats: it must be as indifferent to batches and chunks. */
+static void test_cpu(void **unused) {
+  (void)unused;
+  subject.device = "cpu";
+  subject.precision = "w4a8kv4";
+  subject.format = QTR_LINEAR_W4A8;
+  subject.n = 300;
+  run_alone();
+  run_together(&(struct setup){.name = "cpu, large pool", .pages = 1000, .seqs = 40, .budget = 500});
+  run_together(&(struct setup){.name = "cpu, small pool", .pages = 7, .seqs = 20, .budget = 64, .squeezed = true});
+}
+
 static int prepare(void **unused) {
   (void)unused;
   make_requests();
@@ -229,6 +253,7 @@ int main(void) {
       cmocka_unit_test(test_small_pool),
       cmocka_unit_test(test_small_pool_small_chunks),
       cmocka_unit_test(test_small_pool_without_cache),
+      cmocka_unit_test(test_cpu),
   };
   return cmocka_run_group_tests(tests, prepare, NULL);
 }

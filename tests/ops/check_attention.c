@@ -321,7 +321,7 @@ static void compare_attention(const struct op_check *c, const struct cache *k, e
         for (size_t t = 0; t < n; t++) rounding += head.weight[t] * head.v_max[t];
         for (size_t j = 0; j < dim; j++) {
           tolerance[j] =
-              (EPS * (4 + sqrt((double)n)) + split) * rounding + 1e-20 * head.v_all + act * fabs((double)want[j]) + 1e-37;
+              (EPS * (4 + (double)n / 4) + split) * rounding + 1e-20 * head.v_all + act * fabs((double)want[j]) + 1e-37;
         }
         for (size_t t = 0; t < n; t++) {
           double share = head.weight[t] * (head.error[t] + mean_error + 8 * EPS + split);

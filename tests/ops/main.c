@@ -81,6 +81,13 @@ static void device_open(const char *name, const struct qtr_backend_options *opti
   d->act_bytes = qtr_dtype_bytes(d->caps.act_dtype);
 }
 
+/* Each entry has its own random numbers, the same whether it runs alone or after others. */
+static struct op_rng entry_rng(uint64_t seed, const char *name) {
+  struct op_rng rng = {seed};
+  for (; *name; name++) rng.state = op_rng_next(&rng) ^ (unsigned char)*name;
+  return rng;
+}
+
 static bool check(struct op_check *c, const struct op_entry *e, unsigned format, const char *name, bool json) {
   struct op_diff diff = {0};
   double start = qtr_now();
@@ -114,7 +121,7 @@ int main(int argc, char **argv) {
     (void)fputs(usage, stderr);
     return 2;
   }
-  struct op_check c = {.rng = {o.seed}};
+  struct op_check c = {0};
   struct op_ceiling ceiling = {0};
   if (!o.list) {
     device_open(o.device, &o.backend, &c.dev);
@@ -136,6 +143,7 @@ int main(int argc, char **argv) {
       op_name(e, format, name, sizeof name);
       if (!strstr(name, o.op)) continue;
       n_run++;
+      c.rng = entry_rng(o.seed, name);
       if (o.list) {
         (void)printf("%s\n", name);
       } else if (o.perf) {

@@ -154,6 +154,7 @@ struct value qtr_tpl_call_builtin(struct eval *ev, const struct builtin *b, stru
   if (ev->failed) return qtr_tpl_undefined();
   if (!b->params) return b->run(ev, in, NULL, args);
   struct value bound[TPL_MAX_PARAMS] = {{0}};
+  if (!qtr_tpl_charge(ev, args->n_keyword / 4)) return qtr_tpl_undefined();
   size_t n = 0, n_used = 0;
   for (const char *name = b->params; *name; n++) {
     size_t len = strcspn(name, " ");
@@ -212,7 +213,7 @@ struct value qtr_tpl_call_macro(struct eval *ev, const struct macro *macro, cons
   struct scope *outer = ev->scope, *s = push_scope(ev, macro->scope);
   struct output out = {0}, *outer_out = ev->out;
   bool *taken = qtr_tpl_alloc_array(ev, args->n_keyword, sizeof *taken);
-  if (!s || !taken) goto done;
+  if (!s || !taken || !qtr_tpl_charge(ev, (p->n + 1) * args->n_keyword / 4)) goto done;
   memset(taken, 0, args->n_keyword * sizeof *taken);
   for (uint32_t i = 0; i < p->n && !ev->failed; i++) {
     struct value v = {.type = V_MISSING};

@@ -174,6 +174,8 @@ static struct call_args *parse_call_args(struct parser *p) {
       args->star_star = qtr_tpl_parse_expression(p);
     } else if (is(p, T_NAME) && p->t[1].type == T_ASSIGN) {
       if (args->star_star) return qtr_tpl_parser_fail(p, QTR_ERR_FORMAT, "a keyword argument after **mapping");
+      if (args->keyword.n == TPL_MAX_ARGUMENTS)
+        return qtr_tpl_parser_fail(p, QTR_ERR_LIMIT, "more than %d keyword arguments", TPL_MAX_ARGUMENTS);
       if (args->keyword.n == names_capacity) {
         uint32_t capacity = names_capacity ? names_capacity * 2 : 4;
         struct str **names = qtr_tpl_parser_alloc(p, capacity * sizeof *names);

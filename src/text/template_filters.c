@@ -14,7 +14,7 @@
 static bool given(struct value v) { return v.type != V_MISSING; }
 static bool flag(struct value v) { return given(v) && qtr_tpl_truth(v); }
 static bool is_integer(struct value v) { return v.type == V_INT || v.type == V_BOOL; }
-static int64_t integer(struct value v) { return v.type == V_INT ? v.i : v.b; }
+static int64_t integer(struct value v) { return v.type == V_BOOL ? v.b : v.i; }
 
 static struct value fail_type(struct eval *ev, const char *filter, struct value v) {
   if (v.type == V_UNDEFINED) return qtr_tpl_fail_undefined(ev, v);
@@ -44,6 +44,7 @@ FILTER(filter_title) {
   struct value text = qtr_tpl_soft_str(ev, in);
   struct output out = {0};
   bool start = true;
+  if (ev->failed || !qtr_tpl_charge(ev, text.s->len / TPL_STEP_CHARS)) return text;
   for (size_t i = 0; !ev->failed && i < text.s->len;) {
     uint32_t cp, mapped[3];
     char utf8[4];
@@ -118,11 +119,13 @@ FILTER(filter_truncate) { /* length=255, killwords=false, end='...', leeway=5 */
   struct value text = in, end = given(a[2]) ? a[2] : qtr_tpl_string_static(ev, "...");
   int64_t length = given(a[0]) && is_integer(a[0]) ? integer(a[0]) : 255;
   int64_t leeway = given(a[3]) && is_integer(a[3]) ? integer(a[3]) : 5;
-  if (ev->failed || text.type != V_STRING) return fail_type(ev, "truncate", text);
+  size_t n_text;
+  if (ev->failed || !qtr_tpl_length(ev, text, &n_text)) return fail_type(ev, "truncate", text);
   if (end.type != V_STRING) return fail_type(ev, "truncate", end);
-  int64_t n_end = (int64_t)qtr_tpl_n_chars(end.s);
+  int64_t n_end = (int64_t)qtr_tpl_n_chars(ev, end.s);
   if (length < n_end || leeway < 0) return qtr_tpl_fail(ev, QTR_ERR_FORMAT, "truncate: length or leeway is too small");
-  if ((int64_t)qtr_tpl_n_chars(text.s) - leeway <= length) return text;
+  if ((int64_t)n_text - leeway <= length) return text;
+  if (text.type != V_STRING) return fail_type(ev, "truncate", text);
   struct value cut = qtr_tpl_slice(ev, text, qtr_tpl_int(0), qtr_tpl_int(length - n_end), qtr_tpl_none());
   if (ev->failed) return cut;
   if (!flag(a[1])) {
@@ -136,7 +139,7 @@ FILTER(filter_wordcount) {
   struct value text = qtr_tpl_soft_str(ev, in);
   int64_t n = 0;
   bool inside = false;
-  if (ev->failed || !qtr_tpl_charge_bytes(ev, text.s->len)) return text;
+  if (ev->failed || !qtr_tpl_charge(ev, text.s->len / TPL_STEP_CHARS)) return text;
   for (size_t i = 0; i < text.s->len;) {
     uint32_t cp;
     i += qtr_tpl_decode(text.s->data + i, text.s->len - i, &cp);
@@ -261,7 +264,7 @@ FILTER(filter_round) { /* precision=0, method='common' */
 FILTER(filter_length) {
   size_t n;
   if (in.type == V_LOOP) qtr_tpl_raise(ev, in.loop->pending);
-  if (!qtr_tpl_length(in, &n))
+  if (!qtr_tpl_length(ev, in, &n))
     return qtr_tpl_fail(ev, QTR_ERR_FORMAT, "object of type '%s' has no length", qtr_tpl_type_name(in));
   return qtr_tpl_int((int64_t)n);
 }
@@ -312,16 +315,27 @@ FILTER(filter_reverse) {
   return qtr_tpl_iterator(ev, in.type == V_LIST ? "list_reverseiterator" : "reversed", list, NULL);
 }
 
+/* Keeps an error that stopped a lazy computation, to be raised by whoever consumes that far. */
+static const struct qtr_error *take_error(struct eval *ev, const struct qtr_error *pending) {
+  if (!ev->failed) return pending;
+  if (ev->err->status == QTR_ERR_LIMIT || ev->err->status == QTR_ERR_MEMORY) return NULL; /* not to be hidden */
+  struct qtr_error *kept = qtr_tpl_arena_alloc(&ev->arena, sizeof *kept);
+  if (!kept) return NULL;
+  *kept = *ev->err;
+  ev->failed = false;
+  return kept;
+}
+
+/* jinja2's generators do nothing, not even fail, before someone asks them: an error becomes the end of an empty iterator. */
+static struct value lazily(struct eval *ev, struct value made) {
+  const struct qtr_error *pending = take_error(ev, NULL);
+  return pending ? qtr_tpl_iterator(ev, "generator", qtr_tpl_list(ev, V_LIST, 0), pending) : made;
+}
+
 FILTER(filter_items) {
   if (in.type == V_UNDEFINED) return qtr_tpl_iterator(ev, "generator", qtr_tpl_list(ev, V_LIST, 0), NULL);
-  if (in.type != V_DICT) { /* the generator raises this when it is used, not before */
-    struct qtr_error *pending = qtr_tpl_alloc(ev, sizeof *pending);
-    struct value none = qtr_tpl_list(ev, V_LIST, 0);
-    if (ev->failed) return none;
-    (void)qtr_fail(pending, QTR_ERR_FORMAT, "template line %d: items: can only get item pairs from a mapping, not from '%s'",
-                   (int)ev->line, qtr_tpl_type_name(in));
-    return qtr_tpl_iterator(ev, "generator", none, pending);
-  }
+  if (in.type != V_DICT)
+    return lazily(ev, qtr_tpl_fail(ev, QTR_ERR_FORMAT, "items: '%s' is no mapping", qtr_tpl_type_name(in)));
   struct value view = {.type = V_VIEW, .sub = VIEW_ITEMS, .d = in.d}, list = filter_list(ev, view, NULL, NULL);
   return ev->failed ? list : qtr_tpl_iterator(ev, "generator", list, NULL);
 }
@@ -342,18 +356,7 @@ FILTER(filter_join) { /* d='', attribute=none */
   return qtr_tpl_output_string(ev, &out);
 }
 
-/* Keeps an error that stopped a lazy computation, to be raised by whoever consumes that far. */
-static const struct qtr_error *take_error(struct eval *ev, const struct qtr_error *pending) {
-  if (!ev->failed) return pending;
-  if (ev->err->status == QTR_ERR_LIMIT || ev->err->status == QTR_ERR_MEMORY) return NULL; /* not to be hidden */
-  struct qtr_error *kept = qtr_tpl_arena_alloc(&ev->arena, sizeof *kept);
-  if (!kept) return NULL;
-  *kept = *ev->err;
-  ev->failed = false;
-  return kept;
-}
-
-FILTER(filter_map) {
+static struct value map_items(struct eval *ev, struct value in, const struct args *raw) {
   struct value *items, list = {0};
   size_t n;
   const struct qtr_error *pending = NULL;
@@ -404,6 +407,8 @@ FILTER(filter_map) {
   return qtr_tpl_iterator(ev, "generator", list, pending);
 }
 
+FILTER(filter_map) { return lazily(ev, map_items(ev, in, raw)); }
+
 static struct value select_items(struct eval *ev, struct value in, const struct args *raw, bool keep, bool by_attribute) {
   struct value *items;
   size_t n, n_names = by_attribute ? 1 : 0;
@@ -433,19 +438,21 @@ static struct value select_items(struct eval *ev, struct value in, const struct 
   return qtr_tpl_iterator(ev, "generator", list, pending);
 }
 
-FILTER(filter_select) { return select_items(ev, in, raw, true, false); }
-FILTER(filter_reject) { return select_items(ev, in, raw, false, false); }
-FILTER(filter_selectattr) { return select_items(ev, in, raw, true, true); }
-FILTER(filter_rejectattr) { return select_items(ev, in, raw, false, true); }
+FILTER(filter_select) { return lazily(ev, select_items(ev, in, raw, true, false)); }
+FILTER(filter_reject) { return lazily(ev, select_items(ev, in, raw, false, false)); }
+FILTER(filter_selectattr) { return lazily(ev, select_items(ev, in, raw, true, true)); }
+FILTER(filter_rejectattr) { return lazily(ev, select_items(ev, in, raw, false, true)); }
 
 static struct value ignore_case(struct eval *ev, struct value v) {
   return v.type == V_STRING ? string_method(ev, "lower", v, &no_args) : v;
 }
 
-FILTER(filter_unique) { /* case_sensitive=false, attribute=none */
+/* case_sensitive=false, attribute=none */
+static struct value unique_items(struct eval *ev, struct value in, const struct value *a) {
   struct value *items, seen = qtr_tpl_dict(ev);
   size_t n, kept = 0;
-  if (ev->failed || !qtr_tpl_items(ev, in, &items, &n, NULL)) return qtr_tpl_undefined();
+  const struct qtr_error *pending = NULL;
+  if (ev->failed || !qtr_tpl_items(ev, in, &items, &n, &pending)) return qtr_tpl_undefined();
   struct value list = qtr_tpl_list(ev, V_LIST, n);
   for (size_t i = 0; i < n && !ev->failed; i++) {
     struct value key = items[i];
@@ -455,24 +462,34 @@ FILTER(filter_unique) { /* case_sensitive=false, attribute=none */
     qtr_tpl_dict_set(ev, seen.d, key, qtr_tpl_none());
     if (seen.d->n > before) list.l->items[kept++] = items[i];
   }
+  pending = take_error(ev, pending);
   if (ev->failed) return list;
   list.l->n = kept;
-  return qtr_tpl_iterator(ev, "generator", list, NULL);
+  return qtr_tpl_iterator(ev, "generator", list, pending);
 }
+
+FILTER(filter_unique) { return lazily(ev, unique_items(ev, in, a)); }
 
 /* A stable merge sort of n items by key; reverse keeps equal items in their order, as Python does. */
 struct sort_item {
   struct value key, value;
 };
-static void merge_sort(struct eval *ev, struct sort_item *items, struct sort_item *spare, size_t n, bool reverse) {
+/* The sort filter's keys are lists of one in jinja2, and lists look for a difference before they ask for an order: so
+ * undefined values and nones may stand beside each other. */
+static bool key_less(struct eval *ev, struct value a, struct value b, bool as_list) {
+  if (as_list && qtr_tpl_equal(ev, a, b, 0)) return false;
+  return qtr_tpl_less(ev, a, b, OP_LT);
+}
+static void merge_sort(struct eval *ev, struct sort_item *items, struct sort_item *spare, size_t n, bool reverse,
+                       bool as_list) {
   for (size_t width = 1; width < n && !ev->failed; width *= 2) {
     for (size_t from = 0; from < n; from += 2 * width) {
       size_t middle = QTR_MIN(from + width, n), end = QTR_MIN(from + 2 * width, n), i = from, j = middle;
       for (size_t k = from; k < end; k++) {
         bool right = i == middle;
         if (!right && j < end && !ev->failed) {
-          right = reverse ? qtr_tpl_less(ev, items[i].key, items[j].key, OP_LT)
-                          : qtr_tpl_less(ev, items[j].key, items[i].key, OP_LT);
+          size_t low = reverse ? i : j, high = reverse ? j : i;
+          right = key_less(ev, items[low].key, items[high].key, as_list);
         }
         spare[k] = right ? items[j++] : items[i++];
       }
@@ -481,11 +498,11 @@ static void merge_sort(struct eval *ev, struct sort_item *items, struct sort_ite
   }
 }
 
-static struct value sort_values(struct eval *ev, struct sort_item *items, size_t n, bool reverse) {
+static struct value sort_values(struct eval *ev, struct sort_item *items, size_t n, bool reverse, bool as_list) {
   struct sort_item *spare = qtr_tpl_alloc_array(ev, n, sizeof *spare);
   struct value list = qtr_tpl_list(ev, V_LIST, n);
   if (ev->failed) return list;
-  merge_sort(ev, items, spare, n, reverse);
+  merge_sort(ev, items, spare, n, reverse, as_list);
   for (size_t i = 0; i < n; i++) list.l->items[i] = items[i].value;
   return list;
 }
@@ -528,7 +545,7 @@ static struct sort_item *make_sort_items(struct eval *ev, struct value in, struc
 FILTER(filter_sort) { /* reverse=false, case_sensitive=false, attribute=none */
   size_t n;
   struct sort_item *items = make_sort_items(ev, in, a[2], flag(a[1]), &n);
-  return items ? sort_values(ev, items, n, flag(a[0])) : qtr_tpl_undefined();
+  return items ? sort_values(ev, items, n, flag(a[0]), true) : qtr_tpl_undefined();
 }
 
 FILTER(filter_dictsort) { /* case_sensitive=false, by='key', reverse=false */
@@ -540,7 +557,7 @@ FILTER(filter_dictsort) { /* case_sensitive=false, by='key', reverse=false */
   size_t n;
   struct value view = {.type = V_VIEW, .sub = VIEW_ITEMS, .d = in.d};
   struct sort_item *items = make_sort_items(ev, view, qtr_tpl_int(by_value), flag(a[0]), &n);
-  return items ? sort_values(ev, items, n, flag(a[2])) : qtr_tpl_undefined();
+  return items ? sort_values(ev, items, n, flag(a[2]), false) : qtr_tpl_undefined();
 }
 
 static struct value extreme(struct eval *ev, struct value in, const struct value *a, bool greatest) {
@@ -569,7 +586,7 @@ FILTER(filter_sum) { /* attribute=none, start=0 */
   return total;
 }
 
-FILTER(filter_batch) { /* linecount, fill_with=none */
+static struct value batch_items(struct eval *ev, struct value in, const struct value *a) { /* linecount, fill_with=none */
   struct value *items;
   size_t n;
   if (!is_integer(a[0]) || integer(a[0]) < 1 || integer(a[0]) > TPL_MAX_RANGE)
@@ -587,6 +604,8 @@ FILTER(filter_batch) { /* linecount, fill_with=none */
   }
   return ev->failed ? lines : qtr_tpl_iterator(ev, "generator", lines, NULL);
 }
+
+FILTER(filter_batch) { return lazily(ev, batch_items(ev, in, a)); }
 
 /* ---- the rest -------------------------------------------------------------------------------- */
 

@@ -152,25 +152,27 @@ bool qtr_tpl_parse_int(const char *text, size_t len, int base, int64_t *i) {
 static void write_string_repr(struct eval *ev, struct output *out, const struct str *s) {
   bool single = s->len && memchr(s->data, '\'', s->len), both = single && memchr(s->data, '"', s->len);
   char quote = single && !both ? '"' : '\'';
+  size_t done = 0;
   qtr_tpl_write(ev, out, &quote, 1);
   for (size_t i = 0; i < s->len && !ev->failed;) {
     uint32_t cp;
     size_t n = qtr_tpl_decode(s->data + i, s->len - i, &cp);
     char text[16];
+    i += n;
     if (cp == (uint32_t)quote || cp == '\\') {
-      text[0] = '\\';
-      text[1] = (char)cp;
-      qtr_tpl_write(ev, out, text, 2);
+      (void)snprintf(text, sizeof text, "\\%c", (char)cp);
     } else if (cp == '\n' || cp == '\r' || cp == '\t') {
-      qtr_tpl_write_text(ev, out, cp == '\n' ? "\\n" : cp == '\r' ? "\\r" : "\\t");
+      (void)snprintf(text, sizeof text, "\\%c", cp == '\n' ? 'n' : cp == '\r' ? 'r' : 't');
     } else if (qtr_tpl_is_printable(cp)) {
-      qtr_tpl_write(ev, out, s->data + i, n);
+      continue;
     } else {
       (void)snprintf(text, sizeof text, cp < 0x100 ? "\\x%02x" : cp < 0x10000 ? "\\u%04x" : "\\U%08x", (unsigned)cp);
-      qtr_tpl_write_text(ev, out, text);
     }
-    i += n;
+    qtr_tpl_write(ev, out, s->data + done, i - n - done);
+    qtr_tpl_write_text(ev, out, text);
+    done = i;
   }
+  qtr_tpl_write(ev, out, s->data + done, s->len - done);
   qtr_tpl_write(ev, out, &quote, 1);
 }
 
@@ -225,7 +227,10 @@ void qtr_tpl_write_repr(struct eval *ev, struct output *out, struct value v, int
     case V_NONE: qtr_tpl_write_text(ev, out, "None"); break;
     case V_BOOL: qtr_tpl_write_text(ev, out, v.b ? "True" : "False"); break;
     case V_INT: write_format(ev, out, "%lld", (long long)v.i); break;
-    case V_FLOAT: qtr_tpl_write(ev, out, text, qtr_tpl_float_repr(v.f, text)); break;
+    case V_FLOAT:
+      (void)qtr_tpl_charge(ev, 8); /* tries several lengths */
+      qtr_tpl_write(ev, out, text, qtr_tpl_float_repr(v.f, text));
+      break;
     case V_STRING:
       if (v.s->markup) qtr_tpl_write_text(ev, out, "Markup(");
       write_string_repr(ev, out, v.s);
@@ -323,6 +328,7 @@ static void write_json_float(struct eval *ev, struct output *out, double f) {
   } else if (isinf(f)) {
     qtr_tpl_write_text(ev, out, f < 0 ? "-Infinity" : "Infinity");
   } else {
+    (void)qtr_tpl_charge(ev, 8);
     qtr_tpl_write(ev, out, text, qtr_tpl_float_repr(f, text));
   }
 }

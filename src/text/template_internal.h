@@ -17,10 +17,12 @@
 #define TPL_MAX_SOURCE ((size_t)1 << 20)  /* bytes of a template */
 #define TPL_MAX_NEST 100                  /* parser recursion: brackets, blocks, unary operators */
 #define TPL_MAX_NODE_DEPTH 400            /* height of a syntax tree: a + b + c + … leans to the left */
+#define TPL_MAX_ARGUMENTS 256             /* parameters of a macro, keywords of a call: both are searched */
 #define TPL_MAX_NAMES 10000               /* different identifiers: keeps a hostile hash table quick, too */
 #define TPL_MAX_EVAL_DEPTH 1000           /* C recursion of the evaluator, macros included */
 #define TPL_MAX_STEPS ((uint64_t)5000000) /* nodes evaluated; long strings and lists cost more than one */
-#define TPL_STEP_BYTES 64                 /* bytes a string operation may touch for one step */
+#define TPL_STEP_BYTES 32                 /* bytes a string operation may touch for one step */
+#define TPL_STEP_CHARS 8                  /* the same where it looks at every character */
 #define TPL_MAX_OUTPUT ((size_t)16 << 20) /* bytes of a rendering, and of any string made on the way */
 #define TPL_MAX_PARSE_ARENA ((size_t)256 << 20)
 #define TPL_MAX_RENDER_ARENA ((size_t)128 << 20)
@@ -317,6 +319,7 @@ struct eval {
   int32_t line;
   int depth;
   uint64_t steps;
+  size_t rest_bytes; /* charged bytes that make no whole step yet */
   struct scope *scope;
   struct value *globals; /* (n_names) V_MISSING = not looked up yet */
   struct output *out;
@@ -380,8 +383,8 @@ struct value qtr_tpl_string_static(struct eval *ev, const char *text);
 struct value qtr_tpl_markup(struct eval *ev, struct value string, bool markup); /* the same bytes, marked or not */
 struct value qtr_tpl_concat(struct eval *ev, struct value a, struct value b);   /* two strings; no escaping */
 struct value qtr_tpl_escape(struct eval *ev, struct value v);                   /* HTML-escaped markup of str(v) */
-size_t qtr_tpl_n_chars(struct str *s);
-size_t qtr_tpl_char_offset(struct str *s, size_t index); /* byte offset of a code point; len past the end */
+size_t qtr_tpl_n_chars(struct eval *ev, struct str *s);                   /* counts once; ev NULL: for free, when parsing */
+size_t qtr_tpl_char_offset(struct eval *ev, struct str *s, size_t index); /* byte offset of a code point; len past the end */
 struct value qtr_tpl_list(struct eval *ev, enum value_type type, size_t n); /* V_LIST or V_TUPLE of n unset items */
 struct value qtr_tpl_list_concat(struct eval *ev, struct value a, struct value b);
 struct value qtr_tpl_dict(struct eval *ev);
@@ -395,7 +398,7 @@ bool qtr_tpl_truth(struct value v);
 bool qtr_tpl_is_iterable(struct value v);
 bool qtr_tpl_is_number(struct value v); /* bool, int, float */
 double qtr_tpl_number(struct value v);
-bool qtr_tpl_length(struct value v, size_t *n); /* false: has no len() */
+bool qtr_tpl_length(struct eval *ev, struct value v, size_t *n); /* false: has no len() */
 bool qtr_tpl_equal(struct eval *ev, struct value a, struct value b, int depth);
 bool qtr_tpl_less(struct eval *ev, struct value a, struct value b, enum op op); /* op: LT, LE, GT, GE */
 bool qtr_tpl_contains(struct eval *ev, struct value item, struct value in);

@@ -10,7 +10,7 @@
 
 static bool given(struct value v) { return v.type != V_MISSING; }
 static bool is_integer(struct value v) { return v.type == V_INT || v.type == V_BOOL; }
-static int64_t integer(struct value v) { return v.type == V_INT ? v.i : v.b; }
+static int64_t integer(struct value v) { return v.type == V_BOOL ? v.b : v.i; }
 
 static struct value fail_argument(struct eval *ev, const char *method, const char *expected, struct value v) {
   if (v.type == V_UNDEFINED) return qtr_tpl_fail_undefined(ev, v);
@@ -49,23 +49,19 @@ static struct value strip(struct eval *ev, const char *method, struct value in, 
     if (chars.type != V_STRING) return fail_argument(ev, method, "a string", chars);
     set = chars.s;
   }
-  size_t from = 0, to = in.s->len, n_checks = 0;
+  size_t from = 0, to = in.s->len, work = set ? set->len + 1 : 1;
   uint32_t cp;
   while (left && from < to) {
     size_t n = qtr_tpl_decode(in.s->data + from, to - from, &cp);
-    if (!in_chars(set, cp)) break;
+    if (!in_chars(set, cp) || !qtr_tpl_charge_bytes(ev, work)) break;
     from += n;
-    n_checks++;
   }
   while (right && to > from) {
     size_t at = previous(in.s, to);
     (void)qtr_tpl_decode(in.s->data + at, to - at, &cp);
-    if (!in_chars(set, cp)) break;
+    if (!in_chars(set, cp) || !qtr_tpl_charge_bytes(ev, work)) break;
     to = at;
-    n_checks++;
   }
-  size_t work;
-  if (qtr_mul_overflow(n_checks, set ? set->len + 1 : 1, &work) || !qtr_tpl_charge_bytes(ev, work)) work = 0;
   return part(ev, in, from, to);
 }
 METHOD(str_strip) { return strip(ev, "strip", in, a[0], true, true); }
@@ -138,7 +134,7 @@ static struct value change_case(struct eval *ev, struct value in, enum case_chan
     i += n;
   }
   struct value v = qtr_tpl_output_string(ev, &out);
-  if (ev->failed || !qtr_tpl_charge(ev, s->len / 16)) return v;
+  if (ev->failed || !qtr_tpl_charge(ev, s->len / TPL_STEP_CHARS)) return v;
   return qtr_tpl_markup(ev, v, s->markup);
 }
 METHOD(str_lower) { return change_case(ev, in, TO_LOWER); }
@@ -220,9 +216,11 @@ static struct value split_spaces(struct eval *ev, struct value in, int64_t most,
   return parts_list(ev, &p, from_right);
 }
 
-static size_t find_back(const struct str *s, size_t end, const struct str *what) {
+static size_t find_back(struct eval *ev, const struct str *s, size_t end, const struct str *what) {
   for (size_t at = end >= what->len ? end - what->len + 1 : 0; at-- > 0;) {
-    if (s->data[at] == what->data[0] && memcmp(s->data + at, what->data, what->len) == 0) return at;
+    if (s->data[at] != what->data[0]) continue;
+    if (!qtr_tpl_charge_bytes(ev, what->len)) break; /* this search can be quadratic */
+    if (memcmp(s->data + at, what->data, what->len) == 0) return at;
   }
   return SIZE_MAX;
 }
@@ -246,7 +244,7 @@ static struct value split(struct eval *ev, struct value in, const struct value *
   struct parts p = {0};
   size_t at = from_right ? s->len : 0;
   while (!ev->failed) {
-    size_t hit = most == 0 ? SIZE_MAX : from_right ? find_back(s, at, separator) : find_from(s, at, separator);
+    size_t hit = most == 0 ? SIZE_MAX : from_right ? find_back(ev, s, at, separator) : find_from(s, at, separator);
     if (most > 0) most--;
     if (hit == SIZE_MAX) break;
     add_part(ev, &p, from_right ? part(ev, in, hit + separator->len, at) : part(ev, in, at, hit));
@@ -280,7 +278,7 @@ METHOD(str_splitlines) { /* keepends=false */
 static struct value partition(struct eval *ev, struct value in, struct value separator, bool from_right) {
   if (separator.type != V_STRING) return fail_argument(ev, "partition", "a string", separator);
   if (separator.s->len == 0) return qtr_tpl_fail(ev, QTR_ERR_FORMAT, "partition: empty separator");
-  size_t hit = from_right ? find_back(in.s, in.s->len, separator.s) : find_from(in.s, 0, separator.s);
+  size_t hit = from_right ? find_back(ev, in.s, in.s->len, separator.s) : find_from(in.s, 0, separator.s);
   struct value t = qtr_tpl_list(ev, V_TUPLE, 3);
   if (ev->failed || !qtr_tpl_charge_bytes(ev, in.s->len)) return t;
   if (hit != SIZE_MAX) {
@@ -351,8 +349,7 @@ static bool find_range(struct eval *ev, struct value in, const struct value *a, 
   *from = 0;
   *to = in.s->len;
   if (!given(a[0]) && !given(a[1])) return true;
-  int64_t n = (int64_t)qtr_tpl_n_chars(in.s), bounds[2] = {0, n};
-  (void)qtr_tpl_charge_bytes(ev, in.s->len);
+  int64_t n = (int64_t)qtr_tpl_n_chars(ev, in.s), bounds[2] = {0, n};
   for (int k = 0; k < 2; k++) {
     if (!given(a[k]) || a[k].type == V_NONE) continue;
     if (!is_integer(a[k])) {
@@ -367,8 +364,8 @@ static bool find_range(struct eval *ev, struct value in, const struct value *a, 
     *to = 0;
     return true;
   }
-  *from = qtr_tpl_char_offset(in.s, (size_t)bounds[0]);
-  *to = qtr_tpl_char_offset(in.s, (size_t)QTR_MIN(bounds[1], n));
+  *from = qtr_tpl_char_offset(ev, in.s, (size_t)bounds[0]);
+  *to = qtr_tpl_char_offset(ev, in.s, (size_t)QTR_MIN(bounds[1], n));
   return true;
 }
 
@@ -383,7 +380,7 @@ static struct value search(struct eval *ev, const char *method, struct value in,
     if (a[0].s->len == 0) {
       hit = from_right ? range.len : 0;
     } else {
-      hit = from_right ? find_back(&range, range.len, a[0].s) : find_from(&range, 0, a[0].s);
+      hit = from_right ? find_back(ev, &range, range.len, a[0].s) : find_from(&range, 0, a[0].s);
     }
   }
   if (hit == SIZE_MAX) {
@@ -391,7 +388,7 @@ static struct value search(struct eval *ev, const char *method, struct value in,
     return qtr_tpl_int(-1);
   }
   struct str before = {.data = in.s->data, .len = from + hit, .n_chars = -1};
-  return qtr_tpl_int((int64_t)qtr_tpl_n_chars(&before));
+  return qtr_tpl_int((int64_t)qtr_tpl_n_chars(ev, &before));
 }
 METHOD(str_find) { return search(ev, "find", in, a, false, false); }
 METHOD(str_rfind) { return search(ev, "rfind", in, a, true, false); }
@@ -405,8 +402,10 @@ METHOD(str_count) {
   if (!find_range(ev, in, a + 1, &from, &to) || !qtr_tpl_charge_bytes(ev, in.s->len)) return qtr_tpl_undefined();
   if (from > to) return qtr_tpl_int(0);
   struct str range = {.data = in.s->data + from, .len = to - from, .n_chars = -1};
-  if (a[0].s->len == 0) return qtr_tpl_int((int64_t)qtr_tpl_n_chars(&range) + 1);
-  for (size_t at = 0; (at = find_from(&range, at, a[0].s)) != SIZE_MAX; at += a[0].s->len) n++;
+  if (a[0].s->len == 0) return qtr_tpl_int((int64_t)qtr_tpl_n_chars(ev, &range) + 1);
+  for (size_t at = 0; (at = find_from(&range, at, a[0].s)) != SIZE_MAX; at += a[0].s->len) {
+    if (++n % TPL_STEP_CHARS == 0 && !qtr_tpl_charge(ev, 1)) break;
+  }
   return qtr_tpl_int(n);
 }
 
@@ -436,7 +435,7 @@ METHOD(str_endswith) { return has_affix(ev, in, a, true); }
 /* ---- the rest of str ------------------------------------------------------------------------- */
 
 static struct value all_chars(struct eval *ev, struct value in, bool (*is)(uint32_t), bool empty) {
-  (void)qtr_tpl_charge_bytes(ev, in.s->len);
+  if (!qtr_tpl_charge(ev, in.s->len / TPL_STEP_CHARS)) return qtr_tpl_undefined();
   for (size_t i = 0; i < in.s->len;) {
     uint32_t cp;
     i += qtr_tpl_decode(in.s->data + i, in.s->len - i, &cp);
@@ -468,9 +467,9 @@ static struct value justify(struct eval *ev, const char *method, struct value in
                             bool right) {
   struct value fill = given(a[1]) ? a[1] : qtr_tpl_string_static(ev, " ");
   if (!is_integer(a[0]) && (given(a[0]) || !(left && right))) return fail_argument(ev, method, "an integer", a[0]);
-  if (ev->failed || fill.type != V_STRING || qtr_tpl_n_chars(fill.s) != 1)
+  if (ev->failed || fill.type != V_STRING || qtr_tpl_n_chars(ev, fill.s) != 1)
     return fail_argument(ev, method, "one character", fill);
-  int64_t n = (int64_t)qtr_tpl_n_chars(in.s), width = given(a[0]) ? integer(a[0]) : 80;
+  int64_t n = (int64_t)qtr_tpl_n_chars(ev, in.s), width = given(a[0]) ? integer(a[0]) : 80;
   if (width <= n) return in;
   if (width > (int64_t)TPL_MAX_OUTPUT) return qtr_tpl_fail(ev, QTR_ERR_LIMIT, "%s: the width is too large", method);
   int64_t missing = width - n, before = left && right ? missing / 2 + (missing & width & 1) : left ? missing : 0;
@@ -478,7 +477,7 @@ static struct value justify(struct eval *ev, const char *method, struct value in
   for (int64_t i = 0; i < before && !ev->failed; i++) qtr_tpl_write(ev, &out, fill.s->data, fill.s->len);
   qtr_tpl_write(ev, &out, in.s->data, in.s->len);
   for (int64_t i = before; i < missing && !ev->failed; i++) qtr_tpl_write(ev, &out, fill.s->data, fill.s->len);
-  (void)qtr_tpl_charge(ev, (size_t)missing / 16);
+  (void)qtr_tpl_charge(ev, (size_t)missing / TPL_STEP_CHARS);
   struct value v = qtr_tpl_output_string(ev, &out);
   return ev->failed ? v : qtr_tpl_markup(ev, v, in.s->markup);
 }
@@ -489,7 +488,7 @@ METHOD(str_rjust) { return justify(ev, "rjust", in, a, true, false); }
 METHOD(str_zfill) {
   if (!is_integer(a[0])) return fail_argument(ev, "zfill", "an integer", a[0]);
   bool sign = in.s->len && (in.s->data[0] == '+' || in.s->data[0] == '-');
-  int64_t missing = integer(a[0]) - (int64_t)qtr_tpl_n_chars(in.s);
+  int64_t missing = integer(a[0]) - (int64_t)qtr_tpl_n_chars(ev, in.s);
   if (missing <= 0) return in;
   struct value zeros = qtr_tpl_binary(ev, OP_MUL, qtr_tpl_string_static(ev, "0"), qtr_tpl_int(missing));
   if (ev->failed) return zeros;

@@ -100,7 +100,7 @@ struct str *qtr_tpl_node_str(struct parser *p, const char *data, size_t len) {
   struct str *s = qtr_tpl_parser_alloc(p, sizeof *s);
   if (!s) return NULL;
   *s = (struct str){.data = data, .len = len, .n_chars = -1};
-  (void)qtr_tpl_n_chars(s); /* counted now: a parsed template never changes, several threads render it */
+  (void)qtr_tpl_n_chars(NULL, s); /* counted now: a parsed template never changes, several threads render it */
   return s;
 }
 

@@ -120,7 +120,7 @@ static struct value repeat(struct eval *ev, struct value v, int64_t n) {
 }
 
 static bool is_integer(struct value v) { return v.type == V_INT || v.type == V_BOOL; }
-static int64_t integer(struct value v) { return v.type == V_INT ? v.i : v.b; }
+static int64_t integer(struct value v) { return v.type == V_BOOL ? v.b : v.i; }
 static bool is_sequence(struct value v) { return v.type == V_STRING || v.type == V_LIST || v.type == V_TUPLE; }
 
 struct value qtr_tpl_binary(struct eval *ev, enum op op, struct value a, struct value b) {
@@ -245,17 +245,16 @@ static bool find_item(struct eval *ev, struct value v, struct value key, struct 
     return member != NULL;
   }
   size_t n;
-  if (!is_integer(key) || !(is_sequence(v) || v.type == V_RANGE) || !qtr_tpl_length(v, &n)) return false;
+  if (!is_integer(key) || !(is_sequence(v) || v.type == V_RANGE) || !qtr_tpl_length(ev, v, &n)) return false;
   int64_t i = integer(key);
   if (i < 0) i += (int64_t)n;
   if (i < 0 || i >= (int64_t)n) return false;
   if (v.type == V_RANGE) {
     *found = qtr_tpl_int(v.range->start + i * v.range->step);
   } else if (v.type == V_STRING) {
-    size_t at = qtr_tpl_char_offset(v.s, (size_t)i);
+    size_t at = qtr_tpl_char_offset(ev, v.s, (size_t)i);
     uint32_t cp;
     size_t len = qtr_tpl_decode(v.s->data + at, v.s->len - at, &cp);
-    if (n != v.s->len) (void)qtr_tpl_charge_bytes(ev, at);
     *found = qtr_tpl_string(ev, v.s->data + at, len);
     *found = qtr_tpl_markup(ev, *found, v.s->markup);
   } else {
@@ -330,7 +329,7 @@ struct value qtr_tpl_slice(struct eval *ev, struct value v, struct value start, 
   if (ev->failed) return qtr_tpl_undefined();
   if (v.type == V_UNDEFINED) return qtr_tpl_fail_undefined(ev, v);
   size_t length;
-  if (!(is_sequence(v) || v.type == V_RANGE) || !qtr_tpl_length(v, &length)) {
+  if (!(is_sequence(v) || v.type == V_RANGE) || !qtr_tpl_length(ev, v, &length)) {
     return qtr_tpl_fail(ev, QTR_ERR_FORMAT, "'%s' cannot be sliced", qtr_tpl_type_name(v));
   }
   int64_t n = (int64_t)length, by = 1, from, to;
@@ -356,8 +355,7 @@ struct value qtr_tpl_slice(struct eval *ev, struct value v, struct value start, 
     return (struct value){.type = V_RANGE, .range = r};
   }
   if (v.type == V_STRING) {
-    size_t begin = qtr_tpl_char_offset(v.s, (size_t)QTR_MAX(from, 0));
-    if (length != v.s->len) (void)qtr_tpl_charge_bytes(ev, v.s->len);
+    size_t begin = qtr_tpl_char_offset(ev, v.s, (size_t)QTR_MAX(from, 0));
     struct value s;
     if (by == 1 || count == 0) {
       size_t end = begin;
@@ -366,8 +364,10 @@ struct value qtr_tpl_slice(struct eval *ev, struct value v, struct value start, 
         end = begin + (size_t)count;
       } else {
         for (int64_t i = 0; i < count; i++) end += qtr_tpl_decode(v.s->data + end, v.s->len - end, &cp);
+        (void)qtr_tpl_charge_bytes(ev, end - begin);
       }
       s = qtr_tpl_string(ev, v.s->data + begin, end - begin);
+      if (!ev->failed) s.s->n_chars = (ptrdiff_t)count;
     } else {
       struct value *chars;
       size_t n_chars;

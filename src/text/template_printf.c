@@ -38,9 +38,9 @@ static void write_padded(struct eval *ev, struct output *out, const struct spec 
 
 static void write_text(struct eval *ev, struct output *out, const struct spec *spec, char align, struct value text) {
   struct str *s = text.s;
-  size_t len = s->len, n = qtr_tpl_n_chars(s);
+  size_t len = s->len, n = qtr_tpl_n_chars(ev, s);
   if (spec->precision >= 0 && n > (size_t)spec->precision) {
-    len = qtr_tpl_char_offset(s, (size_t)spec->precision);
+    len = qtr_tpl_char_offset(ev, s, (size_t)spec->precision);
     n = (size_t)spec->precision;
   }
   write_padded(ev, out, spec, align, s->data, len, 0, n);
@@ -64,7 +64,7 @@ static void write_number(struct eval *ev, struct output *out, const struct spec 
   size_t at = 0, len;
   bool is_float = type == 'f' || type == 'F' || type == 'e' || type == 'E' || type == 'g' || type == 'G' || type == '%';
   double f = qtr_tpl_number(v);
-  int64_t i = v.type == V_INT ? v.i : v.b;
+  int64_t i = v.type == V_INT ? v.i : v.type == V_BOOL ? v.b : 0;
   bool negative = v.type == V_FLOAT ? signbit(f) != 0 && !isnan(f) : i < 0;
   if (negative) {
     text[at++] = '-';
@@ -259,7 +259,9 @@ struct value qtr_tpl_percent_format(struct eval *ev, struct value format, struct
     if (ev->failed) break;
     write_percent(ev, &out, &spec, left, v, f->markup);
   }
-  size_t n_args = args.type == V_TUPLE ? args.l->n : args.type == V_DICT || args.type == V_LIST ? given.next : 1;
+  /* what can be subscripted counts as a mapping, and a mapping need not be used up */
+  bool is_mapping = args.type == V_DICT || args.type == V_LIST || args.type == V_RANGE || args.type == V_UNDEFINED;
+  size_t n_args = args.type == V_TUPLE ? args.l->n : is_mapping ? given.next : 1;
   if (!used_mapping && given.next < n_args) {
     return qtr_tpl_fail(ev, QTR_ERR_FORMAT, "not all arguments converted during string formatting");
   }
@@ -372,7 +374,7 @@ static struct value find_field(struct eval *ev, const struct str *f, size_t at, 
   }
   if (numbered) {
     if (index >= 0 && (uint64_t)index < args->n_positional) v = args->positional[index];
-  } else {
+  } else if (qtr_tpl_charge(ev, args->n_keyword / 4)) {
     for (size_t k = 0; k < args->n_keyword; k++) {
       const struct str *name = args->keyword[k].name;
       if (name->len == len && memcmp(name->data, f->data + at, len) == 0) v = args->keyword[k].value;

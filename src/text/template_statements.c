@@ -104,6 +104,8 @@ static struct params *parse_signature(struct parser *p) {
     if (params->n > 0 && !expect(p, T_COMMA, "',' or ')'")) return NULL;
     const struct token *t = p->t;
     if (!expect(p, T_NAME, "a parameter name")) return NULL;
+    if (params->n == TPL_MAX_ARGUMENTS)
+      return qtr_tpl_parser_fail(p, QTR_ERR_LIMIT, "more than %d parameters", TPL_MAX_ARGUMENTS);
     if (params->n == capacity) {
       uint32_t *names = qtr_tpl_parser_alloc(p, (capacity * 2 + 4) * sizeof *names);
       if (!names) return NULL;

@@ -46,7 +46,7 @@ TEST(test_divisibleby) {
 static struct value test_case(struct eval *ev, struct value in, bool upper) {
   struct value text = qtr_tpl_str(ev, in);
   bool some = false;
-  if (ev->failed || !qtr_tpl_charge_bytes(ev, text.s->len)) return text;
+  if (ev->failed || !qtr_tpl_charge(ev, text.s->len / TPL_STEP_CHARS)) return text;
   for (size_t i = 0; i < text.s->len;) {
     uint32_t cp;
     i += qtr_tpl_decode(text.s->data + i, text.s->len - i, &cp);

@@ -89,7 +89,15 @@ bool qtr_tpl_charge(struct eval *ev, size_t n_steps) {
   return false;
 }
 
-bool qtr_tpl_charge_bytes(struct eval *ev, size_t n_bytes) { return qtr_tpl_charge(ev, n_bytes / TPL_STEP_BYTES); }
+bool qtr_tpl_charge_bytes(struct eval *ev, size_t n_bytes) {
+  size_t n = n_bytes / TPL_STEP_BYTES;
+  ev->rest_bytes += n_bytes % TPL_STEP_BYTES; /* many short pieces add up, too */
+  if (ev->rest_bytes >= TPL_STEP_BYTES) {
+    ev->rest_bytes -= TPL_STEP_BYTES;
+    n++;
+  }
+  return qtr_tpl_charge(ev, n);
+}
 
 void *qtr_tpl_alloc(struct eval *ev, size_t n_bytes) {
   void *memory = ev->failed ? NULL : qtr_tpl_arena_alloc(&ev->arena, n_bytes);
@@ -183,6 +191,7 @@ struct value qtr_tpl_escape(struct eval *ev, struct value v) {
   struct output out = {0};
   const char *data = text.s->data;
   size_t len = text.s->len, done = 0;
+  if (!qtr_tpl_charge_bytes(ev, len)) return text;
   for (size_t i = 0; i < len; i++) {
     const char *entity;
     switch (data[i]) {
@@ -202,9 +211,10 @@ struct value qtr_tpl_escape(struct eval *ev, struct value v) {
   return qtr_tpl_markup(ev, qtr_tpl_output_string(ev, &out), true);
 }
 
-size_t qtr_tpl_n_chars(struct str *s) {
+size_t qtr_tpl_n_chars(struct eval *ev, struct str *s) {
   if (s->n_chars < 0) {
     size_t n = 0;
+    if (ev) (void)qtr_tpl_charge_bytes(ev, s->len);
     uint32_t cp;
     for (size_t i = 0; i < s->len; n++) i += qtr_tpl_decode(s->data + i, s->len - i, &cp);
     s->n_chars = (ptrdiff_t)n;
@@ -212,11 +222,12 @@ size_t qtr_tpl_n_chars(struct str *s) {
   return (size_t)s->n_chars;
 }
 
-size_t qtr_tpl_char_offset(struct str *s, size_t index) {
-  if (qtr_tpl_n_chars(s) == s->len) return QTR_MIN(index, s->len);
+size_t qtr_tpl_char_offset(struct eval *ev, struct str *s, size_t index) {
+  if (qtr_tpl_n_chars(ev, s) == s->len) return QTR_MIN(index, s->len);
   size_t at = 0;
   uint32_t cp;
   while (index-- > 0 && at < s->len) at += qtr_tpl_decode(s->data + at, s->len - at, &cp);
+  (void)qtr_tpl_charge_bytes(ev, at);
   return at;
 }
 
@@ -425,10 +436,10 @@ bool qtr_tpl_is_number(struct value v) { return v.type == V_BOOL || v.type == V_
 
 double qtr_tpl_number(struct value v) { return v.type == V_FLOAT ? v.f : v.type == V_INT ? (double)v.i : (double)v.b; }
 
-bool qtr_tpl_length(struct value v, size_t *n) {
+bool qtr_tpl_length(struct eval *ev, struct value v, size_t *n) {
   switch (v.type) {
     case V_UNDEFINED: *n = 0; return true;
-    case V_STRING: *n = qtr_tpl_n_chars(v.s); return true;
+    case V_STRING: *n = qtr_tpl_n_chars(ev, v.s); return true;
     case V_LIST:
     case V_TUPLE: *n = v.l->n; return true;
     case V_DICT:
@@ -520,7 +531,7 @@ bool qtr_tpl_items(struct eval *ev, struct value v, struct value **items, size_t
     default: (void)qtr_tpl_fail(ev, QTR_ERR_FORMAT, "'%s' object is not iterable", qtr_tpl_type_name(v)); return false;
   }
   size_t count = 0;
-  (void)qtr_tpl_length(v, &count);
+  (void)qtr_tpl_length(ev, v, &count);
   struct value list = qtr_tpl_list(ev, V_LIST, count);
   size_t at = 0;
   for (size_t i = 0; !ev->failed && i < count; i++) {

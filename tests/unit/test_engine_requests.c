@@ -207,20 +207,22 @@ static void test_pool_and_formats(void **unused) {
   (void)unused;
   static const struct {
     enum qtr_linear_format format;
-    const char *precision, *found;
-    size_t token_bytes; /* 2 layers, K and V, 32 channels */
+    const char *precision, *note, *found; /* asked for, said by the checkpoint, used */
+    size_t token_bytes;                   /* 2 layers, K and V, 32 channels */
     int32_t group_size;
   } cases[] = {
-      {QTR_LINEAR_F32, NULL, "w16a16kv16", 4 * 64, 0},     {QTR_LINEAR_F32, "w16a16kv4", "w16a16kv4", 4 * 20, 0},
-      {QTR_LINEAR_W8A8, NULL, "w8a8kv8", 4 * 36, -1},      {QTR_LINEAR_W4A8, NULL, "w4a8kv8", 4 * 36, -1},
-      {QTR_LINEAR_W4A8, "w4a8kv4", "w4a8kv4", 4 * 20, -1},
+      {QTR_LINEAR_F32, NULL, "", "w16a16kv16", 4 * 64, 0},         {QTR_LINEAR_F32, "w16a16kv4", "", "w16a16kv4", 4 * 20, 0},
+      {QTR_LINEAR_W8A8, NULL, "", "w8a8kv8", 4 * 36, -1},          {QTR_LINEAR_W4A8, NULL, "", "w4a8kv8", 4 * 36, -1},
+      {QTR_LINEAR_W4A8, "w4a8kv4", "", "w4a8kv4", 4 * 20, -1},     {QTR_LINEAR_W4A8, NULL, "w4a8kv4", "w4a8kv4", 4 * 20, -1},
+      {QTR_LINEAR_W4A8, "w4a8", "w4a8kv4", "w4a8kv8", 4 * 36, -1},
   };
   struct qtr_engine_info info;
   struct qtr_stats stats;
   for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+    struct qtr_model *model = tiny_model(cases[i].format);
+    (void)snprintf(model->config.precision, sizeof model->config.precision, "%s", cases[i].note);
     struct qtr_engine *engine =
-        tiny_engine(tiny_model(cases[i].format),
-                    &(struct qtr_engine_options){.precision = cases[i].precision, .max_num_seqs = 3, .kv_bytes = 0});
+        tiny_engine(model, &(struct qtr_engine_options){.precision = cases[i].precision, .max_num_seqs = 3});
     qtr_engine_get_info(engine, &info);
     qtr_engine_stats(engine, &stats);
     assert_string_equal(info.precision, cases[i].found);
@@ -232,8 +234,18 @@ static void test_pool_and_formats(void **unused) {
     assert_int_equal(stats.kv_pool_bytes, 48 * 64 * cases[i].token_bytes);
     qtr_engine_close(engine);
   }
+  /* static scales, when the file has them and they are asked for */
+  struct qtr_model *model = tiny_model(QTR_LINEAR_W8A8);
+  model->static_kv_scale = malloc(4 * sizeof(float));
+  assert_non_null(model->static_kv_scale);
+  for (int i = 0; i < 4; i++) model->static_kv_scale[i] = 0.05f;
+  struct qtr_engine *engine = tiny_engine(model, &(struct qtr_engine_options){.kv_scales = "static", .kv_pages = 16});
+  qtr_engine_stats(engine, &stats);
+  assert_int_equal(stats.kv_bytes_per_token, 4 * 32);
+  qtr_engine_close(engine);
+
   assert_int_equal(setenv("NUM_GPU_PAGE_BLOCKS", "21", 1), 0);
-  struct qtr_engine *engine = tiny_engine(tiny_model(QTR_LINEAR_F32), &(struct qtr_engine_options){0});
+  engine = tiny_engine(tiny_model(QTR_LINEAR_F32), &(struct qtr_engine_options){0});
   qtr_engine_stats(engine, &stats);
   assert_int_equal(stats.n_pages_total, 21);
   qtr_engine_close(engine);

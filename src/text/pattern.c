@@ -121,10 +121,26 @@ static enum qtr_status put_escape(struct translator *t, const char *text) {
   return put(t, text);
 }
 
+/* `open`, the members of \w or \d, `close`. */
+static enum qtr_status put_set(struct translator *t, const char *open, int escape, const char *close) {
+  enum qtr_status status = put(t, open);
+  if (!status) status = put(t, escape == 'w' ? WORD : "\\p{Nd}");
+  if (!status) status = put_recent(t, "Nd");
+  if (!status && escape == 'w') status = put_recent(t, "L");
+  if (!status && escape == 'w') status = put_recent(t, "M");
+  return status ? status : put(t, close);
+}
+
+static enum qtr_status translate_boundary(struct translator *t) {
+  enum qtr_status status = put_set(t, "(?:(?<=[", 'w', "])");
+  if (!status) status = put_set(t, "(?![", 'w', "])|");
+  if (!status) status = put_set(t, "(?<![", 'w', "])");
+  return status ? status : put_set(t, "(?=[", 'w', "]))");
+}
+
 static enum qtr_status translate_escape(struct translator *t, bool in_class) {
   int c = peek(t, 1);
   if (c < 0) return refuse(t, "a backslash at the end");
-  enum qtr_status status;
   switch (c) {
     case 'p':
     case 'P': return translate_property(t, in_class);
@@ -134,16 +150,16 @@ static enum qtr_status translate_escape(struct translator *t, bool in_class) {
     case 'h': return put_escape(t, in_class ? "0-9a-fA-F" : "[0-9a-fA-F]");
     case 'v': return put_escape(t, "\\x0b");
     case 'w':
-    case 'd': {
-      const char *base = c == 'w' ? WORD : "\\p{Nd}";
-      if (!in_class && (status = put(t, "["))) return status;
-      if ((status = put_escape(t, base)) || (status = put_recent(t, "Nd"))) return status;
-      if (c == 'w' && ((status = put_recent(t, "L")) || (status = put_recent(t, "M")))) return status;
-      return in_class ? QTR_OK : put(t, "]");
-    }
+    case 'd': t->at += 2; return put_set(t, in_class ? "" : "[", c, in_class ? "" : "]");
+    case 'W':
+    case 'D':
+      if (in_class) return refuse(t, "\\D or \\W in brackets");
+      t->at += 2;
+      return put_set(t, "[^", c == 'W' ? 'w' : 'd', "]");
     case 'b':
       if (in_class) return put_escape(t, "\\x08");
-      return put_escape(t, "(?:(?<=[" WORD "])(?![" WORD "])|(?<![" WORD "])(?=[" WORD "]))");
+      t->at += 2;
+      return translate_boundary(t);
     case 'x': {
       size_t n = 2;
       if (peek(t, 2) == '{') {
@@ -157,10 +173,6 @@ static enum qtr_status translate_escape(struct translator *t, bool in_class) {
       while (n < 4 && peek(t, n) >= 0 && strchr("0123456789abcdefABCDEF", peek(t, n))) n++;
       return copy(t, n);
     }
-    case 'D':
-    case 'W':
-      if (in_class) return refuse(t, "\\D or \\W in brackets");
-      return put_escape(t, c == 'D' ? "[^\\p{Nd}]" : "[^" WORD "]");
     default: break;
   }
   bool letter = (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9');

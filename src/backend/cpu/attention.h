@@ -16,9 +16,9 @@
 
 #define QTR_ATT_ROWS 128
 #define QTR_ATT_SEGMENT 1024
-#define QTR_ATT_LOWEST -1e30f /* running maximum before the first key; finite, so that differences are never NaN */
-#define QTR_ATT_FLOOR                                                                                 \
-  -100.0f /* exponents are cut here: 2^-100 is nothing beside the maximum's 1, and no denormals arise \
+#define QTR_ATT_LOWEST -1e30f /* running exponent before the first key; finite, so that differences are never NaN */
+#define QTR_ATT_FLOOR                                                                                      \
+  -100.0f /* exponents are cut here: 2^-100 is nothing beside the maximum's weight, and no denormals arise \
            */
 
 /* What one tile needs; head_dim and formats are in kv->config. */
@@ -39,7 +39,8 @@ static inline int32_t qtr_att_visible(const struct qtr_att_tile *t, int32_t r) {
   return t->kv_len + (t->row0 + r) / t->group + 1;
 }
 
-/* Unfinished result of a tile: weights are 2^(score - max). Row stride of acc: head_dim rounded up to 16. */
+/* Unfinished result of a tile: weights are 2^(score - max), where max is near the row's maximum. Row stride of acc: head_dim
+ * rounded up to 16. */
 struct qtr_att_state {
   float *max, *sum; /* (n_rows) */
   float *acc;       /* (n_rows, acc_stride) */

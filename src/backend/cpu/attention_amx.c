@@ -18,11 +18,15 @@
 
 enum { SUB = 16, TILE = 1024 }; /* rows of a tile; bytes of a full tile: 16 rows of 64 */
 
+union score_row {
+  float s[PAGE];        /* scores, */
+  uint16_t w[2][2][32]; /* then weights: keys 0 - 31 and 32 - 63, high and low parts */
+};
+
 struct amx_scratch {
   struct page_scales scales;
-  struct row_state row[QTR_ATT_ROWS];
-  float s[SUB][PAGE];
-  uint16_t w[2][2][SUB][32]; /* weights: keys 0 - 31 and 32 - 63, high and low */
+  struct rows_state rows;
+  union score_row row[SUB]; /* of the 16 rows at work */
   uint8_t data[]; /* q tiles (QTR_ATT_ROWS/16, dim/32, 2) | K tiles (4, dim/32) | V tiles (dim/16, 2); dims rounded up */
 };
 
@@ -85,36 +89,44 @@ static void unpack_k(const struct qtr_kv *kv, const uint8_t *half, int32_t n, ui
   }
 }
 
-/* Values of n tokens, rounded up to 32. Tiles (block of 16 dims, step of 32 tokens); row: pair of tokens. */
+/* Values of n tokens, rounded up to 32. Tiles (block of 16 dims, step of 32 tokens); row: tokens i and i + 16. */
 static void unpack_v(const struct qtr_kv *kv, const uint8_t *half, int32_t n, uint8_t *restrict v) {
-  size_t dim = (size_t)kv->config.head_dim;
-  for (size_t pair = 0; pair < (size_t)(n + 31) / 32 * 16; pair++) {
-    const uint8_t *from = half + pair * 2 * (kv->code_bytes / PAGE);
-    uint8_t *to = v + pair * 64; /* steps of 16 pairs follow each other: a block of dims is 2 tiles */
-    size_t d = 0;
-    if (kv->config.format == QTR_KV_INT4) {
-      for (; d + 32 <= dim; d += 32) {
-        __m512i x = load_bytes(from + d);
-        _mm512_store_si512(to + d / 16 * 2 * TILE, bf16_of_nibble(x));
-        _mm512_store_si512(to + (d / 16 + 1) * 2 * TILE, bf16_of_nibble(_mm512_srli_epi16(x, 4)));
+  size_t dim = (size_t)kv->config.head_dim, pairs = (size_t)(n + 31) / 32 * 16, d = 0;
+  size_t pair_bytes = 2 * (kv->code_bytes / PAGE);
+  if (kv->config.format == QTR_KV_INT4) {
+    for (; d + 32 <= dim; d += 32) {
+      uint8_t *to = v + d / 16 * 2 * TILE;
+      for (size_t i = 0; i < pairs; i++) {
+        __m512i x = load_bytes(half + i * pair_bytes + d);
+        _mm512_store_si512(to + i * 64, bf16_of_nibble(x));
+        _mm512_store_si512(to + 2 * TILE + i * 64, bf16_of_nibble(_mm512_srli_epi16(x, 4)));
       }
-      for (size_t i = 0, width = (dim - d) / 2; i < 2 * width; i++) { /* a last block of fewer than 32 dims */
-        size_t low = d + i / 2, high = low + width;
-        ((uint16_t *)(void *)(to + low / 16 * 2 * TILE))[low % 16 * 2 + i % 2] =
-            qtr_bf16_from_f32((float)(from[d + i] & 15));
-        ((uint16_t *)(void *)(to + high / 16 * 2 * TILE))[high % 16 * 2 + i % 2] =
-            qtr_bf16_from_f32((float)(from[d + i] >> 4));
+    }
+    for (size_t i = 0, width = (dim - d) / 2; width > 0 && i < pairs; i++) { /* a last block of fewer than 32 dims */
+      for (size_t j = 0; j < 2 * width; j++) {
+        size_t low = d + j / 2, high = low + width;
+        uint8_t byte = half[i * pair_bytes + d + j];
+        ((uint16_t *)(void *)(v + low / 16 * 2 * TILE + i * 64))[low % 16 * 2 + j % 2] =
+            qtr_bf16_from_f32((float)(byte & 15));
+        ((uint16_t *)(void *)(v + high / 16 * 2 * TILE + i * 64))[high % 16 * 2 + j % 2] =
+            qtr_bf16_from_f32((float)(byte >> 4));
       }
-      continue;
     }
-    bool is_signed = kv->config.format == QTR_KV_INT8_STATIC;
-    for (; d + 16 <= dim; d += 16) {
-      _mm512_store_si512(to + d / 16 * 2 * TILE,
-                         is_signed ? bf16_of_signed_bytes(from + 2 * d) : bf16_of_bytes(from + 2 * d));
+    return;
+  }
+  bool is_signed = kv->config.format == QTR_KV_INT8_STATIC;
+  for (; d + 16 <= dim; d += 16) {
+    uint8_t *to = v + d / 16 * 2 * TILE;
+    for (size_t i = 0; i < pairs; i++) {
+      const uint8_t *from = half + i * pair_bytes + 2 * d;
+      _mm512_store_si512(to + i * 64, is_signed ? bf16_of_signed_bytes(from) : bf16_of_bytes(from));
     }
-    for (size_t i = 0; i < 2 * (dim - d); i++) {
-      float x = is_signed ? (float)(int8_t)from[2 * d + i] : (float)from[2 * d + i];
-      ((uint16_t *)(void *)(to + d / 16 * 2 * TILE))[i] = qtr_bf16_from_f32(x);
+  }
+  for (size_t i = 0; d < dim && i < pairs; i++) {
+    for (size_t j = 0; j < 2 * (dim - d); j++) {
+      uint8_t byte = half[i * pair_bytes + 2 * d + j];
+      float x = is_signed ? (float)(int8_t)byte : (float)byte;
+      ((uint16_t *)(void *)(v + d / 16 * 2 * TILE + i * 64))[j] = qtr_bf16_from_f32(x);
     }
   }
 }
@@ -123,13 +135,30 @@ static void unpack_v(const struct qtr_kv *kv, const uint8_t *half, int32_t n, ui
 
 static inline vf bf16_low_word(__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
 
-/* 32 floats -> 32 bf16 high parts and 32 low parts. */
-static inline void split(vf a, vf b, uint16_t *high, uint16_t *low) {
+/* 32 floats of q -> 32 bf16 high parts and 32 low parts, in order. Returns the sums of both parts, lane by lane. */
+static inline vf split_query(vf a, vf b, uint16_t *high, uint16_t *low) {
   __m512i h = (__m512i)_mm512_cvtne2ps_pbh(b, a);
   vf ha = bf16_low_word(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(h)));
   vf hb = bf16_low_word(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(h, 1)));
+  __m512i l = (__m512i)_mm512_cvtne2ps_pbh(vf_sub(b, hb), vf_sub(a, ha));
+  vf la = bf16_low_word(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(l)));
+  vf lb = bf16_low_word(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(l, 1)));
   _mm512_store_si512(high, h);
-  _mm512_store_si512(low, (__m512i)_mm512_cvtne2ps_pbh(vf_sub(b, hb), vf_sub(a, ha)));
+  _mm512_store_si512(low, l);
+  return vf_add(vf_add(ha, la), vf_add(hb, lb));
+}
+
+/* Weights of 16 keys and of the 16 after them -> pairs (i, i + 16), high and low. Integer instructions, because the tile
+ * unit takes one of the two ports of the floating-point ones. */
+static inline void split_weights(vf a, vf b, uint16_t *high, uint16_t *low) {
+  const __m512i half = _mm512_set1_epi32(0x8000), mask = _mm512_set1_epi32((int)0xffff0000u);
+  __m512i ra = _mm512_add_epi32(_mm512_castps_si512(a), half), rb = _mm512_add_epi32(_mm512_castps_si512(b), half);
+  _mm512_store_si512(high, _mm512_ternarylogic_epi32(_mm512_srli_epi32(ra, 16), rb, mask, 0xf8)); /* x | (y & z) */
+  a = vf_sub(a, _mm512_castsi512_ps(_mm512_and_si512(ra, mask)));
+  b = vf_sub(b, _mm512_castsi512_ps(_mm512_and_si512(rb, mask)));
+  ra = _mm512_add_epi32(_mm512_castps_si512(a), half);
+  rb = _mm512_add_epi32(_mm512_castps_si512(b), half);
+  _mm512_store_si512(low, _mm512_ternarylogic_epi32(_mm512_srli_epi32(ra, 16), rb, mask, 0xf8));
 }
 
 static void amx_prepare(const struct qtr_att_tile *t, void *scratch) {
@@ -153,49 +182,38 @@ static void amx_prepare(const struct qtr_att_tile *t, void *scratch) {
         memcpy(padded, x, (dim - step * 32) * sizeof(float));
         x = padded;
       }
-      split(vf_load(x), vf_load(x + 16), high, low);
-      for (size_t i = 0; i < 32; i += 16) { /* the sum of what the products see: the zeros then cancel exactly */
-        vf h = bf16_low_word(_mm512_cvtepu16_epi32(_mm256_load_si256((const void *)(high + i))));
-        vf l = bf16_low_word(_mm512_cvtepu16_epi32(_mm256_load_si256((const void *)(low + i))));
-        sum = vf_add(sum, vf_add(h, l));
-      }
+      /* Σq of what the products see: the zeros then cancel exactly */
+      sum = vf_add(sum, split_query(vf_load(x), vf_load(x + 16), high, low));
     }
-    w->row[r].q_sum = vf_hsum(sum);
+    w->rows.q_sum[r] = vf_hsum(sum);
   }
 }
 
 /* ---- softmax of one row and page --------------------------------------------------------------------- */
 
 /* As softmax_page of attention_float.h, with the weights leaving as bf16 parts. */
-static inline float softmax_row(struct amx_scratch *w, size_t sub, int32_t n, struct row_state *row) {
-  const struct page_scales *p = &w->scales;
-  const float *s = w->s[sub];
-  vf t[4], q_sum = vf_set(row->q_sum);
-  for (int j = 0; j < 4; j++) {
-    t[j] = vf_fnma(vf_load(p->kb + j * VW), q_sum, vf_mul(vf_load(p->ka + j * VW), vf_load(s + j * VW)));
-    if (n < PAGE) t[j] = vf_first(t[j], n - j * VW, vf_set(-INFINITY));
+static inline __attribute__((always_inline)) float softmax_row(union score_row *row, const struct page_scales *p, bool full,
+                                                               int32_t n, struct rows_state *rows, size_t r) {
+  vf x[4], weight[4];
+  float factor = 1.0f;
+  for (int j = 0; j < 4; j++) x[j] = row_score(row->s, p, rows, r, full, n, j);
+  vf max = vf_max(vf_max(x[0], x[1]), vf_max(x[2], x[3]));
+  if (_mm512_cmp_ps_mask(max, vf_set(rows->limit[r]), _CMP_GT_OQ)) {
+    factor = row_raise(rows, r, vf_hmax(max));
+    for (int j = 0; j < 4; j++) x[j] = row_score(row->s, p, rows, r, full, n, j);
   }
-  float max = vf_hmax(vf_max(vf_max(t[0], t[1]), vf_max(t[2], t[3]))), correction = 1.0f;
-  vf sum = vf_load(row->sum), zeros = vf_load(row->zeros);
-  if (max > row->max) {
-    correction = exp2_one(row->max - max);
-    sum = vf_mul(sum, vf_set(correction));
-    zeros = vf_mul(zeros, vf_set(correction));
-    row->max = max;
-  }
-  vf top = vf_set(row->max), weight[4];
+  vf sum = vf_load(rows->sum[r]), zeros = vf_load(rows->zeros[r]);
   for (int j = 0; j < 4; j++) {
-    vf e = vf_exp2(vf_max(vf_sub(t[j], top), vf_set(QTR_ATT_FLOOR)));
-    if (n < PAGE) e = vf_first(e, n - j * VW, vf_set(0));
+    vf e = vf_exp2(x[j]); /* 0 for keys that do not count */
     sum = vf_add(sum, e);
     weight[j] = vf_mul(e, vf_load(p->va + j * VW));
     zeros = vf_fma(weight[j], vf_load(p->vz + j * VW), zeros);
   }
-  vf_store(row->sum, sum);
-  vf_store(row->zeros, zeros);
-  split(weight[0], weight[1], w->w[0][0][sub], w->w[0][1][sub]);
-  split(weight[2], weight[3], w->w[1][0][sub], w->w[1][1][sub]);
-  return correction;
+  vf_store(rows->sum[r], sum);
+  vf_store(rows->zeros[r], zeros);
+  split_weights(weight[0], weight[1], row->w[0][0], row->w[0][1]);
+  split_weights(weight[2], weight[3], row->w[1][0], row->w[1][1]);
+  return factor;
 }
 
 /* ---- tiles ------------------------------------------------------------------------------------------- */
@@ -218,11 +236,16 @@ static void configure(int rows) {
 /* gcc's tile loads do not say that they read memory. */
 #define STORES_DONE() __asm__ volatile("" ::: "memory")
 
-/* n (1 … 4) tiles of C, 16 columns each, at c (row stride in bytes) [+]= A · B over `steps` steps. a: (steps, 2) tiles; b:
- * tile of step i and column block j at b + i * b_step + j * b_column. */
-static inline __attribute__((always_inline)) void tile_product(int n, bool add, const uint8_t *a, const uint8_t *b,
-                                                               size_t b_step, size_t b_column, size_t steps, float *c,
-                                                               size_t c_stride) {
+/* The left operand: `high` of step i at a + i * step, `low` at + low, rows of 64 bytes `stride` apart. */
+struct left {
+  const uint8_t *a;
+  size_t step, low, stride;
+};
+
+/* n (1 … 4) tiles of C, 16 columns each, at c (row stride in bytes) [+]= A · B over `steps` steps. Tile of step i and column
+ * block j of B at b + i * TILE + j * b_column. */
+static inline __attribute__((always_inline)) void tile_product(int n, bool add, struct left l, const uint8_t *b,
+                                                               size_t b_column, size_t steps, float *c, size_t c_stride) {
   if (add) {
     _tile_loadd(0, c, c_stride);
     if (n > 1) _tile_loadd(1, c + 16, c_stride);
@@ -234,9 +257,9 @@ static inline __attribute__((always_inline)) void tile_product(int n, bool add, 
     if (n > 2) _tile_zero(2);
     if (n > 3) _tile_zero(3);
   }
-  for (size_t i = 0; i < steps; i++, a += 2 * TILE, b += b_step) {
-    _tile_loadd(4, a, 64);
-    _tile_loadd(5, a + TILE, 64);
+  for (size_t i = 0; i < steps; i++, l.a += l.step, b += TILE) {
+    _tile_loadd(4, l.a, l.stride);
+    _tile_loadd(5, l.a + l.low, l.stride);
     _tile_loadd(6, b, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(0, 5, 6);
@@ -262,61 +285,91 @@ static inline __attribute__((always_inline)) void tile_product(int n, bool add, 
   if (n > 3) _tile_stored(3, c + 48, c_stride);
 }
 
-static void tiles(size_t n, bool add, const uint8_t *a, const uint8_t *b, size_t b_step, size_t b_column, size_t steps,
-                  float *c, size_t c_stride) {
+/* All columns of 16 rows of C: n_columns tiles. */
+static void product(struct left a, const uint8_t *b, size_t b_column, size_t n_columns, size_t steps, bool add, float *c,
+                    size_t c_stride) {
   STORES_DONE();
-  for (; n >= 4; n -= 4, b += 4 * b_column, c += 64) tile_product(4, add, a, b, b_step, b_column, steps, c, c_stride);
-  if (n == 3) tile_product(3, add, a, b, b_step, b_column, steps, c, c_stride);
-  if (n == 2) tile_product(2, add, a, b, b_step, b_column, steps, c, c_stride);
-  if (n == 1) tile_product(1, add, a, b, b_step, b_column, steps, c, c_stride);
+  for (; n_columns >= 4; n_columns -= 4, b += 4 * b_column, c += 64)
+    tile_product(4, add, a, b, b_column, steps, c, c_stride);
+  if (n_columns == 3) tile_product(3, add, a, b, b_column, steps, c, c_stride);
+  if (n_columns == 2) tile_product(2, add, a, b, b_column, steps, c, c_stride);
+  if (n_columns == 1) tile_product(1, add, a, b, b_column, steps, c, c_stride);
   STORES_DONE();
+}
+
+/* One page and the tiles of rows that see some of it. */
+struct page {
+  const struct qtr_att_tile *t;
+  struct amx_scratch *w;
+  const uint8_t *q, *k, *v; /* tiles, see struct amx_scratch */
+  float *acc;               /* (n_rows, stride) */
+  size_t dim, stride;
+  int32_t key, n_keys; /* first key; keys in the page that any row sees */
+};
+
+static inline int32_t keys_of_row(const struct page *p, size_t r) {
+  return QTR_MIN(p->w->rows.visible[r] - p->key, p->n_keys);
+}
+static inline int32_t keys_of_sub(const struct page *p, size_t sub) { /* the last row sees most */
+  return keys_of_row(p, QTR_MIN((sub + 1) * SUB, (size_t)p->t->n_rows) - 1);
+}
+
+/* Scores of 16 rows, for the key blocks that one of them sees. */
+static void scores(const struct page *p, size_t sub) {
+  size_t steps = steps_of(p->dim), blocks = (size_t)(keys_of_sub(p, sub) + 15) / 16;
+  struct left q = {p->q + sub * steps * 2 * TILE, 2 * TILE, TILE, 64};
+  product(q, p->k, steps * TILE, blocks, steps, false, p->w->row[0].s, sizeof p->w->row[0]);
+}
+
+/* acc += weights · V of 16 rows. */
+static void values(const struct page *p, size_t sub) {
+  struct left w = {(const uint8_t *)p->w->row[0].w, sizeof p->w->row[0].w[0], sizeof p->w->row[0].w[0][0],
+                   sizeof p->w->row[0]};
+  product(w, p->v, 2 * TILE, blocks_of(p->dim), (size_t)(keys_of_sub(p, sub) + 31) / 32, true,
+          p->acc + sub * SUB * p->stride, p->stride * sizeof(float));
+}
+
+static void softmax(const struct page *p, size_t sub) {
+  struct amx_scratch *w = p->w;
+  size_t rows = QTR_MIN((size_t)p->t->n_rows - sub * SUB, SUB);
+  for (size_t i = 0; i < rows; i++) {
+    size_t r = sub * SUB + i;
+    int32_t n = keys_of_row(p, r);
+    float factor = n == PAGE ? softmax_row(&w->row[i], &w->scales, true, PAGE, &w->rows, r)
+                             : softmax_row(&w->row[i], &w->scales, false, n, &w->rows, r);
+    if (factor != 1.0f) row_scale(p->acc + r * p->stride, p->stride, factor);
+  }
 }
 
 static void amx_segment(const struct qtr_att_tile *t, int32_t key0, int32_t key1, const struct qtr_att_state *state,
                         void *scratch) {
   struct amx_scratch *w = scratch;
-  size_t dim = (size_t)t->kv->config.head_dim, stride = qtr_att_stride(dim), steps = steps_of(dim), blocks = blocks_of(dim);
+  size_t dim = (size_t)t->kv->config.head_dim, stride = qtr_att_stride(dim), steps = steps_of(dim),
+         n_rows = (size_t)t->n_rows;
   uint8_t *q = w->data, *k = q + QTR_ATT_ROWS / SUB * steps * 2 * TILE, *v = k + 4 * steps * TILE;
-  size_t n_sub = qtr_ceil_div((size_t)t->n_rows, SUB);
-  for (int32_t r = 0; r < t->n_rows; r++) {
-    w->row[r].max = QTR_ATT_LOWEST;
-    memset(w->row[r].sum, 0, sizeof w->row[r].sum);
-    memset(w->row[r].zeros, 0, sizeof w->row[r].zeros);
-  }
-  memset(state->acc, 0, (size_t)t->n_rows * stride * sizeof(float));
+  size_t n_sub = qtr_ceil_div(n_rows, SUB);
+  rows_start(t, &w->rows);
+  memset(state->acc, 0, n_rows * stride * sizeof(float));
   configure(
       QTR_MIN(t->n_rows, SUB)); /* with more rows the last tile may be part empty: its room is there, its content nobody's */
 
   for (int32_t key = key0; key < key1; key += PAGE) {
-    int32_t n_page = QTR_MIN(key1 - key, PAGE);
     const uint8_t *half = qtr_cpu_kv_half(t->kv, t->layer, t->pages[key / PAGE], t->kv_head, false);
+    struct page p = {t, w, q, k, v, state->acc, dim, stride, key, QTR_MIN(key1 - key, PAGE)};
     load_scales(t, half, half + t->kv->half_bytes, &w->scales);
-    unpack_k(t->kv, half, n_page, k);
-    unpack_v(t->kv, half + t->kv->half_bytes, n_page, v);
+    unpack_k(t->kv, half, p.n_keys, k);
+    bool have_v = false;
     for (size_t sub = 0; sub < n_sub; sub++) {
-      int32_t r0 = (int32_t)sub * SUB, rows = QTR_MIN(t->n_rows - r0, SUB);
-      int32_t n_keys = QTR_MIN(qtr_att_visible(t, r0 + rows - 1) - key, n_page); /* the last row sees most */
-      if (n_keys <= 0) continue;
-      float *acc = state->acc + (size_t)r0 * stride;
-      tiles((size_t)(n_keys + 15) / 16, false, q + sub * steps * 2 * TILE, k, TILE, steps * TILE, steps, w->s[0],
-            PAGE * sizeof(float));
-      for (int32_t i = 0; i < rows; i++) {
-        float correction = softmax_row(w, (size_t)i, QTR_MIN(qtr_att_visible(t, r0 + i) - key, n_page), &w->row[r0 + i]);
-        if (correction == 1.0f) continue;
-        float *a = acc + (size_t)i * stride;
-        for (size_t d = 0; d < stride; d += VW) vf_store(a + d, vf_mul(vf_load(a + d), vf_set(correction)));
-      }
-      tiles(blocks, true, (const uint8_t *)w->w, v, TILE, 2 * TILE, (size_t)(n_keys + 31) / 32, acc, stride * sizeof(float));
+      if (keys_of_sub(&p, sub) <= 0) continue;
+      scores(&p, sub);
+      if (!have_v) unpack_v(t->kv, half + t->kv->half_bytes, p.n_keys, v); /* while the tile unit is busy */
+      have_v = true;
+      softmax(&p, sub);
+      values(&p, sub);
     }
   }
   _tile_release();
-  for (int32_t r = 0; r < t->n_rows; r++) {
-    float *acc = state->acc + (size_t)r * stride;
-    vf zeros = vf_set(vf_hsum(vf_load(w->row[r].zeros)));
-    for (size_t d = 0; d < stride; d += VW) vf_store(acc + d, vf_sub(vf_load(acc + d), zeros));
-    state->max[r] = w->row[r].max;
-    state->sum[r] = vf_hsum(vf_load(w->row[r].sum));
-  }
+  rows_finish(t, &w->rows, state);
 }
 
 static const struct qtr_att_kernel kernel = {amx_scratch_bytes, amx_prepare, amx_segment};

@@ -3,7 +3,8 @@
  *   VW, vf                                  lanes (4, 8 or 16) and a vector of floats
  *   vf_load, vf_store, vf_set, vf_add, vf_sub, vf_mul, vf_max
  *   vf_fma(a, b, c) = a * b + c, vf_fnma(a, b, c) = c - a * b      fused where the instructions are
- *   vf_scale2(p, t)                         p * 2^n where t = n + 1.5 * 2^23
+ *   vf_scale2(p, t)                         p * 2^n where t = n + 1.5 * 2^23; or, with VF_SCALE_FLOAT defined,
+ *   vf_scale(p, n), vf_reduce(x)            p * 2^n, and x - its nearest integer, for any x
  *   vf_first(x, n, fill)                    lanes below n of x, the others `fill`
  *   vf_hmax(x), vf_hsum(x)                  over the lanes, in one fixed order
  *   vf_load_f16(p)
@@ -107,26 +108,24 @@ static inline void unpack_k(const struct qtr_kv *kv, const uint8_t *half, int32_
   }
 }
 
-/* V of the first n tokens -> v (64, stride); whole pairs of tokens are written. */
+/* V of the first n tokens -> v (64, stride); more than n may be written. */
 static inline void unpack_v(const struct qtr_kv *kv, const uint8_t *half, int32_t n, float *restrict v) {
-  size_t dim = (size_t)kv->config.head_dim, stride = qtr_att_stride(dim);
-  for (size_t token = 0; token < (size_t)n; token += 2) {
-    const uint8_t *from = half + token * (kv->code_bytes / PAGE);
-    float *to = v + token * stride, *next = to + stride;
+  size_t dim = (size_t)kv->config.head_dim, stride = qtr_att_stride(dim), token_bytes = kv->code_bytes / PAGE;
+  if (kv->config.format == QTR_KV_F16) {
+    for (size_t token = 0; token < (size_t)n; token++) {
+      const uint16_t *from = (const uint16_t *)(const void *)(half + token * token_bytes);
+      size_t d = 0;
+      for (; d + VW <= dim; d += VW) vf_store(v + token * stride + d, vf_load_f16(from + d));
+      for (; d < dim; d++) v[token * stride + d] = qtr_f16_to_f32(from[d]);
+    }
+    return;
+  }
+  for (size_t token = 0; token < (size_t)n;
+       token += token % 16 == 15 ? 17 : 1) { /* 0 - 15, 32 - 47: each with the token 16 later */
+    const uint8_t *from = half + qtr_cpu_kv_pair(token) * 2 * token_bytes;
+    float *to = v + token * stride, *next = to + 16 * stride;
     size_t d = 0;
     switch (kv->config.format) {
-      case QTR_KV_F16: {
-        const uint16_t *x = (const uint16_t *)(const void *)from;
-        for (; d + VW <= dim; d += VW) {
-          vf_store(to + d, vf_load_f16(x + d));
-          vf_store(next + d, vf_load_f16(x + dim + d));
-        }
-        for (; d < dim; d++) {
-          to[d] = qtr_f16_to_f32(x[d]);
-          next[d] = qtr_f16_to_f32(x[dim + d]);
-        }
-        break;
-      }
       case QTR_KV_INT4:
         for (; d + 32 <= dim; d += 32) {
           for (size_t i = 0; i < 16; i += VW) {
@@ -174,67 +173,129 @@ static inline void unpack_v(const struct qtr_kv *kv, const uint8_t *half, int32_
 
 /* ---- softmax ---------------------------------------------------------------------------------------- */
 
-/* 2^x for QTR_ATT_FLOOR <= x <= 0: round to n + r, |r| <= 1/2, polynomial of degree 5 with constant term 1 (relative error
- * 1e-7; exact at integers). */
-static inline vf vf_exp2(vf x) {
-  const vf magic = vf_set(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer in the low bits */
-  vf t = vf_add(x, magic), r = vf_sub(x, vf_sub(t, magic));
+/* 2^r for |r| <= 1/2: degree 5, constant term 1 (relative error 1e-7, exact at 0). */
+static inline vf exp2_fraction(vf r) {
   vf p = vf_set(0.001326472731307149f);
   p = vf_fma(p, r, vf_set(0.009671512991189957f));
   p = vf_fma(p, r, vf_set(0.05550733581185341f));
   p = vf_fma(p, r, vf_set(0.24022242426872253f));
   p = vf_fma(p, r, vf_set(0.6931470036506653f));
-  p = vf_fma(p, r, vf_set(1.0f));
-  return vf_scale2(p, t);
+  return vf_fma(p, r, vf_set(1.0f));
 }
+
+#ifdef VF_SCALE_FLOAT
+/* 2^x for x <= 16; -infinity gives 0. */
+static inline vf vf_exp2(vf x) {
+  vf r = vf_reduce(x);
+  return vf_scale(exp2_fraction(r), vf_sub(x, r));
+}
+#else
+/* 2^x for x <= 16: below QTR_ATT_FLOOR as there; round to n + r, |r| <= 1/2, then a polynomial. */
+static inline vf vf_exp2(vf x) {
+  const vf magic = vf_set(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer in the low bits */
+  x = vf_max(x, vf_set(QTR_ATT_FLOOR));
+  vf t = vf_add(x, magic);
+  return vf_scale2(exp2_fraction(vf_sub(x, vf_sub(t, magic))), t);
+}
+#endif
 
 static inline float exp2_one(float x) {
   float lanes[VW];
-  vf_store(lanes, vf_exp2(vf_set(x > QTR_ATT_FLOOR ? x : QTR_ATT_FLOOR)));
+  vf_store(lanes, vf_exp2(vf_set(x)));
   return lanes[0];
 }
 
-/* Running state of a row: maximum, and by lane the sum of weights and the part of the zeros. */
-struct row_state {
-  float max, q_sum;
-  float sum[16], zeros[16];
+/* Running state of a tile's rows: the exponent that weights are relative to, Σq, how many keys they see, and by lane the sum
+ * of weights and the part of the zeros.
+ *
+ * The exponent follows the maximum only when it lags by more than 8 (weights then reach 2^8, which fp32 does not mind).
+ * After a row's first page that is rare, so sums are seldom scaled, and a page's weights need not wait for its maximum: the
+ * processor guesses that nothing changes. */
+struct rows_state {
+  float max[QTR_ATT_ROWS], limit[QTR_ATT_ROWS]; /* 0 and -infinity before the first key, then the exponent and 8 */
+  float q_sum[QTR_ATT_ROWS];
+  int32_t visible[QTR_ATT_ROWS];
+  float sum[QTR_ATT_ROWS][16], zeros[QTR_ATT_ROWS][16];
 };
+
+static inline void rows_start(const struct qtr_att_tile *t, struct rows_state *rows) {
+  for (int32_t r = 0; r < t->n_rows; r++) {
+    rows->max[r] = 0;
+    rows->limit[r] = -INFINITY;
+    rows->visible[r] = qtr_att_visible(t, r);
+  }
+  memset(rows->sum, 0, (size_t)t->n_rows * sizeof rows->sum[0]);
+  memset(rows->zeros, 0, (size_t)t->n_rows * sizeof rows->zeros[0]);
+}
+
+/* Row r meets a score `above` its exponent: the new exponent. Returns the factor for the row's `acc`. */
+static inline float row_raise(struct rows_state *rows, size_t r, float above) {
+  bool fresh = rows->limit[r] < 0;
+  float before = rows->max[r];
+  rows->max[r] = before + above;
+  rows->limit[r] = 8;
+  if (fresh) return 1.0f; /* nothing summed yet */
+  float factor = exp2_one(before - rows->max[r]);
+  vf_store(rows->sum[r], vf_mul(vf_load(rows->sum[r]), vf_set(factor)));
+  vf_store(rows->zeros[r], vf_mul(vf_load(rows->zeros[r]), vf_set(factor)));
+  return factor;
+}
+
+static inline void row_scale(float *acc, size_t stride, float factor) {
+  for (size_t d = 0; d < stride; d += VW) vf_store(acc + d, vf_mul(vf_load(acc + d), vf_set(factor)));
+}
+
+/* acc (n_rows, stride) - Σ w vz, and the sums over lanes. */
+static inline void rows_finish(const struct qtr_att_tile *t, const struct rows_state *rows,
+                               const struct qtr_att_state *state) {
+  size_t stride = qtr_att_stride((size_t)t->kv->config.head_dim);
+  for (size_t r = 0; r < (size_t)t->n_rows; r++) {
+    float *acc = state->acc + r * stride;
+    vf zeros = vf_set(vf_hsum(vf_load(rows->zeros[r])));
+    for (size_t d = 0; d < stride; d += VW) vf_store(acc + d, vf_sub(vf_load(acc + d), zeros));
+    state->max[r] = rows->limit[r] < 0 ? QTR_ATT_LOWEST : rows->max[r];
+    state->sum[r] = vf_hsum(vf_load(rows->sum[r]));
+  }
+}
+
+/* Scores relative to the row's exponent, -infinity from key n on: x_j = ka s - kb Σq - max, vector j of a page. */
+static inline __attribute__((always_inline)) vf row_score(const float *s, const struct page_scales *p,
+                                                          const struct rows_state *rows, size_t r, bool full, int32_t n,
+                                                          int j) {
+  vf x = vf_fma(vf_load(s + j * VW), vf_load(p->ka + j * VW),
+                vf_fnma(vf_load(p->kb + j * VW), vf_set(rows->q_sum[r]), vf_set(-rows->max[r])));
+  return full ? x : vf_first(x, n - j * VW, vf_set(-INFINITY));
+}
 
 #ifndef ATTENTION_NO_KERNEL
 
 /* s (64): q · code, becomes the weights w; the first n keys count, the others get 0. Returns the factor of what was summed
  * before. */
-static inline float softmax_page(float *restrict s, const struct page_scales *p, int32_t n, struct row_state *row) {
+static inline float softmax_page(float *restrict s, const struct page_scales *p, int32_t n, struct rows_state *rows,
+                                 size_t r) {
   enum { N = PAGE / VW };
-  vf t[N], q_sum = vf_set(row->q_sum), none = vf_set(0), lowest = vf_set(-INFINITY);
-  for (int j = 0; j < N; j++) {
-    t[j] = vf_fnma(vf_load(p->kb + j * VW), q_sum, vf_mul(vf_load(p->ka + j * VW), vf_load(s + j * VW)));
-    if (n < PAGE) t[j] = vf_first(t[j], n - j * VW, lowest);
-  }
-  vf m[N];
-  for (int j = 0; j < N; j++) m[j] = t[j];
+  vf x[N], m[N];
+  for (int j = 0; j < N; j++) m[j] = x[j] = row_score(s, p, rows, r, n == PAGE, n, j);
   for (int width = N / 2; width > 0; width /= 2) {
     for (int j = 0; j < width; j++) m[j] = vf_max(m[j], m[j + width]);
   }
-  float max = vf_hmax(m[0]);
-  max = max > row->max ? max : row->max;
-  float correction = max > row->max ? exp2_one(row->max - max) : 1.0f;
-  row->max = max;
-  vf sum = vf_load(row->sum), zeros = vf_load(row->zeros), c = vf_set(correction), top = vf_set(max),
-     floor = vf_set(QTR_ATT_FLOOR);
-  sum = vf_mul(sum, c);
-  zeros = vf_mul(zeros, c);
+  float above = vf_hmax(m[0]), factor = 1.0f;
+  if (above > rows->limit[r]) {
+    factor = row_raise(rows, r, above);
+    for (int j = 0; j < N; j++) x[j] = row_score(s, p, rows, r, n == PAGE, n, j);
+  }
+  vf sum = vf_load(rows->sum[r]), zeros = vf_load(rows->zeros[r]);
   for (int j = 0; j < N; j++) {
-    vf e = vf_exp2(vf_max(vf_sub(t[j], top), floor));
-    if (n < PAGE) e = vf_first(e, n - j * VW, none);
+    vf e = vf_exp2(x[j]);
+    if (n < PAGE) e = vf_first(e, n - j * VW, vf_set(0));
     vf w = vf_mul(e, vf_load(p->va + j * VW));
     sum = vf_add(sum, e);
     zeros = vf_fma(w, vf_load(p->vz + j * VW), zeros);
     vf_store(s + j * VW, w);
   }
-  vf_store(row->sum, sum);
-  vf_store(row->zeros, zeros);
-  return correction;
+  vf_store(rows->sum[r], sum);
+  vf_store(rows->zeros[r], zeros);
+  return factor;
 }
 
 /* ---- products --------------------------------------------------------------------------------------- */
@@ -284,7 +345,7 @@ static void product_block(int rows, const float *restrict a, size_t lda, size_t 
 
 struct float_scratch {
   struct page_scales scales;
-  struct row_state row[QTR_ATT_ROWS];
+  struct rows_state rows;
   float s[ROW_BLOCK][PAGE];
   float data[]; /* q (QTR_ATT_ROWS, dim) | K (dim, 64) | V (64, stride) */
 };
@@ -305,7 +366,7 @@ static void float_prepare(const struct qtr_att_tile *t, void *scratch) {
       to[d] = q[d];
       sum += q[d];
     }
-    w->row[r].q_sum = sum;
+    w->rows.q_sum[r] = sum;
   }
 }
 
@@ -314,11 +375,7 @@ static void float_segment(const struct qtr_att_tile *t, int32_t key0, int32_t ke
   struct float_scratch *w = scratch;
   size_t dim = (size_t)t->kv->config.head_dim, stride = qtr_att_stride(dim);
   float *q = w->data, *k = q + QTR_ATT_ROWS * stride, *v = k + dim * PAGE;
-  for (int32_t r = 0; r < t->n_rows; r++) {
-    w->row[r].max = QTR_ATT_LOWEST;
-    memset(w->row[r].sum, 0, sizeof w->row[r].sum);
-    memset(w->row[r].zeros, 0, sizeof w->row[r].zeros);
-  }
+  rows_start(t, &w->rows);
   memset(state->acc, 0, (size_t)t->n_rows * stride * sizeof(float));
 
   for (int32_t key = key0; key < key1; key += PAGE) {
@@ -329,26 +386,18 @@ static void float_segment(const struct qtr_att_tile *t, int32_t key0, int32_t ke
     unpack_v(t->kv, half + t->kv->half_bytes, n_page, v);
     for (int32_t r = 0; r < t->n_rows; r += ROW_BLOCK) {
       int rows = (int)QTR_MIN(t->n_rows - r, ROW_BLOCK);
-      int32_t n_block = QTR_MIN(qtr_att_visible(t, r + rows - 1) - key, n_page); /* the last row sees most */
+      int32_t n_block = QTR_MIN(w->rows.visible[r + rows - 1] - key, n_page); /* the last row sees most */
       if (n_block <= 0) continue;
       product_block(rows, q + (size_t)r * dim, dim, dim, k, PAGE, (size_t)(n_block + 15) / 16 * 16, w->s[0], PAGE, false);
       for (int i = 0; i < rows; i++) {
-        float *acc = state->acc + (size_t)(r + i) * stride;
-        float correction =
-            softmax_page(w->s[i], &w->scales, QTR_MIN(qtr_att_visible(t, r + i) - key, n_page), &w->row[r + i]);
-        if (correction == 1.0f) continue;
-        for (size_t d = 0; d < stride; d += VW) vf_store(acc + d, vf_mul(vf_load(acc + d), vf_set(correction)));
+        int32_t n = QTR_MIN(w->rows.visible[r + i] - key, n_page);
+        float factor = softmax_page(w->s[i], &w->scales, n, &w->rows, (size_t)(r + i));
+        if (factor != 1.0f) row_scale(state->acc + (size_t)(r + i) * stride, stride, factor);
       }
       product_block(rows, w->s[0], PAGE, (size_t)n_block, v, stride, stride, state->acc + (size_t)r * stride, stride, true);
     }
   }
-  for (int32_t r = 0; r < t->n_rows; r++) {
-    float *acc = state->acc + (size_t)r * stride;
-    vf zeros = vf_set(vf_hsum(vf_load(w->row[r].zeros)));
-    for (size_t d = 0; d < stride; d += VW) vf_store(acc + d, vf_sub(vf_load(acc + d), zeros));
-    state->max[r] = w->row[r].max;
-    state->sum[r] = vf_hsum(vf_load(w->row[r].sum));
-  }
+  rows_finish(t, &w->rows, state);
 }
 
 #endif

@@ -19,9 +19,9 @@ static inline vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 static inline vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 static inline vf vf_fnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); }
 static inline vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
-static inline vf vf_scale2(vf p, vf t) {
-  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(t), 23)));
-}
+#define VF_SCALE_FLOAT
+static inline vf vf_scale(vf p, vf n) { return _mm512_scalef_ps(p, n); }
+static inline vf vf_reduce(vf x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline vf vf_first(vf x, int32_t n, vf fill) {
   __mmask16 mask = n <= 0 ? 0 : n >= VW ? 0xffff : (__mmask16)((1u << n) - 1);
   return _mm512_mask_mov_ps(fill, mask, x);

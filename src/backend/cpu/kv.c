@@ -161,7 +161,7 @@ static const struct qtr_cpu_kv_rows *choose_rows(const struct qtr_cpu *c) {
 
 static void store_int8(uint8_t *restrict half, bool is_v, size_t dim, size_t slot, const uint8_t *restrict code) {
   if (is_v) {
-    uint8_t *to = half + slot / 2 * 2 * dim + slot % 2;
+    uint8_t *to = half + qtr_cpu_kv_pair(slot) * 2 * dim + slot / 16 % 2;
     for (size_t d = 0; d < dim; d++) to[2 * d] = code[d];
   } else {
     uint8_t *to = half + slot / 16 * 16 * dim + slot % 16 * 2;
@@ -171,7 +171,7 @@ static void store_int8(uint8_t *restrict half, bool is_v, size_t dim, size_t slo
 
 static void store_int4(uint8_t *restrict half, bool is_v, size_t dim, size_t slot, const uint8_t *restrict code) {
   if (is_v) {
-    uint8_t *to = half + slot / 2 * dim + slot % 2;
+    uint8_t *to = half + qtr_cpu_kv_pair(slot) * dim + slot / 16 % 2;
     for (size_t first = 0; first < dim; first += 32) {
       size_t width = QTR_MIN(dim - first, 32) / 2;
       for (size_t i = 0; i < width; i++) to[first + 2 * i] = (uint8_t)(code[first + i] | code[first + width + i] << 4);

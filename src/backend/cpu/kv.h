@@ -5,21 +5,23 @@
  * INT4, INT8
  *
  * A head's page is contiguous (head_dim 64, KV4: 4,608 bytes). Codes are arranged for kernels that want, for K, 16 keys side
- * by side and, for V, 16 dims side by side, each with its neighbour (next dim of K, next token of V) in the adjacent byte:
- * that is the pair order of bf16 and int8 tile multiplication, and a 16-bit load gives fp32 kernels both.
+ * by side and, for V, 16 dims side by side, each with a partner in the adjacent byte (K: the next dim, V: the token 16
+ * later): that is the pair order of bf16 tile multiplication, and a 16-bit load gives fp32 kernels both.
  *
- *   K, INT8   block of 16 keys > pair of dims > key > dim                          V, INT8   pair of tokens > dim > token
- *      key:   0       1            15                                                dim:   0       1            D-1
- *      32 B  |k k'|  |k k'|  ...  |k k'|   k = dim 2j, k' = dim 2j+1                  2D B  |v v'|  |v v'|  ...  |v v'|   v'
- * = next token
+ *   K, INT8: 16 keys > pair of dims > key > dim            V, INT8: 32 tokens > 16 pairs of tokens > dim > token
+ *      key:   0       1            15                        dim:   0       1            D-1
+ *      32 B  |k k'|  |k k'|  ...  |k k'|                     2D B  |v v'|  |v v'|  ...  |v v'|
+ *            k = dim 2j, k' = dim 2j+1                             v = token t, v' = token t+16
  *
- *   K, INT4   block of 16 keys > four dims > key > 2 bytes                         V, INT4   pair of tokens > 32 dims > 16
- * dims > token key:   0        1      ...                low nibbles: dims 4j,   4j+1         dim:  0       1     ... low
- * nibbles: dims 0 - 15 32 B  |b b'|   |b b'|  ...               high nibbles: dims 4j+2, 4j+3         32 B |b b'|  |b b'|
- * ...     high nibbles: dims 16 - 31 a last pair of dims (head_dim % 4 == 2): one byte a key                          a last
- * block of w < 32 dims: w/2 in place of 16
+ *   K, INT4: 16 keys > four dims > key > 2 bytes           V, INT4: 32 tokens > 16 pairs > 32 dims > 16 dims > token
+ *      key:   0        1           15                        dim:   0       1            15
+ *      32 B  |b b'|   |b b'| ...  |b b'|                     32 B  |b b'|  |b b'|  ...  |b b'|
+ *            low nibbles:  dims 4j,   4j+1                         low nibbles:  dims 0 - 15 of t, t+16
+ *            high nibbles: dims 4j+2, 4j+3                         high nibbles: dims 16 - 31
+ *      a last pair of dims (head_dim % 4 == 2):              a last block of w < 32 dims: w/2 in place of 16
+ *      one byte a key
  *
- *   K, F16    block of 16 keys > dim > key                                         V, F16    token > dim
+ *   K, F16:  16 keys > dim > key                           V, F16:  token > dim
  *
  * Every byte belongs to one token, so tokens can be written from several threads. */
 #ifndef QTR_BACKEND_CPU_KV_H
@@ -49,18 +51,22 @@ static inline uint16_t *qtr_cpu_kv_scales(const struct qtr_kv *kv, const uint8_t
   return (uint16_t *)(uintptr_t)(half + kv->code_bytes); /* (2, 64): scales, then zeros */
 }
 
+/* Number of the pair of V's tokens that a slot belongs to. */
+static inline size_t qtr_cpu_kv_pair(size_t slot) { return slot / 32 * 16 + slot % 16; }
+
 /* Place of dim d of a slot (0 … 63) inside a half: index of the half, byte of the byte, byte and shift of the nibble. */
 static inline size_t qtr_cpu_kv_at_f16(bool is_v, size_t dim, size_t slot, size_t d) {
   return is_v ? slot * dim + d : slot / 16 * 16 * dim + d * 16 + slot % 16;
 }
 static inline size_t qtr_cpu_kv_at_int8(bool is_v, size_t dim, size_t slot, size_t d) {
-  return is_v ? slot / 2 * 2 * dim + d * 2 + slot % 2 : slot / 16 * 16 * dim + d / 2 * 32 + slot % 16 * 2 + d % 2;
+  return is_v ? qtr_cpu_kv_pair(slot) * 2 * dim + d * 2 + slot / 16 % 2
+              : slot / 16 * 16 * dim + d / 2 * 32 + slot % 16 * 2 + d % 2;
 }
 static inline size_t qtr_cpu_kv_at_int4(bool is_v, size_t dim, size_t slot, size_t d, int *shift) {
   size_t block = is_v ? 32 : 4, first = d / block * block, width = (dim - first < block ? dim - first : block) / 2;
   *shift = d - first < width ? 0 : 4;
   size_t column = (d - first) % width;
-  if (is_v) return slot / 2 * dim + first + column * 2 + slot % 2;
+  if (is_v) return qtr_cpu_kv_pair(slot) * dim + first + column * 2 + slot / 16 % 2;
   return slot / 16 * 8 * dim + first * 8 + slot % 16 * width + column;
 }
 

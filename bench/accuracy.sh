@@ -20,12 +20,10 @@ ppl() { # ppl NAME DIR PRECISION
   done
 }
 texts=("$@")
-ppl "w4a8kv4 g128" "$work/w4a8-g128" w4a8kv4
-ppl "w4a8kv4 per-channel" "$work/w4a8-channel" w4a8kv4
+ppl "bf16, KV fp16" "$model" w16a16kv16
 ppl "w8a8kv8" "$work/w8a8" w8a8kv8
 ppl "w4a8kv8 g128" "$work/w4a8-g128" w4a8kv8
+ppl "w4a8kv4 g128" "$work/w4a8-g128" w4a8kv4
+ppl "w4a8kv4 per-channel" "$work/w4a8-channel" w4a8kv4
 ppl "w4a8kv4 g128, int8 embedding and head" "$work/w4a8-g128-int8-head" w4a8kv4
-ppl "w4a8kv8 per-channel" "$work/w4a8-channel" w4a8kv8
 ppl "w16a16kv8" "$model" w16a16kv8
-ppl "w16a16kv4" "$model" w16a16kv4
-ppl "bf16, KV fp16" "$model" w16a16kv16

@@ -19,6 +19,6 @@ step "demo model, W4A8KV4 on this CPU"
 [ "$tty" = 1 ] && printf '\n' >&2
 rm -f "$log"
 if [ $# -eq 0 ]; then
-  exec "$binary" generate --model "$root/models/demo" --prompts-file "$root/models/demo/prompts.jsonl" --max-tokens 96
+  exec "$binary" generate --model "$root/models/demo" --prompts-file "$root/models/demo/prompts.jsonl" --max-tokens 96 --temperature 0.7 --top-p 0.95 --seed 1
 fi
 exec "$binary" generate --model "$root/models/demo" "$@"

@@ -107,9 +107,12 @@ void op_matrix_make(struct op_rng *rng, const struct op_entry *e, enum qtr_linea
         uint8_t *s2 = op_malloc(n_groups, 1), *z2 = op_malloc(n_groups, 1);
         random_bytes(rng, s2, n_groups);
         random_bytes(rng, z2, n_groups);
-        for (size_t i = 0; i < n_groups && !e->wild; i++) { /* what a quantiser makes: q*s2 - zero*s2 within int8 */
-          s2[i] = (uint8_t)(1 + s2[i] % 8);
-          z2[i] = (uint8_t)(0u - z2[i] % 16u * s2[i]);
+        for (size_t i = 0; i < n_groups && !e->wild;
+             i++) { /* what a quantiser makes: (q - zero) * s2 within int8 for all q */
+          unsigned step = 1 + s2[i] % 16u, most = 128 / step, least = 127 / step >= 15 ? 0 : 15 - 127 / step;
+          most = QTR_MIN(most, 15u);
+          s2[i] = (uint8_t)step;
+          z2[i] = (uint8_t)(0u - (least + z2[i] % (most - least + 1)) * step);
         }
         part->s2_scale = s2;
         part->s2_zero = z2;

@@ -10,7 +10,7 @@
  * and low follow each other. */
 #include "backend/cpu/attention.h"
 
-#ifdef __AMX_BF16__
+#if defined(__AMX_BF16__) || defined(__AMXBF16__) /* gcc, clang */
 #define ATTENTION_NO_KERNEL
 #include "backend/cpu/attention_vf_avx512.h"
 

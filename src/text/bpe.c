@@ -408,7 +408,7 @@ enum qtr_status qtr_bpe_encode(const struct qtr_bpe *bpe, struct qtr_bpe_work *w
   enum qtr_status status = QTR_OK;
   size_t start = 0;
   for (size_t i = 3; bpe->cut_at_spaces && i + 3 <= len && !status; i++) {
-    const char *mark = memmem(text + i, len - i, SPACE_MARK, 3);
+    const char *mark = qtr_text_find(text + i, len - i, SPACE_MARK, 3);
     if (!mark) break;
     i = (size_t)(mark - text);
     if (starts_with_mark(text + i - 3, 3)) continue;

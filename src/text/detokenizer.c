@@ -229,7 +229,7 @@ static enum qtr_status push_first(struct qtr_detokenizer *d, int32_t id, struct 
   enum qtr_status status = QTR_OK;
   d->at_start = false;
   for (size_t i = 0; i < len && !status;) {
-    const char *hit = memmem(text + i, len - i, mark, n_mark);
+    const char *hit = qtr_text_find(text + i, len - i, mark, n_mark);
     size_t end = hit ? (size_t)(hit - text) : len;
     status = qtr_text_append(out, text + i, end - i, err);
     i = end + n_mark;

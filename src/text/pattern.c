@@ -10,6 +10,7 @@
 #include "base/status.h"
 #include "text/tokenizer.h"
 #include "text/unicode.h"
+#include "text/vocab.h"
 
 #include <pcre2.h>
 #include <stdio.h>
@@ -378,7 +379,7 @@ enum qtr_status qtr_pattern_find(const struct qtr_pattern *pattern, struct qtr_p
   *found = false;
   if (!pattern->code) {
     if (pattern->literal_len == 0 || len - from < pattern->literal_len) return QTR_OK;
-    const char *hit = memmem(text + from, len - from, pattern->literal, pattern->literal_len);
+    const char *hit = qtr_text_find(text + from, len - from, pattern->literal, pattern->literal_len);
     if (!hit) return QTR_OK;
     *found = true;
     *begin = (size_t)(hit - text);

@@ -123,6 +123,17 @@ void qtr_vocab_free(struct qtr_vocab *vocab) {
   *vocab = (struct qtr_vocab){0};
 }
 
+const char *qtr_text_find(const char *text, size_t len, const char *needle, size_t n) {
+  if (n > 8) return memmem(text, len, needle, n); /* linear for any needle, but a sanitizer's looks at all of text first */
+  while (n > 0 && len >= n) {
+    const char *hit = memchr(text, needle[0], len - n + 1);
+    if (!hit || memcmp(hit, needle, n) == 0) return hit;
+    len -= (size_t)(hit + 1 - text);
+    text = hit + 1;
+  }
+  return NULL;
+}
+
 static int hex_digit(char c) {
   if (c >= '0' && c <= '9') return c - '0';
   if (c >= 'a' && c <= 'f') return c - 'a' + 10;

@@ -50,6 +50,10 @@ static inline bool qtr_vocab_has(const struct qtr_vocab *vocab, int32_t id) {
 
 uint64_t qtr_text_hash(const char *text, size_t len);
 
+/* Where needle (1 to 8 bytes, rarely longer) begins in text, NULL = nowhere. For short needles, cheap when called for one
+ * hit after another. */
+const char *qtr_text_find(const char *text, size_t len, const char *needle, size_t n);
+
 /* "<0x41>" gives 0x41, anything else -1. */
 int qtr_byte_token(const char *text, size_t len);
 

@@ -274,6 +274,7 @@ static int bench(struct flags *flags) {
   char *name = NULL;
   int code = QTR_EXIT_FAILURE;
   enum qtr_status status = open_any(flags, &engine, &name, &err);
+  if (!engine || !name) goto done;
   for (int32_t i = 0; i < flags->rounds && !status; i++) {
     const struct qtr_bench_options options = {.batch = flags->batch,
                                               .prompt_len = flags->prompt_len,
@@ -285,12 +286,10 @@ static int bench(struct flags *flags) {
     status = qtr_bench_round_run(engine, &options, &round[i], &err);
     if (!status) (void)fprintf(stderr, "Round %d Throughput: %g tokens / second.\n", i, round[i].throughput_tok_s);
   }
-  if (status) {
-    (void)qtr_report("bench", &err);
-  } else if (print_result(flags, engine, name, round, flags->profile ? &profile : NULL)) {
-    code = QTR_EXIT_OK;
-  }
-  if (engine) engine->model->profile = NULL;
+  engine->model->profile = NULL;
+  if (!status && print_result(flags, engine, name, round, flags->profile ? &profile : NULL)) code = QTR_EXIT_OK;
+done:
+  if (status) (void)qtr_report("bench", &err);
   qtr_engine_close(engine);
   free(name);
   return code;

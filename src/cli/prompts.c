@@ -47,7 +47,7 @@ enum qtr_status qtr_prompts_add(struct qtr_prompts *prompts, const char *text, b
                                 struct qtr_error *err) {
   struct qtr_prompt *prompt;
   enum qtr_status status = append(prompts, &prompt, err);
-  if (status) return status;
+  if (!prompt) return status;
   return chat ? set_conversation(prompt, text, strlen(text), system, err) : set_text(prompt, text, strlen(text), err);
 }
 
@@ -85,7 +85,8 @@ static enum qtr_status read_line(struct qtr_prompts *prompts, const json_t *line
     fault = messages_fault(messages);
   }
   if (fault) return qtr_fail(err, QTR_ERR_FORMAT, "%s", fault);
-  if ((status = append(prompts, &prompt, err))) return status;
+  status = append(prompts, &prompt, err);
+  if (!prompt) return status;
   if (id) {
     json_decref(prompt->id);
     prompt->id = json_incref(id);

@@ -24,7 +24,8 @@ static enum qtr_status add_prompts(struct qtr_engine *engine, const struct qtr_b
   uint64_t state = options->seed;
   size_t n = (size_t)options->prompt_len;
   int32_t *prompt = malloc(n * sizeof *prompt); /* (prompt_len) */
-  enum qtr_status status = prompt ? QTR_OK : qtr_fail_memory(err, "a prompt", n * sizeof *prompt);
+  enum qtr_status status = QTR_OK;
+  if (!prompt) return qtr_fail_memory(err, "a prompt", n * sizeof *prompt);
   for (int32_t i = 0; i < options->batch && !status; i++) {
     for (size_t k = 0; k < n; k++) prompt[k] = (int32_t)(next_random(&state) % (uint64_t)info.vocab_size);
     struct qtr_request_options request;

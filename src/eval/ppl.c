@@ -117,7 +117,7 @@ enum qtr_status qtr_ppl_run(struct qtr_engine *engine, const int32_t *token, siz
                             const struct qtr_ppl_options *options, struct qtr_ppl_result *result, struct qtr_error *err) {
   size_t ctx = (size_t)QTR_MAX(options->ctx, 0), vocab = (size_t)engine->model->config.vocab_size;
   enum qtr_status status = check(engine, token, n_tokens, ctx, err);
-  if (status) return status;
+  if (status || ctx < 2) return status;
   double t_start = qtr_now(), sum = 0;
   size_t n_windows = n_tokens / ctx, n_pages = qtr_ceil_div(ctx, QTR_PAGE_TOKENS);
   if (options->max_windows > 0) n_windows = QTR_MIN(n_windows, (size_t)options->max_windows);

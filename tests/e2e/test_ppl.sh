@@ -17,9 +17,12 @@ p --text "$T/crlf" --ctx 128
 same "$(field perplexity <"$T/out")" "$ppl" "perplexity with CR LF"
 p --text "$T/text" --ctx 128 --windows 2
 same "$(field n_windows <"$T/out")" 2 "--windows"
+# not kv4: rounding that goes the other way moves so few tokens by a few percent
+kv8=$("$Q" info --model "$MODEL" --json | field precision | tr -d '"' | sed 's/kv.*/kv8/')
+p --text "$T/text" --ctx 128 --windows 2 --precision "$kv8"
 two=$(field perplexity <"$T/out")
-p --text "$T/text" --ctx 128 --windows 2 --device reference
-awk -v a="$two" -v b="$(field perplexity <"$T/out")" 'BEGIN { exit !(a / b < 1.005 && b / a < 1.005) }' ||
+p --text "$T/text" --ctx 128 --windows 2 --precision "$kv8" --device reference
+awk -v a="$two" -v b="$(field perplexity <"$T/out")" 'BEGIN { exit !(a / b < 1.02 && b / a < 1.02) }' ||
   fail "cpu $two and reference $(field perplexity <"$T/out") differ"
 # words in random order are harder
 tr -s ' \n' '\n' <"$T/text" | sort -R --random-source="$T/text" | paste -sd' ' >"$T/shuffled"

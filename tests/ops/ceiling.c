@@ -13,7 +13,7 @@
 #include "base/clock.h"
 #include "ops.h"
 
-enum { MAX_THREADS = 256, READ_MIB = 192 };
+enum { MAX_THREADS = 256, READ_MIB = 256 };
 
 struct job {
   pthread_t thread;
@@ -132,7 +132,7 @@ void op_ceiling_measure(int threads, const char *isa, struct op_ceiling *ceiling
     job[i].n = words / (size_t)n;
   }
   double best = INFINITY;
-  for (int k = 0; k < 5; k++) {
+  for (int k = 0; k < 12; k++) {
     double start = qtr_now();
     run_all(job, n, read_body);
     best = fmin(best, qtr_now() - start);

@@ -277,17 +277,14 @@ static struct node *parse_postfix(struct parser *p, struct node *n) {
   return n;
 }
 
-/* name(.name)* of a filter or test; only undotted ones exist. */
+/* The name of a filter or test. An unknown one is an error only when it runs, as in jinja2 inside an if. */
 static struct node *parse_builtin_name(struct parser *p, enum node_kind kind) {
   struct node *n = qtr_tpl_node_make(p, kind);
   const struct token *t = p->t;
   if (!n || !expect(p, T_NAME, kind == N_FILTER ? "a filter name" : "a test name")) return NULL;
   n->value = (struct value){.type = V_STRING, .s = qtr_tpl_node_str(p, t->text, t->len)};
   n->builtin = kind == N_FILTER ? qtr_tpl_find_filter(t->text, t->len) : qtr_tpl_find_test(t->text, t->len);
-  while (skip_if(p, T_DOT)) {
-    n->builtin = NULL;
-    if (!expect(p, T_NAME, "a name")) return NULL;
-  }
+  if (is(p, T_DOT)) return qtr_tpl_parser_fail(p, QTR_ERR_UNSUPPORTED, "filters and tests with a dot in their name");
   return n;
 }
 

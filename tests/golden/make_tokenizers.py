@@ -42,6 +42,12 @@ def texts(specials):
     return out
 
 
+def long_words():
+    """Words that go the way of long ones: a queue from 65 bytes on, lists by rank from 4,096 characters on."""
+    r = random.Random(7)
+    return ["".join(r.choice("therangio") for _ in range(n)) for n in (65, 900, 6000)] + ["the" * 1500 + "a" * 100, " " * 5000]
+
+
 def write(name, tokenizer, specials, skip_decode=False):
     path = os.path.join(OUT, name + ".json")
     data = json.loads(tokenizer.to_str())
@@ -58,6 +64,7 @@ def write(name, tokenizer, specials, skip_decode=False):
         if not skip_decode:
             case["decoded"] = tokenizer.decode(case["ids"], skip_special_tokens=True)
         cases.append(case)
+    cases += [{"text": text, "ids": tokenizer.encode(text, add_special_tokens=False).ids} for text in long_words()]
     dump(name, cases)
 
 
@@ -145,6 +152,7 @@ for name, options in {
 }.items():
     p = train_sentencepiece(name, **identity, **options)
     cases = [{"text": s, "ids": p.encode(s)} for s in texts(["<|user|>"]) if "\0" not in s]
+    cases += [{"text": text, "ids": p.encode(text)} for text in long_words()]
     for c in cases:
         if p.unk_id() not in c["ids"]:
             c["decoded"] = p.decode(c["ids"])

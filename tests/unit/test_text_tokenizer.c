@@ -2,6 +2,7 @@
  * encoding with and without special tokens, decoding, streaming, and what a tokenizer says about itself. */
 #include "text/tokenizer.h"
 
+#include "text/tokenizer_impl.h"
 #include "text/unicode.h"
 
 #include <jansson.h>
@@ -130,6 +131,75 @@ static void test_sentencepiece(void **state) {
   check_cases("pieces-bytes", "pieces-bytes.model");
   check_cases("pieces-unknown", "pieces-unknown.model");
   check_cases("pieces-plain", "pieces-plain.model");
+}
+
+/* Where PCRE2 and the reference's Oniguruma differ: what a pattern matches is removed, the rest comes out as bytes. */
+static void test_pattern_dialect(void **state) {
+  (void)state;
+  static const struct {
+    const char *regex, *text, *rest;
+  } cases[] = {
+      {"\\s",
+       "a\u00a0\xc2\x85\u180e"
+       "b\u2028",
+       "a\u180eb"},
+      {"\\S+", "a\u180e b", " "},
+      {"[^\\S\\n]", "a\u3000\nb ", "a\nb"},
+      {"\\p{L}+", "a\U000323af\U0001e4d0.\U00010d4a", "."}, /* Unicode 15 and 16 */
+      {"\\P{N}+", "x\U0001e4f1y\u00b2", "\U0001e4f1\u00b2"},
+      {"\\p{Han}", "\u4e2d\U0002ebf0\u3001x", "\u3001x"}, /* by script, not by script extensions */
+      {"\\w+", "a_\u0301\u24d0-\u00b2", "-\u00b2"},
+      {"\\h", "f g\t", " g\t"}, /* a hexadecimal digit */
+      {"[\\v]", "\n\v\f", "\n\f"},
+      {"x{,2}y", "xxxy", "x"},
+      {"\\p{N}{2}+", "12345", "5"}, /* one repetition of another, not a possessive one */
+      {"(?i:'s)", "'S'\u017f's", ""},
+      {"(?m:a.)", "a\nb", "b"}, /* m lets the dot match a line's end */
+      {"a.", "a\nab", "a\n"},
+      {"\\bcat\\b", "cat cats \u0301cat", " cats \u0301cat"},
+      {"\\u0041\\x{42}\\x43", "ABCD", "D"},
+      {"^a|b$", "a\nab\nb", "\n\n"},
+  };
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    struct qtr_text json = {0};
+    struct qtr_error err;
+    struct qtr_tokenizer *t;
+    char item[1024];
+    static const char head[] = "{\"model\":{\"type\":\"BPE\",\"merges\":[],\"vocab\":{";
+    assert_int_equal(qtr_text_append(&json, head, sizeof head - 1, &err), QTR_OK);
+    for (int b = 0; b < 256; b++) {
+      char name[5] = {0};
+      (void)qtr_utf8_encode(qtr_byte_to_char((uint8_t)b), name);
+      int n = snprintf(item, sizeof item, "%s\"%s%s\":%d", b ? "," : "", b == '"' || b == '\\' ? "\\" : "", name, b);
+      assert_int_equal(qtr_text_append(&json, item, (size_t)n, &err), QTR_OK);
+    }
+    char regex[64];
+    size_t n_regex = 0;
+    for (const char *c = cases[i].regex; *c; c++) {
+      if (*c == '\\') regex[n_regex++] = '\\';
+      regex[n_regex++] = *c;
+    }
+    regex[n_regex] = 0;
+    int n = snprintf(
+        item, sizeof item,
+        "}},\"pre_tokenizer\":{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\",\"behavior\":\"Removed\","
+        "\"pattern\":{\"Regex\":\"%s\"}},{\"type\":\"ByteLevel\",\"use_regex\":false}]},\"decoder\":{\"type\":\"ByteLevel\"}"
+        "}",
+        regex);
+    assert_int_equal(qtr_text_append(&json, item, (size_t)n, &err), QTR_OK);
+    if (qtr_tokenizer_open_json(json.data, json.len, &t, &err)) fail_msg("%s: %s", cases[i].regex, err.message);
+    struct qtr_encode_options options = {false, false};
+    int32_t *ids;
+    size_t n_ids, len;
+    char *rest;
+    assert_int_equal(qtr_tokenizer_encode(t, cases[i].text, strlen(cases[i].text), &options, &ids, &n_ids, &err), QTR_OK);
+    assert_int_equal(qtr_tokenizer_decode(t, ids, n_ids, true, &rest, &len, &err), QTR_OK);
+    if (strcmp(rest, cases[i].rest) != 0) fail_msg("%s leaves \"%s\", expected \"%s\"", cases[i].regex, rest, cases[i].rest);
+    free(rest);
+    free(ids);
+    qtr_text_free(&json);
+    qtr_tokenizer_close(t);
+  }
 }
 
 static void push_all(struct qtr_detokenizer *d, const int32_t *ids, size_t n, const char *const *expected) {
@@ -318,11 +388,17 @@ static void test_directory(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_gpt2),         cmocka_unit_test(test_llama3),
-      cmocka_unit_test(test_qwen2),        cmocka_unit_test(test_llama2),
-      cmocka_unit_test(test_metaspace),    cmocka_unit_test(test_sentencepiece),
-      cmocka_unit_test(test_stream_bytes), cmocka_unit_test(test_stream_byte_level),
-      cmocka_unit_test(test_properties),   cmocka_unit_test(test_directory),
+      cmocka_unit_test(test_gpt2),
+      cmocka_unit_test(test_llama3),
+      cmocka_unit_test(test_qwen2),
+      cmocka_unit_test(test_llama2),
+      cmocka_unit_test(test_metaspace),
+      cmocka_unit_test(test_sentencepiece),
+      cmocka_unit_test(test_stream_bytes),
+      cmocka_unit_test(test_stream_byte_level),
+      cmocka_unit_test(test_properties),
+      cmocka_unit_test(test_directory),
+      cmocka_unit_test(test_pattern_dialect),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

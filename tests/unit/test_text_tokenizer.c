@@ -202,6 +202,24 @@ static void test_pattern_dialect(void **state) {
   }
 }
 
+/* Text without pre-tokenizer is cut before U+2581 only where no merge crosses. */
+static void test_merge_across_mark(void **state) {
+  (void)state;
+  static const char json[] =
+      "{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":1,\"▁\":2,\"a▁\":3,\"▁b\":4},\"merges\":[\"a ▁\",\"▁ b\"]}}";
+  struct qtr_tokenizer *t;
+  struct qtr_encode_options options = {false, false};
+  int32_t *ids;
+  size_t n;
+  assert_int_equal(qtr_tokenizer_open_json(json, sizeof json - 1, &t, NULL), QTR_OK);
+  assert_int_equal(qtr_tokenizer_encode(t, "bbba▁b", 8, &options, &ids, &n, NULL), QTR_OK);
+  assert_int_equal(n, 5);
+  assert_int_equal(ids[3], 3);
+  assert_int_equal(ids[4], 1);
+  free(ids);
+  qtr_tokenizer_close(t);
+}
+
 static void push_all(struct qtr_detokenizer *d, const int32_t *ids, size_t n, const char *const *expected) {
   for (size_t i = 0; i < n; i++) {
     struct qtr_text out = {0};
@@ -399,6 +417,7 @@ int main(void) {
       cmocka_unit_test(test_properties),
       cmocka_unit_test(test_directory),
       cmocka_unit_test(test_pattern_dialect),
+      cmocka_unit_test(test_merge_across_mark),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -34,8 +34,8 @@ run 2 generate
 says "$T/err" "no prompt"
 run 2 generate --promt hi
 says "$T/err" "did you mean --prompt"
-run 2 generate --max hi --prompt x   # an abbreviation is not an option
-says "$T/err" "unknown option --max"
+run 2 generate --max-tok 3 --prompt x # an abbreviation is not an option, even when only one option could be meant
+says "$T/err" "unknown option --max-tok; did you mean --max-tokens"
 run 2 generate --prompt
 says "$T/err" "prompt needs a value"
 run 2 generate --prompt hi --json=yes

@@ -148,17 +148,22 @@ static inline vf split_query(vf a, vf b, uint16_t *high, uint16_t *low) {
   return vf_add(vf_add(ha, la), vf_add(hb, lb));
 }
 
-/* Weights of 16 keys and of the 16 after them -> pairs (i, i + 16), high and low. Integer instructions, because the tile
- * unit takes one of the two ports of the floating-point ones. */
+/* Weights of 16 keys and of the 16 after them -> pairs (i, i + 16), high and low. Integer instructions and shuffles, because
+ * beside the tile unit only one port is left for floating point. */
+static inline __m512i pack_pairs(__m512i a, __m512i b) { /* the upper words of a below those of b */
+  const __m512i upper = _mm512_broadcast_i32x4(_mm_setr_epi8(2, 3, -1, -1, 6, 7, -1, -1, 10, 11, -1, -1, 14, 15, -1, -1));
+  const __m512i mask = _mm512_set1_epi32((int)0xffff0000u);
+  return _mm512_ternarylogic_epi32(_mm512_shuffle_epi8(a, upper), b, mask, 0xf8); /* x | (y & z) */
+}
 static inline void split_weights(vf a, vf b, uint16_t *high, uint16_t *low) {
   const __m512i half = _mm512_set1_epi32(0x8000), mask = _mm512_set1_epi32((int)0xffff0000u);
   __m512i ra = _mm512_add_epi32(_mm512_castps_si512(a), half), rb = _mm512_add_epi32(_mm512_castps_si512(b), half);
-  _mm512_store_si512(high, _mm512_ternarylogic_epi32(_mm512_srli_epi32(ra, 16), rb, mask, 0xf8)); /* x | (y & z) */
+  _mm512_store_si512(high, pack_pairs(ra, rb));
   a = vf_sub(a, _mm512_castsi512_ps(_mm512_and_si512(ra, mask)));
   b = vf_sub(b, _mm512_castsi512_ps(_mm512_and_si512(rb, mask)));
   ra = _mm512_add_epi32(_mm512_castps_si512(a), half);
   rb = _mm512_add_epi32(_mm512_castps_si512(b), half);
-  _mm512_store_si512(low, _mm512_ternarylogic_epi32(_mm512_srli_epi32(ra, 16), rb, mask, 0xf8));
+  _mm512_store_si512(low, pack_pairs(ra, rb));
 }
 
 static void amx_prepare(const struct qtr_att_tile *t, void *scratch) {
@@ -191,15 +196,23 @@ static void amx_prepare(const struct qtr_att_tile *t, void *scratch) {
 
 /* ---- softmax of one row and page --------------------------------------------------------------------- */
 
+/* A score above 8? Compared as integers, off the port of floating point: positive floats and their bits have the same order,
+ * and what is negative is negative. */
+static inline bool any_above_limit(const vf x[4]) {
+  const __m512i limit = _mm512_castps_si512(vf_set(8));
+  __mmask16 below = 0xffff;
+  for (int j = 0; j < 4; j++) below = _mm512_mask_cmple_epi32_mask(below, _mm512_castps_si512(x[j]), limit);
+  return below != 0xffff;
+}
+
 /* As softmax_page of attention_float.h, with the weights leaving as bf16 parts. */
 static inline __attribute__((always_inline)) float softmax_row(union score_row *row, const struct page_scales *p, bool full,
                                                                int32_t n, struct rows_state *rows, size_t r) {
   vf x[4], weight[4];
   float factor = 1.0f;
   for (int j = 0; j < 4; j++) x[j] = row_score(row->s, p, rows, r, full, n, j);
-  vf max = vf_max(vf_max(x[0], x[1]), vf_max(x[2], x[3]));
-  if (_mm512_cmp_ps_mask(max, vf_set(rows->limit[r]), _CMP_GT_OQ)) {
-    factor = row_raise(rows, r, vf_hmax(max));
+  if ((rows->limit[r] < 0 && n > 0) || any_above_limit(x)) {
+    factor = row_raise(rows, r, vf_hmax(vf_max(vf_max(x[0], x[1]), vf_max(x[2], x[3]))));
     for (int j = 0; j < 4; j++) x[j] = row_score(row->s, p, rows, r, full, n, j);
   }
   vf sum = vf_load(rows->sum[r]), zeros = vf_load(rows->zeros[r]);

@@ -3,8 +3,8 @@
  *   VW, vf                                  lanes (4, 8 or 16) and a vector of floats
  *   vf_load, vf_store, vf_set, vf_add, vf_sub, vf_mul, vf_max
  *   vf_fma(a, b, c) = a * b + c, vf_fnma(a, b, c) = c - a * b      fused where the instructions are
- *   vf_scale2(p, t)                         p * 2^n where t = n + 1.5 * 2^23; or, with VF_SCALE_FLOAT defined,
- *   vf_scale(p, n), vf_reduce(x)            p * 2^n, and x - its nearest integer, for any x
+ *   vf_scale2(p, t)                         p * 2^n where t = n + 1.5 * 2^23; or, with HAVE_VF_EXP2 defined,
+ *   vf_exp2(x)                              2^x for x <= 16, 0 for -infinity
  *   vf_first(x, n, fill)                    lanes below n of x, the others `fill`
  *   vf_hmax(x), vf_hsum(x)                  over the lanes, in one fixed order
  *   vf_load_f16(p)
@@ -173,29 +173,19 @@ static inline void unpack_v(const struct qtr_kv *kv, const uint8_t *half, int32_
 
 /* ---- softmax ---------------------------------------------------------------------------------------- */
 
-/* 2^r for |r| <= 1/2: degree 5, constant term 1 (relative error 1e-7, exact at 0). */
-static inline vf exp2_fraction(vf r) {
+#ifndef HAVE_VF_EXP2
+/* 2^x for x <= 16, x below QTR_ATT_FLOOR as there: n + r with |r| <= 1/2, polynomial of degree 5 with constant term 1
+ * (relative error 1e-7, exact at integers). */
+static inline vf vf_exp2(vf x) {
+  const vf magic = vf_set(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer in the low bits */
+  x = vf_max(x, vf_set(QTR_ATT_FLOOR));
+  vf t = vf_add(x, magic), r = vf_sub(x, vf_sub(t, magic));
   vf p = vf_set(0.001326472731307149f);
   p = vf_fma(p, r, vf_set(0.009671512991189957f));
   p = vf_fma(p, r, vf_set(0.05550733581185341f));
   p = vf_fma(p, r, vf_set(0.24022242426872253f));
   p = vf_fma(p, r, vf_set(0.6931470036506653f));
-  return vf_fma(p, r, vf_set(1.0f));
-}
-
-#ifdef VF_SCALE_FLOAT
-/* 2^x for x <= 16; -infinity gives 0. */
-static inline vf vf_exp2(vf x) {
-  vf r = vf_reduce(x);
-  return vf_scale(exp2_fraction(r), vf_sub(x, r));
-}
-#else
-/* 2^x for x <= 16: below QTR_ATT_FLOOR as there; round to n + r, |r| <= 1/2, then a polynomial. */
-static inline vf vf_exp2(vf x) {
-  const vf magic = vf_set(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer in the low bits */
-  x = vf_max(x, vf_set(QTR_ATT_FLOOR));
-  vf t = vf_add(x, magic);
-  return vf_scale2(exp2_fraction(vf_sub(x, vf_sub(t, magic))), t);
+  return vf_scale2(vf_fma(p, r, vf_set(1.0f)), t);
 }
 #endif
 

@@ -19,9 +19,17 @@ static inline vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 static inline vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 static inline vf vf_fnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); }
 static inline vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
-#define VF_SCALE_FLOAT
-static inline vf vf_scale(vf p, vf n) { return _mm512_scalef_ps(p, n); }
-static inline vf vf_reduce(vf x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+#define HAVE_VF_EXP2
+/* 2^x: floor(x) leaves through the scaling, the rest 0 <= r <= 1 through a polynomial of degree 5 with constant term 1
+ * (relative error 1.4e-7, exact at integers). -infinity gives 0. */
+static inline vf vf_exp2(vf x) {
+  vf r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC), p = vf_set(0.0018671315629035234f);
+  p = vf_fma(p, r, vf_set(0.009017026983201504f));
+  p = vf_fma(p, r, vf_set(0.05579991638660431f));
+  p = vf_fma(p, r, vf_set(0.24016444385051727f));
+  p = vf_fma(p, r, vf_set(0.6931512951850891f));
+  return _mm512_scalef_ps(vf_fma(p, r, vf_set(1.0f)), x);
+}
 static inline vf vf_first(vf x, int32_t n, vf fill) {
   __mmask16 mask = n <= 0 ? 0 : n >= VW ? 0xffff : (__mmask16)((1u << n) - 1);
   return _mm512_mask_mov_ps(fill, mask, x);

@@ -3,12 +3,26 @@
  * floats rf_load, rf_store, rf_set, rf_add, rf_sub, rf_mul rf_min(a, b), rf_max(a, b)               the second operand where
  * they are equal or one is NaN, as minps does rf_hmin, rf_hmax                         over the lanes rf_store_codes(p, x)
  * rounds to nearest even, lanes to unsigned bytes 0 … 255 rf_store_signed(p, x)                    the same to -128 … 127
- *   rf_store_f16(p, x) */
+ *   rf_store_f16(p, x)
+ * and may use F16C. */
 #include <string.h>
 
 #include "backend/common/kv_quant.h"
 
 static inline rf rf_sane(rf x) { return rf_min(rf_max(x, rf_set(-QTR_KV_MAX)), rf_set(QTR_KV_MAX)); }
+
+/* As qtr_kv_quant_params, by the machine's conversions where it says that the formula stands: normal scale, finite zero. */
+static inline void quant_params(float mn, float mx, int levels, uint16_t *scale, uint16_t *zero) {
+  const uint32_t normal = 0x0400, infinite = 0x7c00;
+  float l = (float)levels, range = mx - mn;
+  uint16_t s = _cvtss_sh(range / l, _MM_FROUND_TO_NEAREST_INT), z = _cvtss_sh((-l * mn) / range, _MM_FROUND_TO_NEAREST_INT);
+  if (s >= normal && s < infinite && (z & infinite) != infinite) {
+    *scale = s;
+    *zero = z;
+  } else {
+    qtr_kv_quant_params(mn, mx, levels, scale, zero);
+  }
+}
 
 static void quant(const float *x, size_t dim, int levels, uint8_t *code, uint16_t *scale, uint16_t *zero) {
   if (dim < RW) {
@@ -27,8 +41,8 @@ static void quant(const float *x, size_t dim, int levels, uint8_t *code, uint16_
     while (x[i] != 0) i++;
     mn = x[i];
   }
-  qtr_kv_quant_params(mn, mx, levels, scale, zero);
-  float r = 1.0f / qtr_f16_to_f32(*scale), z = qtr_f16_to_f32(*zero);
+  quant_params(mn, mx, levels, scale, zero);
+  float r = 1.0f / _cvtsh_ss(*scale), z = _cvtsh_ss(*zero);
   rf top = rf_set((float)levels);
   for (size_t i = 0; i < dim; i += RW) {
     size_t at = i + RW <= dim ? i : dim - RW;

@@ -9,7 +9,7 @@
 #include "base/half.h"
 #include "base/status.h"
 
-enum { TILE_ROWS = 32, LINE = 64 };
+enum { ROOM = 32 };
 
 struct qtr_table {
   struct qtr_table_source source; /* borrowed data, which may lie at any address */
@@ -24,15 +24,13 @@ static const struct qtr_activation_kernels *kernels_of(const struct qtr_cpu *c) 
 
 /* ---- inputs -------------------------------------------------------------------------------------- */
 
-static size_t int8_stride(size_t dim) { return (qtr_ceil_div(dim, LINE) | 1) * LINE; }
-
 enum qtr_status qtr_cpu_input_create(struct qtr_backend *b, size_t max_tokens, size_t max_dim, struct qtr_input **input,
                                      struct qtr_error *err) {
   *input = NULL;
   size_t rows, row_bytes, bytes = 0, n_groups = qtr_ceil_div(max_dim, QTR_GROUP), sums;
   bool overflow = max_dim > SIZE_MAX / 16 || max_tokens > SIZE_MAX / 16;
-  rows = overflow ? 0 : qtr_round_up(QTR_MAX(max_tokens, (size_t)1), TILE_ROWS);
-  row_bytes = overflow ? 0 : QTR_MAX(int8_stride(max_dim), max_dim * sizeof(float));
+  rows = overflow ? 0 : qtr_round_up(QTR_MAX(max_tokens, (size_t)1), ROOM);
+  row_bytes = overflow ? 0 : QTR_MAX(qtr_round_up(max_dim, QTR_SEGMENT), max_dim * sizeof(float));
   if (overflow || qtr_mul_overflow(rows, row_bytes, &bytes) || qtr_mul_overflow(rows, n_groups + 1, &sums)) {
     return qtr_fail_memory(err, "inputs of a linear", SIZE_MAX);
   }
@@ -69,7 +67,9 @@ void qtr_cpu_input_read(struct qtr_backend *b, const struct qtr_input *input, si
                         float *scale, float *sum, float *value) {
   (void)b;
   if (input->quant == QTR_QUANT_INT8) {
-    if (code) memcpy(code, qtr_input_codes(input, token), dim);
+    for (size_t k = 0; code && k < dim; k += QTR_SEGMENT) {
+      memcpy(code + k, qtr_input_codes(input, token, k / QTR_SEGMENT), QTR_MIN(dim - k, (size_t)QTR_SEGMENT));
+    }
     if (scale) *scale = input->scale[token];
     if (sum) *sum = input->sum[token];
   } else if (value) {
@@ -80,7 +80,7 @@ void qtr_cpu_input_read(struct qtr_backend *b, const struct qtr_input *input, si
 static void input_shape(struct qtr_input *in, enum qtr_quant quant, size_t dim) {
   in->quant = quant;
   in->dim = dim;
-  in->stride = int8_stride(dim);
+  in->n_segments = qtr_ceil_div(dim, QTR_SEGMENT);
   in->n_groups = qtr_ceil_div(dim, QTR_GROUP);
 }
 

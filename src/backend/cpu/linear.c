@@ -3,6 +3,7 @@
 #include "backend/cpu/linear.h"
 #include "backend/cpu/linear_amx.h"
 
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -65,6 +66,12 @@ static float *row_floats(struct qtr_linear *l) {
   return x;
 }
 
+/* Tokens that share a pass over the weights by AMX: their codes should stay in the second-level cache beside a panel. */
+static size_t amx_tokens(const struct qtr_linear *l) {
+  const size_t cache = (size_t)1 << 20;
+  return QTR_MIN(QTR_MAX(cache / l->n_in_padded / 32, (size_t)4), (size_t)16) * 32;
+}
+
 enum qtr_status qtr_cpu_linear_create(struct qtr_backend *b, const struct qtr_linear_source *source,
                                       struct qtr_linear **linear, struct qtr_error *err) {
   struct qtr_cpu *c = (struct qtr_cpu *)b;
@@ -103,7 +110,7 @@ enum qtr_status qtr_cpu_linear_create(struct qtr_backend *b, const struct qtr_li
     goto done;
   }
   if (l->form >= QTR_PANEL_W8 && c->isa >= QTR_CPU_AMX) {
-    status = qtr_cpu_scratch(c, l->n_in_padded * QTR_PANEL_ROWS, err);
+    status = qtr_cpu_scratch(c, qtr_cpu_linear_amx_scratch(amx_tokens(l)), err);
     if (status != QTR_OK) goto done;
   }
   qtr_cpu_linear_repack(c, source, l);
@@ -137,45 +144,61 @@ static const struct qtr_linear_kernels *kernels_of(const struct qtr_cpu *c) {
   return k ? k : qtr_cpu_linear_portable();
 }
 
-struct linear_task {
+/* Panels are handed out in pieces that shrink: half of a thread's share of what is left. So most of the weights are read as
+ * long streams, and the threads end together. `work` does items [begin, end). */
+struct panels_loop {
+  atomic_size_t next;
+  size_t n, least, n_threads; /* items; fewest in a piece */
+  void (*work)(const struct panels_loop *loop, size_t begin, size_t end, int thread);
+  const struct qtr_cpu *c;
   const struct qtr_linear_args *args;
   const struct qtr_linear_kernels *kernels;
+  size_t chunk; /* AMX: tokens of one pass over the weights */
 };
 
-static void linear_panels(void *arg, size_t begin, size_t end, int thread) {
+static void loop_thread(void *arg, size_t begin, size_t end, int thread) {
+  (void)begin, (void)end;
+  struct panels_loop *p = arg;
+  for (;;) {
+    size_t from = atomic_load_explicit(&p->next, memory_order_relaxed), to;
+    do {
+      if (from >= p->n) return;
+      to = QTR_MIN(p->n, from + QTR_MAX((p->n - from) / (2 * p->n_threads), p->least));
+    } while (!atomic_compare_exchange_weak_explicit(&p->next, &from, to, memory_order_relaxed, memory_order_relaxed));
+    p->work(p, from, to, thread);
+  }
+}
+
+static void loop_run(struct panels_loop *p) {
+  atomic_init(&p->next, 0);
+  p->n_threads = (size_t)p->c->threads;
+  if (p->n <= p->least) {
+    p->work(p, 0, p->n, 0);
+  } else {
+    qtr_cpu_for(p->c, p->n_threads, 1, loop_thread, p);
+  }
+}
+
+static void dot_panels(const struct panels_loop *p, size_t begin, size_t end, int thread) {
   (void)thread;
-  const struct linear_task *t = arg;
-  const struct qtr_linear_args *a = t->args;
+  const struct qtr_linear_args *a = p->args;
   _Alignas(64) int32_t acc[QTR_DOT_TOKENS * QTR_PANEL_ROWS];
-  for (size_t p = begin; p < end; p++) {
-    for (size_t token = 0; token < a->n_tokens; token += t->kernels->max_tokens) {
-      size_t n = QTR_MIN(a->n_tokens - token, t->kernels->max_tokens);
-      t->kernels->dot(a->linear, a->input, p, token, n, acc);
-      t->kernels->finish(a, p, token, n, acc, a->linear->form == QTR_PANEL_W8);
+  for (size_t panel = begin; panel < end; panel++) {
+    for (size_t token = 0; token < a->n_tokens; token += p->kernels->max_tokens) {
+      size_t n = QTR_MIN(a->n_tokens - token, p->kernels->max_tokens);
+      p->kernels->dot(a->linear, a->input, panel, token, n, acc);
+      p->kernels->finish(a, panel, token, n, acc, a->linear->form == QTR_PANEL_W8);
     }
   }
 }
 
-/* Tokens that share a pass over the weights by AMX: their codes should stay in the second-level cache beside a panel. */
-static size_t amx_tokens(const struct qtr_linear *l) {
-  const size_t cache = (size_t)1 << 20;
-  return QTR_MAX(cache / l->n_in_padded / 32, (size_t)4) * 32;
-}
-
-struct amx_task {
-  const struct qtr_cpu *c;
-  const struct qtr_linear_args *args;
-  size_t chunk; /* tokens of one pass */
-};
-
 /* Item i: panel i % n_panels for the chunk of tokens i / n_panels. */
-static void amx_panels(void *arg, size_t begin, size_t end, int thread) {
-  const struct amx_task *t = arg;
-  size_t n_panels = t->args->linear->n_panels;
+static void amx_panels(const struct panels_loop *p, size_t begin, size_t end, int thread) {
+  size_t n_panels = p->args->linear->n_panels;
   while (begin < end) {
-    size_t token = begin / n_panels * t->chunk, panel = begin % n_panels, n = QTR_MIN(end - begin, n_panels - panel);
-    qtr_cpu_linear_amx(t->args, panel, panel + n, token, QTR_MIN(t->chunk, t->args->n_tokens - token),
-                       qtr_cpu_thread_scratch(t->c, thread));
+    size_t token = begin / n_panels * p->chunk, panel = begin % n_panels, n = QTR_MIN(end - begin, n_panels - panel);
+    qtr_cpu_linear_amx(p->args, panel, panel + n, token, QTR_MIN(p->chunk, p->args->n_tokens - token),
+                       qtr_cpu_thread_scratch(p->c, thread));
     begin += n;
   }
 }
@@ -184,16 +207,17 @@ void qtr_cpu_linear(struct qtr_backend *b, const struct qtr_linear_args *args) {
   const struct qtr_cpu *c = (const struct qtr_cpu *)b;
   const struct qtr_linear *l = args->linear;
   if (args->n_tokens == 0) return;
-  size_t work = l->panel_bytes * args->n_tokens; /* of one panel */
+  size_t panel_work = l->panel_bytes * args->n_tokens;
+  struct panels_loop loop = {.c = c, .args = args, .n = l->n_panels};
   if (c->isa >= QTR_CPU_AMX && qtr_cpu_linear_amx_built() && l->form >= QTR_PANEL_W8 && args->n_tokens >= AMX_MIN_TOKENS) {
-    struct amx_task task = {c, args, amx_tokens(l)};
-    size_t items = l->n_panels * qtr_ceil_div(args->n_tokens, task.chunk);
-    size_t chunk = QTR_MAX(QTR_MAX(items / ((size_t)c->threads * 8), (size_t)1), 262144 / work);
-    qtr_cpu_for(c, items, chunk, amx_panels, &task);
-    return;
+    loop.work = amx_panels;
+    loop.chunk = amx_tokens(l);
+    loop.n *= qtr_ceil_div(args->n_tokens, loop.chunk);
+    loop.least = QTR_MAX((size_t)262144 / panel_work, (size_t)1); /* less is not worth another thread */
+  } else {
+    loop.work = dot_panels;
+    loop.kernels = kernels_of(c);
+    loop.least = QTR_MAX((size_t)32768 / panel_work, (size_t)1);
   }
-  struct linear_task task = {args, kernels_of(c)};
-  size_t chunk = QTR_MAX(l->n_panels / ((size_t)c->threads * 8), (size_t)1);
-  chunk = QTR_MAX(chunk, 32768 / work); /* what is smaller is not worth waking a thread */
-  qtr_cpu_for(c, l->n_panels, chunk, linear_panels, &task);
+  loop_run(&loop);
 }

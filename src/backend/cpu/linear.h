@@ -1,27 +1,30 @@
+/* clang-format off */
 /* linear.h - how the CPU backend stores matrices, shared by linear*.c.
  *
- * A matrix is cut into panels of 32 output channels; the last one may be filled up with zero rows. Row r of panel p is
- * output channel 32 p + r; in a gate/up matrix rows 0…15 are the gate's channels 16 p + r and rows 16…31 the same channels
- * of up, so that one thread has both. All instruction sets read the same bytes. A panel, from its first byte:
+ * A matrix is cut into panels of 32 output channels; the last one may be filled up with zero rows. Row r of panel p is output
+ * channel 32 p + r; in a gate/up matrix rows 0…15 are the gate's channels 16 p + r and rows 16…31 the same channels of up, so
+ * that one thread has both. All instruction sets read the same bytes. A panel, from its first byte:
  *
- * QTR_PANEL_W8 (W8A8): blocks of 4 inputs, 128 bytes each, k = 4 i + b, value w + 128 as an unsigned byte
+ * QTR_PANEL_W8 (W8A8): blocks of 4 inputs, 128 bytes each; inputs 4 i … 4 i + 3 of row r, the value w + 128 as unsigned byte
  *
- *     block i:   | row 0: k0 k1 k2 k3 | row 1: k0 … k3 | … | row 31 |      16 blocks are two AMX B tiles (16 rows of 64
- * bytes, 4 bytes                                                 stride 128), half a block one AVX-512 register
+ *     block i:   | row 0: k0 k1 k2 k3 | row 1: k0 k1 k2 k3 | … | row 31 |    16 blocks are two AMX tiles of weights (16 rows of
+ *                  4 bytes                                                   64 bytes, stride 128); half a block is one AVX-512
+ *                                                                            register of 16 rows for one dot product of 4
  *
  * QTR_PANEL_W4 (per channel): blocks of 8 inputs, 128 bytes each, two codes a byte
  *
- *     block i:   | row 0: 4 bytes | row 1 | … | row 31 |     byte b: bits 0…3 input 8 i + b, bits 4…7 input 8 i + 4 + b
- *                                                            (so the low and the high nibbles are two blocks of the W8 form)
+ *     block i:   | row 0: 4 bytes | row 1: 4 bytes | … | row 31 |    byte b: bits 0…3 input 8 i + b, bits 4…7 input 8 i + 4 + b:
+ *                                                                    low and high nibbles are two blocks of the W8 form
  *
- * QTR_PANEL_W4G (groups of 128): each group is 33 cache lines, one stream of scales and codes
+ * QTR_PANEL_W4G (groups of 128): each group is 33 cache lines, so that scales and codes are one stream
  *
- *     | s2 of rows 0…31 | zs of rows 0…31 | 16 blocks of the W4 form |     w8 = code * s2 - zs, never outside int8: a file
- * in 32 bytes          32 bytes          2048 bytes                     which some code leaves that range is stored as W8
+ *     | s2 of rows 0…31 | zs of rows 0…31 | 16 blocks of the W4 form |    w8 = code * s2 - zs, never outside int8: a matrix
+ *       32 bytes          32 bytes          2048 bytes                    with a code that leaves that range is stored as W8
  *
- * QTR_PANEL_F32/F16/BF16: input by input, the 32 rows' values in the file's type.
+ * QTR_PANEL_F32, F16, BF16: input by input, the 32 rows' values in the file's type.
  *
- * Inputs are filled up to a multiple of 64 with zeros in W4 (those of W8 have the value 0, whose activation codes are 0). */
+ * Inputs are filled up to a multiple of 64: codes of W4 with 0, w of W8 with 0; the activations' codes there are 0 as well. */
+/* clang-format on */
 #ifndef QTR_BACKEND_CPU_LINEAR_H
 #define QTR_BACKEND_CPU_LINEAR_H
 

@@ -6,8 +6,10 @@
 
 bool qtr_cpu_linear_amx_built(void);
 /* Panels [begin, end) of an integer matrix for tokens [token, token + n_tokens), epilogue included; token % 32 == 0.
- * scratch: QTR_PANEL_ROWS * n_in_padded bytes of this thread, 64-aligned. */
+ * scratch: 64-aligned memory of this thread, of qtr_cpu_linear_amx_scratch(n_tokens) bytes. */
 void qtr_cpu_linear_amx(const struct qtr_linear_args *args, size_t begin, size_t end, size_t token, size_t n_tokens,
                         void *scratch);
+
+size_t qtr_cpu_linear_amx_scratch(size_t n_tokens);
 
 #endif

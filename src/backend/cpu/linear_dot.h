@@ -23,38 +23,43 @@
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
-enum { LANES = ROWS / VECTORS, AHEAD = 4096 };
+enum { LANES = ROWS / VECTORS, AHEAD = 2048 };
 
-/* acc (n, VECTORS) += codes of n_blocks W4 blocks times x; x points at the first token's codes, rows `stride` apart. With
- * few tokens low and high nibbles get accumulators of their own: one chain would wait for its own latency. */
-ALWAYS void dot_codes(const uint8_t *block, size_t n_blocks, const int8_t *x, size_t stride, const int n,
-                      vint (*restrict acc)[VECTORS]) {
+/* acc (n, VECTORS) += codes of 8 W4 blocks for each of n_segments segments times x; x points at the first token's first
+ * segment. With few tokens low and high nibbles get accumulators of their own: one chain would wait for its own latency. */
+ALWAYS void dot_codes(const uint8_t *block, size_t n_segments, const int8_t *x, const int n, vint (*restrict acc)[VECTORS]) {
   vint more[DOT_TOKENS][VECTORS];
   const int split = n <= 2;
-  UNROLL for (int m = 0; m < n; m++) { UNROLL for (int v = 0; v < VECTORS; v++) more[m][v] = v_zero(); }
-  for (size_t i = 0; i < n_blocks; i++, block += QTR_BLOCK_BYTES, x += 8) {
-    vint low[VECTORS], high[VECTORS];
-    __builtin_prefetch(block + AHEAD);
-    __builtin_prefetch(block + AHEAD + 64);
-    UNROLL for (int v = 0; v < VECTORS; v++) {
-      vint w = v_load(block + (size_t)v * sizeof(vint));
-      low[v] = v_nibble_low(w);
-      high[v] = v_nibble_high(w);
-    }
-    UNROLL for (int m = 0; m < n; m++) {
-      vint x0 = v_broadcast4(x + (size_t)m * stride), x1 = v_broadcast4(x + (size_t)m * stride + 4);
+  UNROLL for (int m = 0; m < n; m++) {
+    UNROLL for (int v = 0; v < VECTORS; v++) more[m][v] = v_zero();
+  }
+  for (const int8_t *end = x + n_segments * QTR_TILE_BYTES; x < end; x += QTR_TILE_BYTES) {
+    for (int i = 0; i < QTR_SEGMENT; i += 8, block += QTR_BLOCK_BYTES) {
+      vint low[VECTORS], high[VECTORS];
+      __builtin_prefetch(block + AHEAD);
+      __builtin_prefetch(block + AHEAD + 64);
       UNROLL for (int v = 0; v < VECTORS; v++) {
-        acc[m][v] = v_dot_codes(acc[m][v], low[v], x0);
-        if (split) {
-          more[m][v] = v_dot_codes(more[m][v], high[v], x1);
-        } else {
-          acc[m][v] = v_dot_codes(acc[m][v], high[v], x1);
+        vint w = v_load(block + (size_t)v * sizeof(vint));
+        low[v] = v_nibble_low(w);
+        high[v] = v_nibble_high(w);
+      }
+      UNROLL for (int m = 0; m < n; m++) {
+        vint x0 = v_broadcast4(x + m * QTR_SEGMENT + i), x1 = v_broadcast4(x + m * QTR_SEGMENT + i + 4);
+        UNROLL for (int v = 0; v < VECTORS; v++) {
+          acc[m][v] = v_dot_codes(acc[m][v], low[v], x0);
+          if (split) {
+            more[m][v] = v_dot_codes(more[m][v], high[v], x1);
+          } else {
+            acc[m][v] = v_dot_codes(acc[m][v], high[v], x1);
+          }
         }
       }
     }
   }
   if (!split) return;
-  UNROLL for (int m = 0; m < n; m++) { UNROLL for (int v = 0; v < VECTORS; v++) acc[m][v] = v_add(acc[m][v], more[m][v]); }
+  UNROLL for (int m = 0; m < n; m++) {
+    UNROLL for (int v = 0; v < VECTORS; v++) acc[m][v] = v_add(acc[m][v], more[m][v]);
+  }
 }
 
 ALWAYS void clear(const int n, vint (*restrict acc)[VECTORS]) {
@@ -67,11 +72,11 @@ ALWAYS void put(const int n, vint (*restrict acc)[VECTORS], int32_t *out) {
   }
 }
 
-ALWAYS void dot_w4(const struct qtr_linear *l, const uint8_t *panel, const struct qtr_input *in, size_t token, const int n,
+ALWAYS void dot_w4(const uint8_t *panel, const struct qtr_input *in, size_t token, const int n,
                    int32_t *out) {
   vint acc[DOT_TOKENS][VECTORS];
   clear(n, acc);
-  dot_codes(panel, l->n_in_padded / 8, qtr_input_codes(in, token), in->stride, n, acc);
+  dot_codes(panel, in->n_segments, qtr_input_codes(in, token, 0), n, acc);
   put(n, acc, out);
 }
 
@@ -83,7 +88,7 @@ ALWAYS void dot_w4_groups(const struct qtr_linear *l, const uint8_t *group, cons
   for (size_t g = 0; g < n_groups; g++, group += QTR_GROUP_BYTES) {
     vint acc[DOT_TOKENS][VECTORS];
     clear(n, acc);
-    dot_codes(group + 64, 16, qtr_input_codes(in, token) + g * QTR_GROUP, in->stride, n, acc);
+    dot_codes(group + 64, 2, qtr_input_codes(in, token, 2 * g), n, acc);
     UNROLL for (int v = 0; v < VECTORS; v++) {
       vint s2 = v_bytes32(group + v * LANES), zs = v_bytes32(group + ROWS + v * LANES);
       UNROLL for (int m = 0; m < n; m++) {
@@ -95,19 +100,21 @@ ALWAYS void dot_w4_groups(const struct qtr_linear *l, const uint8_t *group, cons
   }
 }
 
-ALWAYS void dot_w8(const struct qtr_linear *l, const uint8_t *block, const struct qtr_input *in, size_t token, const int n,
+ALWAYS void dot_w8(const uint8_t *block, const struct qtr_input *in, size_t token, const int n,
                    int32_t *out) {
   vint acc[DOT_TOKENS][VECTORS];
-  const int8_t *x = qtr_input_codes(in, token);
   clear(n, acc);
-  for (size_t i = 0; i < l->n_in_padded / 4; i++, block += QTR_BLOCK_BYTES, x += 4) {
-    vint w[VECTORS];
-    __builtin_prefetch(block + AHEAD);
-    __builtin_prefetch(block + AHEAD + 64);
-    UNROLL for (int v = 0; v < VECTORS; v++) w[v] = v_load(block + (size_t)v * sizeof(vint));
-    UNROLL for (int m = 0; m < n; m++) {
-      vint x0 = v_broadcast4(x + (size_t)m * in->stride);
-      UNROLL for (int v = 0; v < VECTORS; v++) acc[m][v] = v_dot_bytes(acc[m][v], w[v], x0);
+  for (size_t segment = 0; segment < in->n_segments; segment++) {
+    const int8_t *x = qtr_input_codes(in, token, segment);
+    for (int i = 0; i < QTR_SEGMENT; i += 4, block += QTR_BLOCK_BYTES) {
+      vint w[VECTORS];
+      __builtin_prefetch(block + AHEAD);
+      __builtin_prefetch(block + AHEAD + 64);
+      UNROLL for (int v = 0; v < VECTORS; v++) w[v] = v_load(block + (size_t)v * sizeof(vint));
+      UNROLL for (int m = 0; m < n; m++) {
+        vint x0 = v_broadcast4(x + m * QTR_SEGMENT + i);
+        UNROLL for (int v = 0; v < VECTORS; v++) acc[m][v] = v_dot_bytes(acc[m][v], w[v], x0);
+      }
     }
   }
   put(n, acc, out);
@@ -143,8 +150,8 @@ ALWAYS void dot_n(const struct qtr_linear *l, const struct qtr_input *in, const 
     case QTR_PANEL_F32: dot_float(l, panel, in, token, QTR_PANEL_F32, n, acc); break;
     case QTR_PANEL_F16: dot_float(l, panel, in, token, QTR_PANEL_F16, n, acc); break;
     case QTR_PANEL_BF16: dot_float(l, panel, in, token, QTR_PANEL_BF16, n, acc); break;
-    case QTR_PANEL_W8: dot_w8(l, panel, in, token, n, acc); break;
-    case QTR_PANEL_W4: dot_w4(l, panel, in, token, n, acc); break;
+    case QTR_PANEL_W8: dot_w8(panel, in, token, n, acc); break;
+    case QTR_PANEL_W4: dot_w4(panel, in, token, n, acc); break;
     case QTR_PANEL_W4G: dot_w4_groups(l, panel, in, token, n, acc); break;
   }
 }
@@ -165,7 +172,7 @@ static void dot(const struct qtr_linear *l, const struct qtr_input *in, size_t p
     } else {
       dot_n(l, in, p, token, 1, acc);
     }
-    token += now;
+    token += now; /* a call's tokens lie in one tile: token starts at a multiple of 8, and the pieces get smaller */
     n -= now;
     acc = (int32_t *)acc + now * ROWS;
   }

@@ -25,30 +25,30 @@ static void dot_float(const struct qtr_linear *l, const float *x, size_t stride,
   }
 }
 
-/* acc (32) += codes of n_blocks W4 blocks times x */
-static void dot_codes(const uint8_t *block, size_t n_blocks, const int8_t *x, uint32_t *restrict acc) {
-  for (size_t i = 0; i < n_blocks; i++, block += QTR_BLOCK_BYTES, x += 8) {
+/* acc (32) += codes of the 8 W4 blocks of a segment times x (64) */
+static void dot_codes(const uint8_t *block, const int8_t *x, uint32_t *restrict acc) {
+  for (int i = 0; i < QTR_SEGMENT; i += 8, block += QTR_BLOCK_BYTES) {
     for (int r = 0; r < ROWS; r++) {
       int32_t sum = 0;
-      for (int b = 0; b < 4; b++) sum += (block[4 * r + b] & 15) * x[b] + (block[4 * r + b] >> 4) * x[4 + b];
+      for (int b = 0; b < 4; b++) sum += (block[4 * r + b] & 15) * x[i + b] + (block[4 * r + b] >> 4) * x[i + 4 + b];
       acc[r] += (uint32_t)sum;
     }
   }
 }
 
-static void dot_groups(const uint8_t *group, size_t n_groups, const int8_t *x, const int32_t *group_sum, uint32_t *acc) {
-  for (size_t g = 0; g < n_groups; g++, group += QTR_GROUP_BYTES, x += QTR_GROUP) {
-    uint32_t part[ROWS] = {0};
-    dot_codes(group + 64, 16, x, part);
-    for (int r = 0; r < ROWS; r++) acc[r] += part[r] * group[r] - group[32 + r] * (uint32_t)group_sum[g];
-  }
+/* One group of 128: two segments. */
+static void dot_group(const uint8_t *group, const int8_t *x0, const int8_t *x1, int32_t group_sum, uint32_t *acc) {
+  uint32_t part[ROWS] = {0};
+  dot_codes(group + 64, x0, part);
+  dot_codes(group + 64 + 8 * QTR_BLOCK_BYTES, x1, part);
+  for (int r = 0; r < ROWS; r++) acc[r] += part[r] * group[r] - group[ROWS + r] * (uint32_t)group_sum;
 }
 
-static void dot_bytes(const uint8_t *block, size_t n_blocks, const int8_t *x, uint32_t *restrict acc) {
-  for (size_t i = 0; i < n_blocks; i++, block += QTR_BLOCK_BYTES, x += 4) {
+static void dot_bytes(const uint8_t *block, const int8_t *x, uint32_t *restrict acc) {
+  for (int i = 0; i < QTR_SEGMENT; i += 4, block += QTR_BLOCK_BYTES) {
     for (int r = 0; r < ROWS; r++) {
       int32_t sum = 0;
-      for (int b = 0; b < 4; b++) sum += block[4 * r + b] * x[b];
+      for (int b = 0; b < 4; b++) sum += block[4 * r + b] * x[i + b];
       acc[r] += (uint32_t)sum;
     }
   }
@@ -61,12 +61,18 @@ static void dot(const struct qtr_linear *l, const struct qtr_input *in, size_t p
     return;
   }
   memset(acc, 0, n * ROWS * sizeof(uint32_t));
-  for (size_t i = 0; i < n; i++) {
-    const int8_t *x = qtr_input_codes(in, token + i);
-    uint32_t *sums = (uint32_t *)acc + i * ROWS; /* modulo 2^32, as the vector instructions count */
-    if (l->form == QTR_PANEL_W4) dot_codes(p, l->n_in_padded / 8, x, sums);
-    if (l->form == QTR_PANEL_W4G) dot_groups(p, in->n_groups, x, in->group_sum + (token + i) * in->n_groups, sums);
-    if (l->form == QTR_PANEL_W8) dot_bytes(p, l->n_in_padded / 4, x, sums);
+  for (size_t t = token; t < token + n; t++) {
+    uint32_t *sums = (uint32_t *)acc + (t - token) * ROWS; /* modulo 2^32, as the vector instructions count */
+    for (size_t s = 0; s < in->n_segments; s++) {
+      const int8_t *x = qtr_input_codes(in, t, s);
+      if (l->form == QTR_PANEL_W4) {
+        dot_codes(p + s * 8 * QTR_BLOCK_BYTES, x, sums);
+      } else if (l->form == QTR_PANEL_W8) {
+        dot_bytes(p + s * 16 * QTR_BLOCK_BYTES, x, sums);
+      } else if (s % 2 == 0) {
+        dot_group(p + s / 2 * QTR_GROUP_BYTES, x, x + QTR_TILE_BYTES, in->group_sum[t * in->n_groups + s / 2], sums);
+      }
+    }
   }
 }
 

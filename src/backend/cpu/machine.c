@@ -92,49 +92,67 @@ static bool read_line(const char *path, char *line, int n) {
   return ok;
 }
 
-/* Directory of our cgroup (v2) under its mount, e.g. "/sys/fs/cgroup/user.slice". */
-static void cgroup_path(char *path, size_t n) {
+/* Directory of our cgroup under `mount`: that of version 2 ("0::/path") when controller is "", else that of this controller
+ * of version 1 ("4:memory:/path"). False when there is none. */
+static bool cgroup_path(const char *controller, const char *mount, char *path, size_t n) {
   char line[3072];
-  (void)snprintf(path, n, "/sys/fs/cgroup");
+  bool found = false;
   FILE *f = fopen("/proc/self/cgroup", "r");
-  if (!f) return;
-  while (fgets(line, sizeof line, f)) {
-    if (strncmp(line, "0::/", 4) != 0) continue;
+  while (f && !found && fgets(line, sizeof line, f)) {
     line[strcspn(line, "\n")] = 0;
-    if (line[4]) (void)snprintf(path, n, "/sys/fs/cgroup/%s", line + 4);
-    break;
+    char *names = strchr(line, ':'), *dir = names ? strchr(names + 1, ':') : NULL;
+    if (!dir) continue;
+    *dir++ = 0;
+    for (char *name = names + 1, *comma; name && !found; name = comma ? comma + 1 : NULL) { /* "cpu,cpuacct" */
+      comma = strchr(name, ',');
+      if (comma) *comma = 0;
+      found = strcmp(name, controller) == 0;
+    }
+    if (found) (void)snprintf(path, n, "%s%s", mount, strcmp(dir, "/") == 0 ? "" : dir);
   }
-  (void)fclose(f);
+  if (f) (void)fclose(f);
+  return found;
 }
 
-/* Goes from our cgroup up to the root: visit(directory) for each. */
-static void each_cgroup(void (*visit)(const char *dir, void *arg), void *arg) {
+/* Goes from our cgroup up to the mount: visit(directory) for each. In a container the path may be one of the host's that is
+ * not there; the mount itself is then ours. */
+static void each_cgroup(const char *controller, const char *mount, void (*visit)(const char *dir, void *arg), void *arg) {
   char dir[4096];
-  cgroup_path(dir, sizeof dir);
-  const size_t root = strlen("/sys/fs/cgroup");
+  if (!cgroup_path(controller, mount, dir, sizeof dir)) return;
+  const size_t root = strlen(mount);
   for (;;) {
     visit(dir, arg);
-    if (strlen(dir) <= root) return;
     char *slash = strrchr(dir, '/');
     if (!slash || (size_t)(slash - dir) < root) return;
     *slash = 0;
   }
 }
 
+/* The number in dir/name; false when there is none ("max"). */
+static bool read_number(const char *dir, const char *name, size_t *number) {
+  char path[4200], line[128];
+  (void)snprintf(path, sizeof path, "%s/%s", dir, name);
+  return read_line(path, line, sizeof line) && line[0] >= '0' && line[0] <= '9' && sscanf(line, "%zu", number) == 1;
+}
+
 static void limit_threads(const char *dir, void *arg) {
   int *threads = arg;
   char path[4200], line[128];
-  long long quota, period;
+  size_t quota = 0, period = 0;
   (void)snprintf(path, sizeof path, "%s/cpu.max", dir);
-  if (!read_line(path, line, sizeof line) || sscanf(line, "%lld %lld", &quota, &period) != 2) return; /* "max 100000" */
-  if (quota <= 0 || period <= 0) return;
-  long long cores = (quota + period - 1) / period;
-  if (cores < *threads) *threads = (int)QTR_MAX(cores, 1);
+  if (!read_line(path, line, sizeof line) || sscanf(line, "%zu %zu", &quota, &period) != 2) {
+    /* "max 100000", or version 1 */
+    if (!read_number(dir, "cpu.cfs_quota_us", &quota) || !read_number(dir, "cpu.cfs_period_us", &period)) return;
+  }
+  if (quota == 0 || period == 0) return;
+  size_t cores = qtr_ceil_div(quota, period);
+  if (cores < (size_t)*threads) *threads = (int)QTR_MAX(cores, (size_t)1);
 }
 
 int qtr_cpu_machine_threads(void) {
   int threads = qtr_threads_available();
-  each_cgroup(limit_threads, &threads);
+  each_cgroup("", "/sys/fs/cgroup", limit_threads, &threads);
+  each_cgroup("cpu", "/sys/fs/cgroup/cpu", limit_threads, &threads);
   return threads;
 }
 
@@ -142,14 +160,26 @@ struct memory {
   size_t total, available;
 };
 
+/* Bytes of files in memory that nobody has used lately: counted as used, but given back at need. */
+static size_t file_cache(const char *dir) {
+  char path[4200], line[256];
+  size_t bytes = 0, total = 0;
+  (void)snprintf(path, sizeof path, "%s/memory.stat", dir);
+  FILE *f = fopen(path, "r");
+  while (f && fgets(line, sizeof line, f)) {
+    (void)sscanf(line, "inactive_file %zu", &bytes);
+    (void)sscanf(line, "total_inactive_file %zu", &total); /* version 1: with the groups below */
+  }
+  if (f) (void)fclose(f);
+  return QTR_MAX(bytes, total);
+}
+
 static void limit_memory(const char *dir, void *arg) {
   struct memory *m = arg;
-  char path[4200], line[128];
-  (void)snprintf(path, sizeof path, "%s/memory.max", dir);
   size_t max, used = 0;
-  if (!read_line(path, line, sizeof line) || sscanf(line, "%zu", &max) != 1) return; /* "max" */
-  (void)snprintf(path, sizeof path, "%s/memory.current", dir);
-  if (!read_line(path, line, sizeof line) || sscanf(line, "%zu", &used) != 1) used = 0;
+  if (!read_number(dir, "memory.max", &max) && !read_number(dir, "memory.limit_in_bytes", &max)) return;
+  if (!read_number(dir, "memory.current", &used)) (void)read_number(dir, "memory.usage_in_bytes", &used);
+  used -= QTR_MIN(used, file_cache(dir));
   m->total = QTR_MIN(m->total, max);
   m->available = QTR_MIN(m->available, max > used ? max - used : 0);
 }
@@ -170,7 +200,8 @@ void qtr_cpu_machine_memory(size_t *total, size_t *available) {
     m.total = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);
     m.available = (size_t)sysconf(_SC_AVPHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);
   }
-  each_cgroup(limit_memory, &m);
+  each_cgroup("", "/sys/fs/cgroup", limit_memory, &m);
+  each_cgroup("memory", "/sys/fs/cgroup/memory", limit_memory, &m);
   *total = m.total;
   *available = m.available;
 }

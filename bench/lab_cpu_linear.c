@@ -3,8 +3,9 @@
  * and quantisations between them; no attention. Prints for each operation the median time, its share of the DRAM read rate
  * measured in the same run, and operations a second. Outcomes are logged in bench/NOTES.md.
  *
- *     cc -O2 -D_GNU_SOURCE -fopenmp -Isrc -Iinclude bench/lab_cpu_linear.c -o lab -LBUILD -lqtr_backend
+ *     cc -O2 -D_GNU_SOURCE -Isrc -Iinclude bench/lab_cpu_linear.c -o lab -LBUILD -lqtr_backend
  * -lqtr_backend_reference -lqtr_backend_cpu -lqtr_checkpoint -lqtr_backend_common -lqtr_base -ljansson -larchive -lm
+ * -lpthread
  *     ./lab [format: w4a8-g128 | w4a8 | w8a8 | bf16] [tokens,tokens,...] [isa] [rounds] [layers] */
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,6 +13,7 @@
 
 #include "backend/backend.h"
 #include "base/clock.h"
+#include "base/threads.h"
 
 enum {
   HIDDEN = 2048,
@@ -59,18 +61,22 @@ static void die(const struct qtr_error *err) {
   exit(1);
 }
 
+enum { PIECE = 1 << 20 };
+
+static void read_pieces(void *arg, size_t begin, size_t end, int thread) {
+  (void)thread;
+  uint64_t sum = 0;
+  for (size_t i = begin * PIECE; i < end * PIECE; i += 64) sum += *(const uint64_t *)(const void *)((const char *)arg + i);
+  if (sum == 42) puts("42");
+}
+
 /* GB/s of all threads reading n_bytes, one word of each cache line. */
-static double dram_rate(const char *data, size_t n_bytes) {
+static double dram_rate(struct qtr_threads *team, void *data, size_t n_bytes) {
   double best = 0;
   for (int round = 0; round < 5; round++) {
-    uint64_t sum = 0;
     double start = qtr_now();
-#pragma omp parallel for reduction(+ : sum) schedule(dynamic, 1)
-    for (size_t piece = 0; piece < n_bytes >> 20; piece++) {
-      for (size_t i = 0; i < 1 << 20; i += 64) sum += *(const uint64_t *)(const void *)(data + (piece << 20) + i);
-    }
+    qtr_threads_for(team, n_bytes / PIECE, 8, read_pieces, data);
     double rate = (double)n_bytes * 1e-9 / (qtr_now() - start);
-    if (sum == 42) puts("42");
     best = rate > best ? rate : best;
   }
   return best;
@@ -110,7 +116,7 @@ int main(int argc, char **argv) {
   size_t bytes[N_OPS] = {0};
   double start = qtr_now();
   for (size_t layer = 0; layer < n_layers; layer++) {
-    for (enum op op = 0; op < STEP; op++) {
+    for (enum op op = NORM; op < STEP; op++) {
       if (ops[op].n_out == 0 || (op == HEAD && layer)) continue;
       bool gate_up = op == GATE_UP;
       struct qtr_linear_part part = {ops[op].n_out / (gate_up ? 2 : 1), random, floats, floats, s2, zero, NULL};
@@ -127,10 +133,13 @@ int main(int argc, char **argv) {
   size_t total = bytes[HEAD] + n_layers * (bytes[QKV] + bytes[O] + bytes[GATE_UP] + bytes[DOWN]);
   double seconds = qtr_now() - start;
   void *memory;
+  struct qtr_threads *team;
+  if (qtr_threads_create(caps.threads, &team, &err)) die(&err);
   if (b->ops->alloc(b, (size_t)1 << 29, &memory, &err)) die(&err);
   memset(memory, 1, (size_t)1 << 29);
-  double rate = dram_rate(memory, (size_t)1 << 29);
+  double rate = dram_rate(team, memory, (size_t)1 << 29);
   b->ops->free(b, memory);
+  qtr_threads_free(team);
   printf("%s; %s, %.0f MB of weights repacked in %.2f s; DRAM read %.1f GB/s\n", caps.description, format_name,
          (double)total / 1e6, seconds, rate);
 
@@ -172,7 +181,7 @@ int main(int argc, char **argv) {
     }
     printf("%zu tokens\n", n);
     double step_ops = 0;
-    for (enum op op = 0; op < STEP; op++) {
+    for (enum op op = NORM; op < STEP; op++) {
       double us = median(op), work = 2.0 * (double)ops[op].n_in * (double)ops[op].n_out * (double)n;
       step_ops += samples[op].n ? work * (op == HEAD ? 1 : (double)n_layers) : 0;
       printf("  %-10s %9.1f us", ops[op].name, us);

@@ -141,7 +141,7 @@ static void run(struct qtr_backend *b, const struct qtr_linear_source *s, enum q
   struct qtr_input *input;
   void *dx, *dout;
   assert_int_equal(b->ops->linear_create(b, s, &linear, &err), QTR_OK);
-  assert_int_equal(b->ops->input_create(b, MAX_TOKENS, MAX_IN, &input, &err), QTR_OK);
+  assert_int_equal(b->ops->input_create(b, n_tokens, s->n_in, &input, &err), QTR_OK);
   assert_int_equal(b->ops->upload_floats(b, x, n_tokens * s->n_in, &dx, &err), QTR_OK);
   assert_int_equal(b->ops->upload_floats(b, out, n_tokens * width, &dout, &err), QTR_OK);
   enum qtr_quant quant = qtr_linear_quant(s->format);
@@ -296,7 +296,7 @@ static void check_rows(struct qtr_backend *b, int norm, size_t dim, size_t n_tok
   for (int i = 0; i < 2; i++) {
     struct qtr_backend *o = both[i];
     void *dx, *dw;
-    assert_int_equal(o->ops->input_create(o, MAX_TOKENS, MAX_IN, &in[i], &err), QTR_OK);
+    assert_int_equal(o->ops->input_create(o, n_tokens, dim, &in[i], &err), QTR_OK);
     assert_int_equal(o->ops->upload_floats(o, x, n_tokens * dim, &dx, &err), QTR_OK);
     assert_int_equal(o->ops->upload_floats(o, weight, dim, &dw, &err), QTR_OK);
     if (norm < 0) {

@@ -4,7 +4,9 @@ set -euo pipefail
 quattuor=$1
 source_dir=$2
 oracle=$source_dir/tests/e2e/oracle_checkpoint.py
-python3 -c 'import numpy' 2>/dev/null || { echo "skipped: python3-numpy is not installed"; exit 77; }
+python=python3 # the distribution's own where another one comes first and has no numpy
+"$python" -c 'import numpy' 2>/dev/null || python=/usr/bin/python3
+"$python" -c 'import numpy' 2>/dev/null || { echo "skipped: python3-numpy is not installed"; exit 77; }
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 
@@ -14,11 +16,11 @@ check() { # source precision group [flags]
   rm -rf "$dir/out"
   "$quattuor" quantize --model "$source" --output "$dir/out" --precision "$precision" --group-size "$group" --method rtn "$@" \
     >"$dir/log" 2>&1 || { cat "$dir/log"; exit 1; }
-  python3 "$oracle" check "$source" "$dir/out"
+  "$python" "$oracle" check "$source" "$dir/out"
 }
 
 for type in bfloat16 float16 float32; do
-  python3 "$oracle" make "$dir/$type" $type
+  "$python" "$oracle" make "$dir/$type" $type
   check "$dir/$type" w4a8kv4 128
   check "$dir/$type" w4a8kv8 -1
   check "$dir/$type" w8a8 -1

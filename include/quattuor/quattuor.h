@@ -62,13 +62,13 @@ struct qtr_engine;
 enum qtr_norm { QTR_NORM_EXACT = 0, QTR_NORM_QSERVE = 1 }; /* spec B.7 */
 
 struct qtr_engine_options {
-  const char *model_dir; /* Hugging Face or QServe directory; required */
-  const char *device;    /* "auto", "cpu", "reference"; NULL = "auto" */
-  const char *precision; /* NULL = as found; "w4a8kv8" … : the weights must match, the KV width is free */
-  const char *kv_scales; /* NULL, or "static" to use the file's static per-tensor KV8 scales (spec A.2.5) */
-  int32_t group_size;    /* 0 = as found; -1 or 128: checked against the file */
-  int32_t threads;       /* 0 = all cores this process may use */
-  int32_t max_num_seqs;  /* sequences that run at once; 0 = 256 */
+  const char *model_dir;          /* Hugging Face or QServe directory; required */
+  const char *device;             /* "auto", "cpu", "reference"; NULL = "auto" */
+  const char *precision;          /* NULL = as found; "w4a8kv8" … : the weights must match, the KV width is free */
+  const char *kv_scales;          /* NULL, or "static" to use the file's static per-tensor KV8 scales (spec A.2.5) */
+  int32_t group_size;             /* 0 = as found; -1 or 128: checked against the file */
+  int32_t threads;                /* 0 = all cores this process may use */
+  int32_t max_num_seqs;           /* sequences that run at once; 0 = 256 */
   int32_t max_num_batched_tokens; /* token budget of one step; 0 = the backend's best */
   int32_t max_model_len;          /* prompt + generated tokens of one request; 0 = the model's own limit */
   size_t kv_bytes;                /* size of the KV pool; 0 = from free memory */
@@ -113,7 +113,7 @@ struct qtr_request_options {
   size_t prompt_len;           /* bytes */
   const int32_t *prompt_token; /* (n_prompt_token); used when prompt is NULL */
   size_t n_prompt_token;
-  bool no_bos;       /* do not add the tokenizer's own BOS to a text prompt (a rendered chat template has it) */
+  bool no_bos;        /* do not add the tokenizer's own BOS to a text prompt (a rendered chat template has it) */
   bool parse_special; /* special tokens written in a text prompt become their ids */
   int32_t max_tokens; /* >= 1; 0 = until the context is full */
   int32_t n;          /* completions of this prompt, 1 … 64; 0 = 1 */
@@ -134,8 +134,8 @@ QTR_API void qtr_request_options_init(struct qtr_request_options *options);
 
 /* Queues a request and gives its id (> 0). Copies everything it needs. A request that can never fit is refused
  * here with QTR_ERR_LIMIT and the reason. */
-QTR_API enum qtr_status qtr_engine_add(struct qtr_engine *engine, const struct qtr_request_options *options,
-                                       uint64_t *id, struct qtr_error *err);
+QTR_API enum qtr_status qtr_engine_add(struct qtr_engine *engine, const struct qtr_request_options *options, uint64_t *id,
+                                       struct qtr_error *err);
 
 /* Ends a request: its pages are free before the next step runs; a final event with QTR_FINISH_CANCELLED follows.
  * QTR_ERR_NOT_FOUND when it has ended already. */
@@ -148,9 +148,9 @@ QTR_API enum qtr_status qtr_engine_step(struct qtr_engine *engine, bool *has_wor
 /* ---- events -------------------------------------------------------------------------------------- */
 
 enum qtr_finish {
-  QTR_FINISH_NONE = 0,  /* goes on */
-  QTR_FINISH_STOP,      /* EOS, a stop token or a stop string */
-  QTR_FINISH_LENGTH,    /* max_tokens or the context is used up */
+  QTR_FINISH_NONE = 0, /* goes on */
+  QTR_FINISH_STOP,     /* EOS, a stop token or a stop string */
+  QTR_FINISH_LENGTH,   /* max_tokens or the context is used up */
   QTR_FINISH_CANCELLED,
   QTR_FINISH_ERROR
 };
@@ -163,9 +163,10 @@ struct qtr_token_logprob {
 struct qtr_event {
   uint64_t id;
   void *user;
-  int32_t index;   /* which of the n completions */
-  int32_t token;   /* the new token, or -1 when the event only ends the completion or flushes text */
-  const char *text; /* text that became final, whole UTF-8 characters, held back while it may begin a stop string; NUL-terminated */
+  int32_t index; /* which of the n completions */
+  int32_t token; /* the new token, or -1 when the event only ends the completion or flushes text */
+  const char
+      *text; /* text that became final, whole UTF-8 characters, held back while it may begin a stop string; NUL-terminated */
   size_t text_len;
   enum qtr_finish finish;
   int32_t n_prompt_tokens, n_cached_tokens, n_output_tokens;
@@ -207,19 +208,18 @@ QTR_API void qtr_engine_get_info(struct qtr_engine *engine, struct qtr_engine_in
 /* Encodes text. *tokens is malloc'ed: free() it. add_bos: as the tokenizer itself would; parse_special: special
  * tokens written in the text become their ids. */
 QTR_API enum qtr_status qtr_engine_tokenize(struct qtr_engine *engine, const char *text, size_t len, bool add_bos,
-                                            bool parse_special, int32_t **tokens, size_t *n_tokens,
-                                            struct qtr_error *err);
+                                            bool parse_special, int32_t **tokens, size_t *n_tokens, struct qtr_error *err);
 
 /* Decodes tokens to malloc'ed UTF-8; bytes that form no character become U+FFFD. */
-QTR_API enum qtr_status qtr_engine_detokenize(struct qtr_engine *engine, const int32_t *token, size_t n_tokens,
-                                              char **text, size_t *len, struct qtr_error *err);
+QTR_API enum qtr_status qtr_engine_detokenize(struct qtr_engine *engine, const int32_t *token, size_t n_tokens, char **text,
+                                              size_t *len, struct qtr_error *err);
 
 /* Renders the model's chat template. messages_json: a JSON array of {"role","content",…}; tools_json: a JSON array or
  * NULL. *prompt is malloc'ed. The result holds the BOS when the template writes it: add the request with no_bos and
  * parse_special. QTR_ERR_NOT_FOUND when the model has no template. */
 QTR_API enum qtr_status qtr_engine_apply_chat_template(struct qtr_engine *engine, const char *messages_json,
-                                                       const char *tools_json, bool add_generation_prompt,
-                                                       char **prompt, struct qtr_error *err);
+                                                       const char *tools_json, bool add_generation_prompt, char **prompt,
+                                                       struct qtr_error *err);
 
 #ifdef __cplusplus
 }

@@ -11,11 +11,11 @@
  * Order. Operations of one step are issued between begin_step and end_step from one thread and run in that order.
  *
  * Numerics. With W the dequantised weight, every linear computes what spec B.2 – B.4 say, its int32 accumulators exact. So
- * results do not depend on the batch a token travels in, on the tiling, or on the chunks of its prompt: backends must keep it
- * that way in the floating-point operations too (one fixed order of reduction for each row), or say where they do not.
- * Attention always reads K and V back from the cache as they were stored, also for the tokens of the running step: so chunked
- * prefill, prefix-cache hits and recomputation give the same result as one whole prefill. (The reference system reads
- * unquantised K and V within a step; spec C.5.)
+ * results do not depend on the batch a token travels in, on the tiling, or on the chunks of its prompt: backends must keep
+ * it that way in the floating-point operations too (one fixed order of reduction for each row), or say where they do not.
+ * Attention always reads K and V back from the cache as they were stored, also for the tokens of the running step: so
+ * chunked prefill, prefix-cache hits and recomputation give the same result as one whole prefill. (The reference system
+ * reads unquantised K and V within a step; spec C.5.)
  */
 #ifndef QTR_BACKEND_BACKEND_H
 #define QTR_BACKEND_BACKEND_H
@@ -189,7 +189,7 @@ struct qtr_rope_kv_args {
 struct qtr_attention_args {
   const void *qkv; /* device, as above, after RoPE; only q is read */
   const struct qtr_kv *kv;
-  void *out; /* device (batch.n_tokens, n_heads * head_dim) */
+  void *out;   /* device (batch.n_tokens, n_heads * head_dim) */
   float scale; /* 1/sqrt(head_dim) */
   int32_t layer, n_heads, n_kv_heads, head_dim;
 };
@@ -202,8 +202,8 @@ struct qtr_gather_args {
 
 struct qtr_caps {
   enum qtr_dtype act_dtype;
-  const char *device;       /* "cpu"; static */
-  char description[128];    /* "Intel Xeon …, AMX int8, 2 threads" */
+  const char *device;               /* "cpu"; static */
+  char description[128];            /* "Intel Xeon …, AMX int8, 2 threads" */
   size_t memory_total, memory_free; /* of the memory that holds weights and KV */
   int32_t threads;
   int32_t step_tokens; /* a good token budget for one step */
@@ -263,8 +263,8 @@ struct qtr_backend_ops {
   /* For tests: what is stored, whatever the layout. Optional: NULL where a backend cannot.
    * input_read: dequantisable content of row `token`: codes (dim) when quantised, scale, sum; or values (dim) as floats.
    * kv_read: codes (head_dim) as integers (F16: the half's bits), scale and zero (0 where the format has none). */
-  void (*input_read)(struct qtr_backend *b, const struct qtr_input *input, size_t token, size_t dim, int8_t *code, float *scale,
-                     float *sum, float *value);
+  void (*input_read)(struct qtr_backend *b, const struct qtr_input *input, size_t token, size_t dim, int8_t *code,
+                     float *scale, float *sum, float *value);
   void (*kv_read)(struct qtr_backend *b, const struct qtr_kv *kv, int32_t layer, bool is_v, int32_t page, int32_t slot,
                   int32_t head, uint16_t *code, float *scale, float *zero);
 };

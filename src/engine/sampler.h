@@ -13,11 +13,12 @@ enum qtr_status qtr_sampler_create(int32_t vocab_size, struct qtr_sampler **samp
 void qtr_sampler_free(struct qtr_sampler *sampler);
 
 struct qtr_sample_args {
-  const float *logits; /* (vocab_size); not changed. NaN counts as -inf; if nothing finite is left token 0 is not invented: see result */
+  const float *logits; /* (vocab_size); not changed. NaN counts as -inf; if nothing finite is left token 0 is not invented:
+                          see result */
   const struct qtr_sampling *sampling;
-  const int32_t *prompt;  /* (n_prompt) */
+  const int32_t *prompt; /* (n_prompt) */
   size_t n_prompt;
-  const int32_t *output;  /* (n_output) */
+  const int32_t *output; /* (n_output) */
   size_t n_output;
   const struct qtr_logit_bias *bias; /* (n_bias) */
   size_t n_bias;
@@ -28,8 +29,8 @@ struct qtr_sample_args {
 };
 
 struct qtr_sample_result {
-  int32_t token;  /* -1 when no finite logit is left */
-  float logprob;  /* log-softmax of the untouched logits at token */
+  int32_t token; /* -1 when no finite logit is left */
+  float logprob; /* log-softmax of the untouched logits at token */
   int32_t n_top;
   struct qtr_token_logprob top[20];
 };

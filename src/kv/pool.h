@@ -3,8 +3,8 @@
  *
  * A page is free, referenced (by one or more sequences), or cached: full, unreferenced and findable by its content. Full
  * prompt or output pages are published under a chain of hashes (the page's 64 tokens and the hash of the page before it);
- * a hit compares the tokens and the whole chain is compared by the parent's identity, so a collision never shares a wrong page.
- * Cached pages are evicted in order of last use, leaves before their parents. */
+ * a hit compares the tokens and the whole chain is compared by the parent's identity, so a collision never shares a wrong
+ * page. Cached pages are evicted in order of last use, leaves before their parents. */
 #ifndef QTR_KV_POOL_H
 #define QTR_KV_POOL_H
 
@@ -21,8 +21,8 @@ void qtr_kv_pool_counts(const struct qtr_kv_pool *pool, int32_t *total, int32_t 
 /* Takes a page (evicting a cached one if needed) with one reference. -1 when none is available. */
 int32_t qtr_kv_pool_take(struct qtr_kv_pool *pool);
 void qtr_kv_pool_ref(struct qtr_kv_pool *pool, int32_t page);
-/* Drops a reference; the last one makes a published page cached and any other free. A sequence drops its pages from the last to
- * the first, so that a page is never used less recently than what was published after it. */
+/* Drops a reference; the last one makes a published page cached and any other free. A sequence drops its pages from the last
+ * to the first, so that a page is never used less recently than what was published after it. */
 void qtr_kv_pool_unref(struct qtr_kv_pool *pool, int32_t page);
 
 /* Finds the longest chain of published pages that hold token[0 … 64k). Takes a reference on each and writes them to
@@ -30,9 +30,9 @@ void qtr_kv_pool_unref(struct qtr_kv_pool *pool, int32_t page);
 int32_t qtr_kv_pool_match(struct qtr_kv_pool *pool, uint64_t salt, const int32_t *token, size_t n_tokens, int32_t *page,
                           int32_t max_pages);
 /* Publishes a referenced page, which holds token[0 … 64), after `parent` (the page before it in its sequence, published and
- * referenced; -1 for the first). Returns the page that now stands for this content: `page` itself, or the one that was published
- * before, in which case nothing has changed and the caller had better share that one (ref it, drop its own, and go on with it as
- * the parent of its next page). */
+ * referenced; -1 for the first). Returns the page that now stands for this content: `page` itself, or the one that was
+ * published before, in which case nothing has changed and the caller had better share that one (ref it, drop its own, and go
+ * on with it as the parent of its next page). */
 int32_t qtr_kv_pool_publish(struct qtr_kv_pool *pool, uint64_t salt, int32_t page, int32_t parent, const int32_t *token);
 
 /* Checks every invariant (counts, lists, chains), for tests; false and a message when one is broken. */

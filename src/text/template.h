@@ -21,7 +21,8 @@ enum qtr_status qtr_template_render(const struct qtr_template *tpl, const json_t
 /* The chat template of a model directory: chat_template.jinja, else "chat_template" of tokenizer_config.json (a string, or a
  * list of {name, template}: "default", with tools "tool_use" when there is one). Holds bos/eos strings too. */
 struct qtr_chat_template;
-enum qtr_status qtr_chat_template_open(const char *dir, struct qtr_chat_template **chat, struct qtr_error *err); /* NOT_FOUND: none */
+enum qtr_status qtr_chat_template_open(const char *dir, struct qtr_chat_template **chat,
+                                       struct qtr_error *err); /* NOT_FOUND: none */
 void qtr_chat_template_close(struct qtr_chat_template *chat);
 /* messages: JSON array; tools: JSON array or NULL; extra: object of further variables or NULL. */
 enum qtr_status qtr_chat_template_render(const struct qtr_chat_template *chat, const json_t *messages, const json_t *tools,

@@ -1,6 +1,6 @@
 /* tokenizer.h - text to token ids and back: tokenizer.json (byte-level BPE; Llama-2 style BPE with byte fallback) and
- * SentencePiece tokenizer.model (BPE). Untrusted input. A tokenizer is immutable after opening: any number of threads may use
- * it at once. */
+ * SentencePiece tokenizer.model (BPE). Untrusted input. A tokenizer is immutable after opening: any number of threads may
+ * use it at once. */
 #ifndef QTR_TEXT_TOKENIZER_H
 #define QTR_TEXT_TOKENIZER_H
 
@@ -24,8 +24,8 @@ bool qtr_tokenizer_is_special(const struct qtr_tokenizer *tokenizer, int32_t id)
 
 struct qtr_encode_options {
   bool add_special;   /* BOS/EOS as the tokenizer's post-processor adds them */
-  bool parse_special; /* special tokens in the text become their ids; otherwise they are plain text. Added tokens that are not
-                         special are always matched, as the reference tokenizers do */
+  bool parse_special; /* special tokens in the text become their ids; otherwise they are plain text. Added tokens that are
+                         not special are always matched, as the reference tokenizers do */
 };
 
 /* *ids is malloc'ed. Text that is not valid UTF-8 is QTR_ERR_ARGUMENT with the offset. Time is about linear in len. */
@@ -37,8 +37,8 @@ enum qtr_status qtr_tokenizer_encode(const struct qtr_tokenizer *tokenizer, cons
 struct qtr_detokenizer {
   const struct qtr_tokenizer *tokenizer;
   bool skip_special;
-  bool at_start;       /* nothing decoded yet: SentencePiece drops the first space */
-  uint8_t pending[8];  /* bytes of an unfinished character */
+  bool at_start;      /* nothing decoded yet: SentencePiece drops the first space */
+  uint8_t pending[8]; /* bytes of an unfinished character */
   size_t n_pending;
 };
 void qtr_detokenizer_init(struct qtr_detokenizer *d, const struct qtr_tokenizer *tokenizer, bool skip_special);
@@ -57,7 +57,7 @@ enum qtr_status qtr_detokenizer_push(struct qtr_detokenizer *d, int32_t id, stru
 enum qtr_status qtr_detokenizer_end(struct qtr_detokenizer *d, struct qtr_text *out, struct qtr_error *err);
 
 /* All at once, as the reference's decode(ids, skip_special_tokens). *text is malloc'ed. */
-enum qtr_status qtr_tokenizer_decode(const struct qtr_tokenizer *tokenizer, const int32_t *ids, size_t n_ids, bool skip_special,
-                                     char **text, size_t *len, struct qtr_error *err);
+enum qtr_status qtr_tokenizer_decode(const struct qtr_tokenizer *tokenizer, const int32_t *ids, size_t n_ids,
+                                     bool skip_special, char **text, size_t *len, struct qtr_error *err);
 
 #endif

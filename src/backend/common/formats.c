@@ -6,9 +6,9 @@ static const struct {
   const char *name;
   size_t bytes;
 } dtypes[QTR_N_DTYPES] = {
-    [QTR_DTYPE_F32] = {"F32", 4}, [QTR_DTYPE_F16] = {"F16", 2},         [QTR_DTYPE_BF16] = {"BF16", 2},
-    [QTR_DTYPE_F64] = {"F64", 8}, [QTR_DTYPE_I8] = {"I8", 1},           [QTR_DTYPE_U8] = {"U8", 1},
-    [QTR_DTYPE_I16] = {"I16", 2}, [QTR_DTYPE_I32] = {"I32", 4},         [QTR_DTYPE_I64] = {"I64", 8},
+    [QTR_DTYPE_F32] = {"F32", 4},   [QTR_DTYPE_F16] = {"F16", 2},         [QTR_DTYPE_BF16] = {"BF16", 2},
+    [QTR_DTYPE_F64] = {"F64", 8},   [QTR_DTYPE_I8] = {"I8", 1},           [QTR_DTYPE_U8] = {"U8", 1},
+    [QTR_DTYPE_I16] = {"I16", 2},   [QTR_DTYPE_I32] = {"I32", 4},         [QTR_DTYPE_I64] = {"I64", 8},
     [QTR_DTYPE_BOOL] = {"BOOL", 1}, [QTR_DTYPE_F8_E4M3] = {"F8_E4M3", 1}, [QTR_DTYPE_F8_E5M2] = {"F8_E5M2", 1},
 };
 

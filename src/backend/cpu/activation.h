@@ -3,8 +3,8 @@
  *
  * int8 form: tiles of 16 tokens x 64 values, 1 KiB each, as AMX loads them; the tiles of 16 tokens follow each other in the
  * order of the values, so that a pass over them touches few pages. Codes beyond `dim` up to the next multiple of 64 are 0.
- * There is room for a multiple of 32 tokens; rows that were never written hold 0 or old codes, whose results are thrown away.
- * Float form: row t starts at (float *)data + t * dim. */
+ * There is room for a multiple of 32 tokens; rows that were never written hold 0 or old codes, whose results are thrown
+ * away. Float form: row t starts at (float *)data + t * dim. */
 #ifndef QTR_BACKEND_CPU_ACTIVATION_H
 #define QTR_BACKEND_CPU_ACTIVATION_H
 
@@ -13,10 +13,10 @@
 struct qtr_input {
   enum qtr_quant quant; /* of the last fill */
   size_t max_tokens, max_dim;
-  size_t dim;      /* of the last fill */
+  size_t dim;        /* of the last fill */
   size_t n_segments; /* ceil(dim / 64) */
-  size_t n_groups; /* ceil(dim / 128) */
-  void *data;      /* (max_tokens rounded up to 32, max_dim) in either form */
+  size_t n_groups;   /* ceil(dim / 128) */
+  void *data;        /* (max_tokens rounded up to 32, max_dim) in either form */
   size_t data_bytes;
   float *scale;       /* (max_tokens) fp16 values, spec B.6 */
   float *sum;         /* (max_tokens) sum of the values before quantisation */

@@ -30,9 +30,7 @@ enum { LANES = ROWS / VECTORS, AHEAD = 2048 };
 ALWAYS void dot_codes(const uint8_t *block, size_t n_segments, const int8_t *x, const int n, vint (*restrict acc)[VECTORS]) {
   vint more[DOT_TOKENS][VECTORS];
   const int split = n <= 2;
-  UNROLL for (int m = 0; m < n; m++) {
-    UNROLL for (int v = 0; v < VECTORS; v++) more[m][v] = v_zero();
-  }
+  UNROLL for (int m = 0; m < n; m++) { UNROLL for (int v = 0; v < VECTORS; v++) more[m][v] = v_zero(); }
   for (const int8_t *end = x + n_segments * QTR_TILE_BYTES; x < end; x += QTR_TILE_BYTES) {
     for (int i = 0; i < QTR_SEGMENT; i += 8, block += QTR_BLOCK_BYTES) {
       vint low[VECTORS], high[VECTORS];
@@ -57,9 +55,7 @@ ALWAYS void dot_codes(const uint8_t *block, size_t n_segments, const int8_t *x, 
     }
   }
   if (!split) return;
-  UNROLL for (int m = 0; m < n; m++) {
-    UNROLL for (int v = 0; v < VECTORS; v++) acc[m][v] = v_add(acc[m][v], more[m][v]);
-  }
+  UNROLL for (int m = 0; m < n; m++) { UNROLL for (int v = 0; v < VECTORS; v++) acc[m][v] = v_add(acc[m][v], more[m][v]); }
 }
 
 ALWAYS void clear(const int n, vint (*restrict acc)[VECTORS]) {
@@ -72,8 +68,7 @@ ALWAYS void put(const int n, vint (*restrict acc)[VECTORS], int32_t *out) {
   }
 }
 
-ALWAYS void dot_w4(const uint8_t *panel, const struct qtr_input *in, size_t token, const int n,
-                   int32_t *out) {
+ALWAYS void dot_w4(const uint8_t *panel, const struct qtr_input *in, size_t token, const int n, int32_t *out) {
   vint acc[DOT_TOKENS][VECTORS];
   clear(n, acc);
   dot_codes(panel, in->n_segments, qtr_input_codes(in, token, 0), n, acc);
@@ -100,8 +95,7 @@ ALWAYS void dot_w4_groups(const struct qtr_linear *l, const uint8_t *group, cons
   }
 }
 
-ALWAYS void dot_w8(const uint8_t *block, const struct qtr_input *in, size_t token, const int n,
-                   int32_t *out) {
+ALWAYS void dot_w8(const uint8_t *block, const struct qtr_input *in, size_t token, const int n, int32_t *out) {
   vint acc[DOT_TOKENS][VECTORS];
   clear(n, acc);
   for (size_t segment = 0; segment < in->n_segments; segment++) {

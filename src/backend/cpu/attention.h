@@ -39,6 +39,12 @@ static inline int32_t qtr_att_visible(const struct qtr_att_tile *t, int32_t r) {
   return t->kv_len + (t->row0 + r) / t->group + 1;
 }
 
+/* Query of row r, (head_dim). */
+static inline const float *qtr_att_query(const struct qtr_att_tile *t, size_t r) {
+  uint32_t row = (uint32_t)t->row0 + (uint32_t)r, group = (uint32_t)t->group;
+  return t->q + row / group * t->q_stride + row % group * (size_t)t->kv->config.head_dim;
+}
+
 /* Unfinished result of a tile: weights are 2^(score - max), where max is near the row's maximum. Row stride of acc: head_dim
  * rounded up to 16. */
 struct qtr_att_state {

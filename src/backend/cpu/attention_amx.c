@@ -168,14 +168,13 @@ static inline void split_weights(vf a, vf b, uint16_t *high, uint16_t *low) {
 
 static void amx_prepare(const struct qtr_att_tile *t, void *scratch) {
   struct amx_scratch *w = scratch;
-  size_t dim = (size_t)t->kv->config.head_dim, group = (size_t)t->group, steps = steps_of(dim);
+  size_t dim = (size_t)t->kv->config.head_dim, steps = steps_of(dim);
   uint8_t *k = w->data + QTR_ATT_ROWS / SUB * steps * 2 * TILE;
   if (dim % 32 != 0) { /* dims that do not exist: zeros in K, not what another operation left */
     for (size_t block = 0; block < 4; block++) memset(k + (block * steps + steps - 1) * TILE, 0, TILE);
   }
   for (size_t r = 0; r < (size_t)t->n_rows; r++) {
-    size_t row = (size_t)t->row0 + r;
-    const float *q = t->q + row / group * t->q_stride + row % group * dim;
+    const float *q = qtr_att_query(t, r);
     vf sum = vf_set(0);
     for (size_t step = 0; step < steps; step++) {
       uint16_t *high = (uint16_t *)(void *)(w->data + (r / SUB * steps + step) * 2 * TILE) + r % SUB * 32,

@@ -347,16 +347,19 @@ static size_t float_scratch_bytes(size_t head_dim) {
 
 static void float_prepare(const struct qtr_att_tile *t, void *scratch) {
   struct float_scratch *w = scratch;
-  size_t dim = (size_t)t->kv->config.head_dim, group = (size_t)t->group;
+  size_t dim = (size_t)t->kv->config.head_dim;
   for (size_t r = 0; r < (size_t)t->n_rows; r++) {
-    size_t row = (size_t)t->row0 + r;
-    const float *q = t->q + row / group * t->q_stride + row % group * dim;
-    float sum = 0, *to = w->data + r * dim;
-    for (size_t d = 0; d < dim; d++) {
-      to[d] = q[d];
-      sum += q[d];
+    const float *q = qtr_att_query(t, r);
+    float *to = w->data + r * dim, rest = 0;
+    vf sum = vf_set(0);
+    size_t d = 0;
+    for (; d + VW <= dim; d += VW) {
+      vf x = vf_load(q + d);
+      vf_store(to + d, x);
+      sum = vf_add(sum, x);
     }
-    w->rows.q_sum[r] = sum;
+    for (; d < dim; d++) rest += to[d] = q[d];
+    w->rows.q_sum[r] = vf_hsum(sum) + rest;
   }
 }
 

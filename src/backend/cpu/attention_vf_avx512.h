@@ -31,8 +31,8 @@ static inline vf vf_exp2(vf x) {
   return _mm512_scalef_ps(vf_fma(p, r, vf_set(1.0f)), x);
 }
 static inline vf vf_first(vf x, int32_t n, vf fill) {
-  __mmask16 mask = (__mmask16)(n <= 0 ? 0u : n >= VW ? 0xffffu : (1u << n) - 1);
-  return _mm512_mask_mov_ps(fill, mask, x);
+  n = n < 0 ? 0 : n > VW ? VW : n;
+  return _mm512_mask_mov_ps(fill, (__mmask16)((1u << n) - 1), x);
 }
 static inline float vf_hmax(vf x) { return _mm512_reduce_max_ps(x); }
 static inline float vf_hsum(vf x) { return _mm512_reduce_add_ps(x); }

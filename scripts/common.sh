@@ -4,7 +4,7 @@
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 log=${TMPDIR:-/tmp}/quattuor-$$.log
 : >"$log"
-steps=${steps:-3} step_no=0 step_text= step_start=0
+steps=${steps:-3} step_no=0 step_text='' step_start=0
 if [ -t 2 ]; then tty=1; else tty=0; fi
 
 say() { # say TEXT: rewrites the status line on a terminal; elsewhere only new steps are printed

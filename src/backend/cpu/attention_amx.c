@@ -209,14 +209,20 @@ static inline __attribute__((always_inline)) float softmax_row(union score_row *
                                                                int32_t n, struct rows_state *rows, size_t r) {
   vf x[4], weight[4];
   float factor = 1.0f;
-  for (int j = 0; j < 4; j++) x[j] = row_score(row->s, p, rows, r, full, n, j);
-  if ((rows->limit[r] < 0 && n > 0) || any_above_limit(x)) {
+  bool raise = rows->limit[r] < 0 && n > 0; /* the row's first key is in this page */
+  if (!raise) {
+    for (int j = 0; j < 4; j++) x[j] = row_score(row->s, p, rows, r, full, n, QTR_ATT_FLOOR, j);
+    raise = any_above_limit(x);
+  }
+  if (raise) {
+    for (int j = 0; j < 4; j++) x[j] = row_score(row->s, p, rows, r, full, n, -INFINITY, j);
     factor = row_raise(rows, r, vf_hmax(vf_max(vf_max(x[0], x[1]), vf_max(x[2], x[3]))));
-    for (int j = 0; j < 4; j++) x[j] = row_score(row->s, p, rows, r, full, n, j);
+    for (int j = 0; j < 4; j++) x[j] = row_score(row->s, p, rows, r, full, n, QTR_ATT_FLOOR, j);
   }
   vf sum = vf_load(rows->sum[r]), zeros = vf_load(rows->zeros[r]);
   for (int j = 0; j < 4; j++) {
-    vf e = vf_exp2(x[j]); /* 0 for keys that do not count */
+    vf e = vf_exp2(x[j]);
+    if (!full) e = vf_first(e, n - j * VW, vf_set(0));
     sum = vf_add(sum, e);
     weight[j] = vf_mul(e, vf_load(p->va + j * VW));
     zeros = vf_fma(weight[j], vf_load(p->vz + j * VW), zeros);
@@ -353,8 +359,8 @@ static void softmax(const struct page *p, size_t sub) {
   }
 }
 
-static void amx_segment(const struct qtr_att_tile *t, int32_t key0, int32_t key1, const struct qtr_att_state *state,
-                        void *scratch) {
+static void amx_segment_flushed(const struct qtr_att_tile *t, int32_t key0, int32_t key1, const struct qtr_att_state *state,
+                                void *scratch) {
   struct amx_scratch *w = scratch;
   size_t dim = (size_t)t->kv->config.head_dim, stride = qtr_att_stride(dim), steps = steps_of(dim),
          n_rows = (size_t)t->n_rows;
@@ -382,6 +388,13 @@ static void amx_segment(const struct qtr_att_tile *t, int32_t key0, int32_t key1
   }
   _tile_release();
   rows_finish(t, &w->rows, state);
+}
+
+static void amx_segment(const struct qtr_att_tile *t, int32_t key0, int32_t key1, const struct qtr_att_state *state,
+                        void *scratch) {
+  unsigned before = denormals_off();
+  amx_segment_flushed(t, key0, key1, state, scratch);
+  _mm_setcsr(before);
 }
 
 static const struct qtr_att_kernel kernel = {amx_scratch_bytes, amx_prepare, amx_segment};

@@ -6,7 +6,14 @@
 
 #include "backend/cpu/attention_float.h"
 
-static const struct qtr_att_kernel kernel = {float_scratch_bytes, float_prepare, float_segment};
+static void segment(const struct qtr_att_tile *t, int32_t key0, int32_t key1, const struct qtr_att_state *state,
+                    void *scratch) {
+  unsigned before = denormals_off();
+  float_segment(t, key0, key1, state, scratch);
+  _mm_setcsr(before);
+}
+
+static const struct qtr_att_kernel kernel = {float_scratch_bytes, float_prepare, segment};
 const struct qtr_att_kernel *qtr_cpu_attention_avx512(void) { return &kernel; }
 #else
 const struct qtr_att_kernel *qtr_cpu_attention_avx512(void) { return NULL; }

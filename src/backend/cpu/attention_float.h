@@ -248,13 +248,13 @@ static inline void rows_finish(const struct qtr_att_tile *t, const struct rows_s
   }
 }
 
-/* Scores relative to the row's exponent, -infinity from key n on: x_j = ka s - kb Σq - max, vector j of a page. */
+/* Scores relative to the row's exponent, x_j = ka s - kb Σq - max, vector j of a page; `fill` from key n on. */
 static inline __attribute__((always_inline)) vf row_score(const float *s, const struct page_scales *p,
                                                           const struct rows_state *rows, size_t r, bool full, int32_t n,
-                                                          int j) {
+                                                          float fill, int j) {
   vf x = vf_fma(vf_load(s + j * VW), vf_load(p->ka + j * VW),
                 vf_fnma(vf_load(p->kb + j * VW), vf_set(rows->q_sum[r]), vf_set(-rows->max[r])));
-  return full ? x : vf_first(x, n - j * VW, vf_set(-INFINITY));
+  return full ? x : vf_first(x, n - j * VW, vf_set(fill));
 }
 
 #ifndef ATTENTION_NO_KERNEL
@@ -265,14 +265,14 @@ static inline float softmax_page(float *restrict s, const struct page_scales *p,
                                  size_t r) {
   enum { N = PAGE / VW };
   vf x[N], m[N];
-  for (int j = 0; j < N; j++) m[j] = x[j] = row_score(s, p, rows, r, n == PAGE, n, j);
+  for (int j = 0; j < N; j++) m[j] = x[j] = row_score(s, p, rows, r, n == PAGE, n, -INFINITY, j);
   for (int width = N / 2; width > 0; width /= 2) {
     for (int j = 0; j < width; j++) m[j] = vf_max(m[j], m[j + width]);
   }
   float above = vf_hmax(m[0]), factor = 1.0f;
   if (above > rows->limit[r]) {
     factor = row_raise(rows, r, above);
-    for (int j = 0; j < N; j++) x[j] = row_score(s, p, rows, r, n == PAGE, n, j);
+    for (int j = 0; j < N; j++) x[j] = row_score(s, p, rows, r, n == PAGE, n, -INFINITY, j);
   }
   vf sum = vf_load(rows->sum[r]), zeros = vf_load(rows->zeros[r]);
   for (int j = 0; j < N; j++) {

@@ -2,8 +2,8 @@
  * and the weights are split in two bf16 parts, x = high + low to 16 bits, so a product of tiles is as good as fp32 needs
  * (relative error 2^-17).
  *
- *   scores  C(16 rows, 16 keys) = Σ over 32 dims: q high · K, q low · K          out  C(16 rows, 16 dims) += Σ over 32 keys:
- * w high · V, w low · V
+ *   scores  C(16 rows, 16 keys)  = sum over 32 dims of  q high · K, q low · K
+ *   out     C(16 rows, 16 dims) += sum over 32 keys of  w high · V, w low · V
  *
  * Every element of C is one chain over k in this order, whatever the shape of the tile, so decode (few rows) and prefill
  * (many) give the same bits. The tile unit takes max(16, rows) cycles for a new B and rows for the same B again: hence high

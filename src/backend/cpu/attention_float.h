@@ -10,12 +10,15 @@
  *   vf_load_f16(p)
  *   vi, vi_load_u16(p)                      VW 16-bit words as 32-bit lanes
  *   vf_bits4(x, shift), vf_bits8(x, shift), vf_signed8(x, shift)   bit fields of the lanes as floats
- *   GEMM_VECTORS                            columns of the product kernel, in vectors, so that 4 rows of them stay in
- * registers
+ *   GEMM_VECTORS                            columns of the product kernel in vectors: 4 rows of them stay in registers
+ * With ATTENTION_NO_KERNEL it gives only scales, exponential and row state, for the AMX kernel.
  *
  * For each page of 64 keys: K and V codes become floats once, in scratch; then, four rows at a time, scores = q · codes,
- * softmax, weights · codes. Scales and zeros stay outside of the products: score_t = ka_t (q · code_t) - kb_t Σq        ka =
- * scale_k log2(e)/sqrt(d),  kb = ka zero_k out     = Σ_t w_t code_t - Σ_t w_t vz_t        w_t = 2^(score_t - max) scale_v */
+ * softmax, weights · codes. Scales and zeros stay outside of the products:
+ *
+ *   score_t = ka_t (q · code_t) - kb_t Σq      ka = scale_k log2(e) / sqrt(d),  kb = ka zero_k
+ *   out     = Σ_t w_t code_t - Σ_t w_t vz_t    w_t = 2^(score_t - max) scale_v
+ */
 
 enum { ROW_BLOCK = 4, PAGE = QTR_PAGE_TOKENS };
 

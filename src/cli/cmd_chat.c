@@ -50,12 +50,14 @@ static char *show_prompt(EditLine *edit) {
   return prompt;
 }
 
-/* One character of the terminal. Unlike libedit's own reader it comes back when Ctrl-C interrupts the read. */
+/* One character of the terminal. Unlike libedit's own reader it comes back when Ctrl-C interrupts the read, or came just
+ * before it. */
 static int read_character(EditLine *edit, wchar_t *out) {
   (void)edit;
   mbstate_t state = {0};
   for (;;) {
     char byte;
+    if (qtr_interrupted()) return -1;
     ssize_t n = read(STDIN_FILENO, &byte, 1);
     if (n <= 0) return n == 0 ? 0 : -1;
     size_t used = mbrtowc(out, &byte, 1, &state);
@@ -88,12 +90,12 @@ static enum input read_line(struct session *s, const char **line, size_t *len) {
   ssize_t n;
   if (s->edit) {
     int count = 0;
-    qtr_interrupt_clear(); /* what stopped the last answer */
     text = el_gets(s->edit, &count);
     n = text ? count : -1;
     if (n <= 0) {
       if (qtr_interrupted()) {
         el_reset(s->edit);
+        qtr_interrupt_clear();
         (void)fputs("^C\n", stderr);
         return INPUT_AGAIN;
       }
@@ -192,6 +194,7 @@ static enum qtr_status answer(struct session *s, bool *broken, struct qtr_error 
   if (status) return status;
   (void)fputc('\n', stdout);
   *broken = !qtr_finish_output("chat") || *broken;
+  if (s->terminal) qtr_interrupt_clear(); /* from here on Ctrl-C is about the next line */
   if (cancelled && s->terminal) (void)fprintf(stderr, "(stopped)\n");
   if (finish == QTR_FINISH_LENGTH && s->terminal)
     (void)fprintf(stderr, "(cut off: --max-tokens or the context is used up)\n");

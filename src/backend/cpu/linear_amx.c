@@ -16,7 +16,7 @@
  * arithmetic is modulo 2^32, so the epilogue's correction by the sum of the codes is exact. */
 #include "backend/cpu/linear_amx.h"
 
-#ifdef __AMX_INT8__
+#if defined __AMX_INT8__ || defined __AMXINT8__ /* clang 14 spells it so */
 #include <immintrin.h>
 
 #define EPILOGUE_OWN_FINISH
@@ -37,8 +37,12 @@ static void tiles_configure(void) {
     config.bytes_per_row[i] = 64;
     config.rows[i] = TILE_ROWS;
   }
+  __asm__ volatile("" ::"r"(&config) : "memory"); /* gcc believes that only the first eight bytes are read */
   _tile_loadconfig(&config);
 }
+
+/* gcc's _tile_loadd does not say that it reads memory: what it loads is written before this. It costs no instruction. */
+#define STORES_DONE() __asm__ volatile("" ::: "memory")
 
 /* ---- weights ------------------------------------------------------------------------------------- */
 
@@ -106,6 +110,7 @@ static void stream_next(struct stream *s) {
 
 /* x0, x1: tiles of the first and the last 16 tokens; w: a step's weights. */
 static inline void multiply_32(const int8_t *x0, const int8_t *x1, const uint8_t *w) {
+  STORES_DONE();
   _tile_loadd(4, x0, QTR_SEGMENT);
   _tile_loadd(6, w, QTR_BLOCK_BYTES);
   _tile_loadd(7, w + 64, QTR_BLOCK_BYTES);
@@ -117,6 +122,7 @@ static inline void multiply_32(const int8_t *x0, const int8_t *x1, const uint8_t
 }
 
 static inline void multiply_16(const int8_t *x0, const uint8_t *w) {
+  STORES_DONE();
   _tile_loadd(4, x0, QTR_SEGMENT);
   _tile_loadd(6, w, QTR_BLOCK_BYTES);
   _tile_loadd(7, w + 64, QTR_BLOCK_BYTES);
@@ -133,6 +139,7 @@ static inline void accumulators_zero(void) {
 
 static inline void accumulators_load(const int32_t *acc, bool wide) {
   const size_t stride = ROWS * sizeof *acc;
+  STORES_DONE();
   _tile_loadd(0, acc, stride);
   _tile_loadd(1, acc + TILE_ROWS, stride);
   if (!wide) return;

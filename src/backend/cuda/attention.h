@@ -1,0 +1,74 @@
+/* attention.h - the KV cache on the GPU: RoPE and KV write (spec C.3, C.4), attention over pages (C.5). Plain C; kernels in
+ * rope_kv.cu, attention_*.cu, host side in kv.c and attention_plan.c.
+ *
+ * Attention reads K and V of every token from the pages, those of this step included (backend.h). The layout inside a page
+ * is this backend's own; a page of one layer, K or V, holds all KV heads of 64 tokens. */
+#ifndef QTR_BACKEND_CUDA_ATTENTION_H
+#define QTR_BACKEND_CUDA_ATTENTION_H
+
+#include "backend/backend.h"
+
+#include <cuda_runtime_api.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct qtr_kv {
+  struct qtr_kv_config config;
+  float *static_scale; /* host (n_layers, 2); INT8_STATIC */
+  uint8_t *data;       /* device */
+  size_t page_bytes;   /* of one layer, K or V: the pool of layer l, is_v begins at ((l * 2 + is_v) * n_pages) * page_bytes */
+};
+
+/* A step on the device. Counts are the host's; arrays are device copies of struct qtr_batch, valid until the step's end.
+ * In a CUDA graph the counts are those of the bucket: sequences past the real ones have one token, kv_len 0 and the spare
+ * page (config.n_pages of kv_create + 1 pages are allocated; the last one is for them). */
+struct qtr_cuda_batch {
+  int32_t n_tokens, n_seqs, max_blocks;
+  const int32_t *position;    /* (n_tokens) */
+  const int32_t *token_seq;   /* (n_tokens) sequence of each token */
+  const int32_t *q_start;     /* (n_seqs + 1) */
+  const int32_t *kv_len;      /* (n_seqs) */
+  const int32_t *block_table; /* (n_seqs, max_blocks) */
+  const float *cos, *sin;     /* (n_tokens, head_dim/2) */
+  const void *plan;           /* what qtr_cuda_attention_plan wrote */
+};
+
+/* How the attention of a step is cut into work items; made on the host once a step, uploaded with the batch. */
+struct qtr_cuda_plan_config {
+  enum qtr_kv_format format;
+  int32_t n_heads, n_kv_heads, head_dim, n_sms;
+};
+/* Most bytes a plan can have for a batch of at most these sizes; with a fixed batch shape (all sequences one token: decode)
+ * launches depend on n_seqs and these bounds only, so that a captured graph serves any context lengths. */
+size_t qtr_cuda_attention_plan_bytes(const struct qtr_cuda_plan_config *config, size_t max_tokens, size_t max_seqs);
+/* Writes the plan of `batch` (host arrays) to `plan` (host). */
+void qtr_cuda_attention_plan(const struct qtr_cuda_plan_config *config, const struct qtr_batch *batch, void *plan);
+/* Device scratch for partial results, for a batch of at most these sizes. */
+size_t qtr_cuda_attention_scratch_bytes(const struct qtr_cuda_plan_config *config, size_t max_tokens, size_t max_seqs);
+
+/* args->qkv, args->out: fp16. Rotates q and k in place (k is written back rotated, rounded to fp16, and quantised from
+ * that), stores K and V with the bits that kv_quant.h gives for the fp16 values. */
+cudaError_t qtr_cuda_rope_kv_write(const struct qtr_rope_kv_args *args, const struct qtr_cuda_batch *batch,
+                                   cudaStream_t stream);
+/* host_plan: the host's copy, for launch sizes. scratch: device (qtr_cuda_attention_scratch_bytes), left as it was found if
+ * it must hold counters (zeroed once). */
+cudaError_t qtr_cuda_attention(const struct qtr_attention_args *args, const struct qtr_cuda_batch *batch,
+                               const void *host_plan, void *scratch, cudaStream_t stream);
+/* cos, sin (n_tokens, half_dim) of fp32 products position * inv_freq (device (half_dim)), accurate as cosf and sinf. */
+cudaError_t qtr_cuda_rope_table(const int32_t *position, const float *inv_freq, size_t n_tokens, size_t half_dim, float *cos,
+                                float *sin, cudaStream_t stream);
+
+/* kv.c: the vtable's kv_create, kv_free, kv_format, kv_read (kv_read may copy a page at a time; it is for tests). */
+enum qtr_status qtr_cuda_kv_create(struct qtr_backend *b, const struct qtr_kv_config *config, struct qtr_kv **kv,
+                                   struct qtr_error *err);
+void qtr_cuda_kv_free(struct qtr_backend *b, struct qtr_kv *kv);
+enum qtr_kv_format qtr_cuda_kv_format(const struct qtr_kv *kv);
+void qtr_cuda_kv_read(struct qtr_backend *b, const struct qtr_kv *kv, int32_t layer, bool is_v, int32_t page, int32_t slot,
+                      int32_t head, uint16_t *code, float *scale, float *zero);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,6 +1,7 @@
 /* linear.c - matrices of the CPU backend: creation, the choice of kernel, and the loop over panels and tokens (linear.h,
  * spec B.2 to B.4). */
 #include "backend/cpu/linear.h"
+#include "backend/common/linear_source.h"
 #include "backend/cpu/linear_amx.h"
 
 #include <stdatomic.h>
@@ -10,42 +11,8 @@
 #include "base/checked.h"
 #include "base/status.h"
 
-/* |Σ x w8| <= 128 * 128 * n_in must stay below 2^31. */
-#define MAX_INT_DIM ((size_t)131071)
 /* Fewer tokens are as fast by dot products (measured). */
 #define AMX_MIN_TOKENS 9
-
-static enum qtr_status source_check(const struct qtr_linear_source *s, size_t *n_out, struct qtr_error *err) {
-  if (s->format >= QTR_N_LINEAR_FORMATS || s->n_parts < 1 || s->n_parts > QTR_MAX_PARTS || s->n_in == 0) {
-    return qtr_fail(err, QTR_ERR_ARGUMENT, "linear: format %d, %zu parts of %zu inputs", (int)s->format, s->n_parts,
-                    s->n_in);
-  }
-  const char *name = qtr_linear_format_name(s->format);
-  bool w4 = s->format == QTR_LINEAR_W4A8 || s->format == QTR_LINEAR_W4A8_G128;
-  size_t step_in = s->format == QTR_LINEAR_W4A8_G128 ? QTR_GROUP : w4 ? 32 : 1, step_out = w4 ? 32 : 1;
-  if (s->n_in % step_in) {
-    return qtr_fail(err, QTR_ERR_UNSUPPORTED, "linear: %s needs a multiple of %zu inputs, found %zu", name, step_in,
-                    s->n_in);
-  }
-  if (s->format >= QTR_LINEAR_W8A8 && s->n_in > MAX_INT_DIM) {
-    return qtr_fail(err, QTR_ERR_UNSUPPORTED, "linear: %s takes at most %zu inputs, found %zu", name, MAX_INT_DIM, s->n_in);
-  }
-  *n_out = 0;
-  for (size_t p = 0; p < s->n_parts; p++) {
-    const struct qtr_linear_part *part = &s->part[p];
-    bool missing = !part->weight || (s->format >= QTR_LINEAR_W8A8 && !part->scale) ||
-                   (s->format == QTR_LINEAR_W4A8 && !part->szero) ||
-                   (s->format == QTR_LINEAR_W4A8_G128 && (!part->s2_scale || !part->s2_zero));
-    if (missing || part->n_out == 0 || part->n_out % step_out || qtr_add_overflow(*n_out, part->n_out, n_out)) {
-      return qtr_fail(err, QTR_ERR_ARGUMENT, "linear: part %zu of a %s matrix: %s, %zu rows (a multiple of %zu is needed)",
-                      p, name, missing ? "a tensor is missing" : "bad size", part->n_out, step_out);
-    }
-  }
-  if (s->gate_up && (s->n_parts != 2 || s->part[0].n_out != s->part[1].n_out)) {
-    return qtr_fail(err, QTR_ERR_ARGUMENT, "linear: gate and up must be two parts of equal rows");
-  }
-  return QTR_OK;
-}
 
 /* Bytes of a panel; false on overflow. */
 static bool panel_size(struct qtr_linear *l) {
@@ -81,7 +48,7 @@ enum qtr_status qtr_cpu_linear_create(struct qtr_backend *b, const struct qtr_li
   };
   size_t n_out = 0, n_bytes;
   *linear = NULL;
-  enum qtr_status status = source_check(source, &n_out, err);
+  enum qtr_status status = qtr_linear_source_check(source, &n_out, err);
   if (status != QTR_OK) return status;
   struct qtr_linear *l = calloc(1, sizeof *l);
   if (!l) return qtr_fail_memory(err, "a matrix", sizeof *l);

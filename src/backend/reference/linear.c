@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "backend/common/linear_source.h"
 #include "backend/reference/reference.h"
 #include "base/checked.h"
 #include "base/status.h"
@@ -15,43 +16,8 @@
 
 #define ROWS 8 /* rows of a floating-point matrix that are widened together */
 
-/* |acc| <= 128 * 128 * n_in must stay below 2^31 (backend.h: accumulators are exact). */
-#define MAX_INT_DIM ((size_t)131071)
-
 static size_t float_bytes(enum qtr_linear_format format) {
   return format == QTR_LINEAR_F32 ? 4 : format == QTR_LINEAR_F16 || format == QTR_LINEAR_BF16 ? 2 : 0;
-}
-
-static enum qtr_status source_check(const struct qtr_linear_source *s, size_t *n_out, struct qtr_error *err) {
-  const char *name = s->format < QTR_N_LINEAR_FORMATS ? qtr_linear_format_name(s->format) : "?";
-  bool w4 = s->format == QTR_LINEAR_W4A8 || s->format == QTR_LINEAR_W4A8_G128;
-  size_t step_in = s->format == QTR_LINEAR_W4A8_G128 ? QTR_GROUP : w4 ? 32 : 1, step_out = w4 ? 32 : 1;
-  if (s->format >= QTR_N_LINEAR_FORMATS || s->n_parts < 1 || s->n_parts > QTR_MAX_PARTS || s->n_in == 0) {
-    return qtr_fail(err, QTR_ERR_ARGUMENT, "linear: format %d, %zu parts of %zu inputs", (int)s->format, s->n_parts,
-                    s->n_in);
-  }
-  if (s->n_in % step_in) {
-    return qtr_fail(err, QTR_ERR_UNSUPPORTED, "linear: %s needs a multiple of %zu inputs, found %zu", name, step_in,
-                    s->n_in);
-  }
-  if (!float_bytes(s->format) && s->n_in > MAX_INT_DIM) {
-    return qtr_fail(err, QTR_ERR_UNSUPPORTED, "linear: %s takes at most %zu inputs, found %zu", name, MAX_INT_DIM, s->n_in);
-  }
-  *n_out = 0;
-  for (size_t p = 0; p < s->n_parts; p++) {
-    const struct qtr_linear_part *part = &s->part[p];
-    bool missing = !part->weight || (s->format >= QTR_LINEAR_W8A8 && !part->scale) ||
-                   (s->format == QTR_LINEAR_W4A8 && !part->szero) ||
-                   (s->format == QTR_LINEAR_W4A8_G128 && (!part->s2_scale || !part->s2_zero));
-    if (missing || part->n_out == 0 || part->n_out % step_out || qtr_add_overflow(*n_out, part->n_out, n_out)) {
-      return qtr_fail(err, QTR_ERR_ARGUMENT, "linear: part %zu of a %s matrix: %s, %zu rows (a multiple of %zu is needed)",
-                      p, name, missing ? "a tensor is missing" : "bad size", part->n_out, step_out);
-    }
-  }
-  if (s->gate_up && (s->n_parts != 2 || s->part[0].n_out != s->part[1].n_out)) {
-    return qtr_fail(err, QTR_ERR_ARGUMENT, "linear: gate and up must be two parts of equal rows");
-  }
-  return QTR_OK;
 }
 
 /* The int8 weights of one part: out (n_out, n_in). */
@@ -78,7 +44,7 @@ enum qtr_status qtr_reference_linear_create(struct qtr_backend *b, const struct 
   struct qtr_reference *r = (struct qtr_reference *)b;
   size_t n_out = 0, n_weights, n_bytes, size = float_bytes(source->format);
   *linear = NULL;
-  enum qtr_status status = source_check(source, &n_out, err);
+  enum qtr_status status = qtr_linear_source_check(source, &n_out, err);
   if (status != QTR_OK) return status;
   if (qtr_mul_overflow(n_out, source->n_in, &n_weights) || qtr_mul_overflow(n_weights, size ? size : 1, &n_bytes)) {
     return qtr_fail_memory(err, "a matrix", SIZE_MAX);

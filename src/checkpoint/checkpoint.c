@@ -118,10 +118,6 @@ const struct qtr_tensor *qtr_checkpoint_at(const struct qtr_checkpoint *c, size_
   return i < c->n_tensors ? &c->tensor[i] : NULL;
 }
 
-struct qtr_tensor *qtr_checkpoint_edit(struct qtr_checkpoint *c, size_t i) {
-  return &c->tensor[i];
-}
-
 const struct qtr_tensor *qtr_checkpoint_find(const struct qtr_checkpoint *c, const char *name) {
   size_t low = 0, high = c->n_tensors;
   while (low < high) {
@@ -516,6 +512,10 @@ enum qtr_status qtr_checkpoint_open_memory(const void *data, size_t n_bytes, str
     *checkpoint = c;
   }
   return status;
+}
+
+void qtr_checkpoint_forget(const struct qtr_checkpoint *c) {
+  for (size_t i = 0; i < c->n_files; i++) qtr_map_forget(c->map[i].data, c->map[i].n_bytes);
 }
 
 void qtr_checkpoint_close(struct qtr_checkpoint *c) {

@@ -24,6 +24,8 @@ struct qtr_checkpoint;
 /* Opens a directory, or one .safetensors / .bin / .pt file. The result borrows nothing. */
 enum qtr_status qtr_checkpoint_open(const char *path, struct qtr_checkpoint **checkpoint, struct qtr_error *err);
 void qtr_checkpoint_close(struct qtr_checkpoint *checkpoint);
+/* Lets what is mapped leave the resident set. What is read again comes back from the file. */
+void qtr_checkpoint_forget(const struct qtr_checkpoint *checkpoint);
 
 size_t qtr_checkpoint_count(const struct qtr_checkpoint *checkpoint);
 const struct qtr_tensor *qtr_checkpoint_at(const struct qtr_checkpoint *checkpoint, size_t i);           /* in file order */

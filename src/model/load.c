@@ -274,7 +274,7 @@ static enum qtr_status load_head(struct loader *l) {
   status = l->b->ops->linear_create(l->b, &source, &m->head, l->err);
   if (!status) {
     m->weight_bytes += l->b->ops->linear_bytes(m->head);
-    if (own) qtr_map_forget(t->data, t->n_bytes);
+    qtr_map_forget(t->data, t->n_bytes);
   }
   scratch_free(l);
   return status;
@@ -340,6 +340,8 @@ enum qtr_status qtr_model_load(const char *dir, struct qtr_backend *backend, con
   if (!status) status = load_head(&l);
   if (!status) status = load_kv_scales(&l);
   qtr_progress_end(&progress);
+  /* The kernel maps pages around each one that is read. What a backend borrowed comes back when it is used. */
+  if (!status) qtr_checkpoint_forget(l.cp);
 done:
   scratch_free(&l);
   if (status) {

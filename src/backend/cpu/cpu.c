@@ -13,7 +13,8 @@
 #include "base/half.h"
 #include "base/status.h"
 
-enum { LINE = 64, MAX_THREADS = 1024, STEP_TOKENS = 512 };
+/* PAGE: a multiple of every page size there is. */
+enum { LINE = 64, PAGE = 65536, MAX_THREADS = 1024, STEP_TOKENS = 512 };
 static const size_t huge = (size_t)2 << 20;
 
 /* ---- memory -------------------------------------------------------------------------------------- */
@@ -26,8 +27,9 @@ void *qtr_cpu_alloc(size_t n_bytes) {
     if (p) memset(p, 0, n);
     return p;
   }
-  /* Map one huge page more than needed and give the ends back, so that the rest starts on a huge page. */
-  size_t n = qtr_round_up(n_bytes, huge);
+  /* Map one huge page more than needed and give the ends back, so that the rest starts on a huge page. It ends with n_bytes:
+   * a huge page that is needed by half would be resident as a whole, and there may be one for each matrix. */
+  size_t n = qtr_round_up(n_bytes, PAGE);
   char *map = mmap(NULL, n + huge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (map == MAP_FAILED) return NULL;
   size_t before = (huge - (uintptr_t)map % huge) % huge;
@@ -42,7 +44,7 @@ void qtr_cpu_free(void *p, size_t n_bytes) {
   if (n_bytes < huge) {
     free(p);
   } else {
-    (void)munmap(p, qtr_round_up(n_bytes, huge));
+    (void)munmap(p, qtr_round_up(n_bytes, PAGE));
   }
 }
 

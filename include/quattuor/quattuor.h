@@ -63,7 +63,8 @@ enum qtr_norm { QTR_NORM_EXACT = 0, QTR_NORM_QSERVE = 1 }; /* spec B.7 */
 
 struct qtr_engine_options {
   const char *model_dir;          /* Hugging Face or QServe directory; required */
-  const char *device;             /* "auto", "cpu", "reference"; NULL = "auto" */
+  const char *device;             /* "auto" (a GPU when there is one), "cpu", "cuda", "reference"; NULL = "auto" */
+  int32_t gpu;                    /* which GPU of several; 0 = the first */
   const char *precision;          /* NULL = as found; "w4a8kv8" … : the weights must match, the KV width is free */
   const char *kv_scales;          /* NULL, or "static" to use the file's static per-tensor KV8 scales (spec A.2.5) */
   int32_t group_size;             /* 0 = as found; -1 or 128: checked against the file */

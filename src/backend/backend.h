@@ -1,8 +1,8 @@
 /* backend.h - the one interface between the model and the machine.
  *
- * The forward pass (src/model/forward.c) is written once against these operations; `reference` is the oracle, `cpu` the fast
- * one, `cuda` comes. Each operation takes one const struct, which tests/ops and the benchmarks use as well. Nothing above
- * knows a tile, a stream or an intrinsic.
+ * The forward pass (src/model/forward.c) is written once against these operations; `reference` is the oracle, `cpu` and
+ * `cuda` are the fast ones. Each operation takes one const struct, which tests/ops and the benchmarks use as well. Nothing
+ * above knows a tile, a stream or an intrinsic.
  *
  * Memory. Activations live in backend memory from `alloc`, in the backend's activation type (`caps.act_dtype`: F32 on CPUs,
  * F16 on GPUs). Pointers marked "device" below are such memory; on CPUs the host can read it. A linear layer's input is a
@@ -125,17 +125,40 @@ struct qtr_kv; /* the pages of all layers */
 
 /* ---- batch --------------------------------------------------------------------------------------- */
 
+/* How one row of logits becomes a token: the part of sampling (spec E.4) that needs nothing but the row. */
+struct qtr_choose_row {
+  float temperature, top_p, min_p; /* temperature 0: greedy */
+  int32_t top_k;                   /* -1 = off */
+  int32_t n_top;                   /* -1 = no log-probabilities; 0 … 20 best tokens wanted besides the chosen one's */
+  int32_t skip;                    /* nonzero: this row is chosen by the caller */
+  uint64_t seed, position;         /* of the random stream, as in engine/sampler.h */
+};
+enum { QTR_CHOOSE_NONE = -1 /* nothing finite */, QTR_CHOOSE_UNDECIDED = -2 /* the caller must look at the row */ };
+struct qtr_choose_result {
+  int32_t token; /* or one of the above */
+  int32_t n_top;
+  float logit;         /* of the token; with n_top >= 0 */
+  float top_logit[20]; /* best first; with n_top >= 0 */
+  int32_t top_token[20];
+  float best;     /* largest logit of the row */
+  double exp_sum; /* with n_top >= 0: sum over the row of exp(logit - best) */
+};
+
 /* What one step computes: a ragged batch of prefill chunks and decode tokens. All arrays are host memory and stay unchanged
  * until end_step. Positions count from 0; token i of sequence s has position kv_len[s] + i. */
 struct qtr_batch {
   int32_t n_tokens, n_seqs, n_logit_rows;
-  int32_t max_blocks;         /* row length of block_table */
-  const int32_t *token;       /* (n_tokens) ids, each below the vocabulary size */
-  const int32_t *position;    /* (n_tokens) */
-  const int32_t *q_start;     /* (n_seqs + 1) first token of each sequence; q_start[n_seqs] = n_tokens */
-  const int32_t *kv_len;      /* (n_seqs) tokens cached before this step */
-  const int32_t *block_table; /* (n_seqs, max_blocks) page numbers; entries up to (kv_len + q_len - 1) / 64 are valid */
-  const int32_t *logit_row;   /* (n_logit_rows) token indices, ascending, whose logits are wanted */
+  int32_t max_blocks;             /* row length of block_table */
+  int32_t room_tokens, room_rows; /* rows that the step's buffers have room for: a backend may compute up to that many, and
+                                     throw the rest away. 0: exactly n_tokens and n_logit_rows */
+  const int32_t *token;           /* (n_tokens) ids, each below the vocabulary size */
+  const int32_t *position;        /* (n_tokens) */
+  const int32_t *q_start;         /* (n_seqs + 1) first token of each sequence; q_start[n_seqs] = n_tokens */
+  const int32_t *kv_len;          /* (n_seqs) tokens cached before this step */
+  const int32_t *block_table;     /* (n_seqs, max_blocks) page numbers; entries up to (kv_len + q_len - 1) / 64 are valid */
+  const int32_t *logit_row;       /* (n_logit_rows) token indices, ascending, whose logits are wanted */
+  const struct qtr_choose_row *choose; /* NULL, or (n_logit_rows): a backend that can (ops.choose) samples these rows */
+  struct qtr_choose_result *chosen;    /* (n_logit_rows), there when the step has ended */
 };
 
 /* ---- operations ---------------------------------------------------------------------------------- */
@@ -200,6 +223,13 @@ struct qtr_gather_args {
   size_t dim;
 };
 
+struct qtr_choose_args {
+  const void *logits;               /* device (n_rows, vocab_size) F32 */
+  const struct qtr_choose_row *row; /* host (n_rows), unchanged until end_step */
+  struct qtr_choose_result *result; /* host (n_rows), there after end_step */
+  int32_t n_rows, vocab_size;
+};
+
 struct qtr_caps {
   enum qtr_dtype act_dtype;
   const char *device;               /* "cpu"; static */
@@ -207,11 +237,13 @@ struct qtr_caps {
   size_t memory_total, memory_free; /* of the memory that holds weights and KV */
   int32_t threads;
   int32_t step_tokens; /* a good token budget for one step */
+  float memory_share;  /* of free memory that KV pages may take; 0 = the engine's choice */
 };
 
 struct qtr_backend_options {
   int32_t threads; /* 0 = all cores this process may use */
-  const char *isa; /* NULL = best; "portable", "avx2", "avx512", "vnni", "amx": for tests; also QUATTUOR_ISA */
+  const char *isa; /* NULL = best; "portable" … "amx", on GPUs "sm80": for tests; also QUATTUOR_ISA */
+  int32_t gpu;     /* which GPU, 0 = the first */
 };
 
 struct qtr_backend {
@@ -260,6 +292,18 @@ struct qtr_backend_ops {
   void (*attention)(struct qtr_backend *b, const struct qtr_attention_args *args);
   void (*gather)(struct qtr_backend *b, const struct qtr_gather_args *args);
 
+  /* Optional: NULL where the caller samples on the host. The same token that engine/sampler.c gives for the same row. */
+  void (*choose)(struct qtr_backend *b, const struct qtr_choose_args *args);
+  /* Optional: NULL where operations are done when they return, so that the host's clock times them. `stamp` marks a moment
+   * between operations of a step; `stamps_read` gives the seconds between consecutive stamps of the last step, at most n,
+   * and how many there are. `wait` returns when all operations so far are done. */
+  void (*stamp)(struct qtr_backend *b);
+  size_t (*stamps_read)(struct qtr_backend *b, double *seconds, size_t n);
+  void (*wait)(struct qtr_backend *b);
+  /* Optional: bytes a second that a large copy inside the device's memory moves, read and written, measured now. NULL where
+   * the host's memory is the device's. 0: no room to measure. */
+  double (*copy_speed)(struct qtr_backend *b);
+
   /* For tests: what is stored, whatever the layout. Optional: NULL where a backend cannot.
    * input_read: dequantisable content of row `token`: codes (dim) when quantised, scale, sum; or values (dim) as floats.
    * kv_read: codes (head_dim) as integers (F16: the half's bits), scale and zero (0 where the format has none). */
@@ -275,5 +319,6 @@ enum qtr_status qtr_backend_open(const char *name, const struct qtr_backend_opti
 void qtr_backend_close(struct qtr_backend *b);
 
 extern const struct qtr_backend_ops qtr_backend_reference, qtr_backend_cpu;
+extern const struct qtr_backend_ops qtr_backend_cuda; /* in builds with CUDA (QTR_HAVE_CUDA) */
 
 #endif

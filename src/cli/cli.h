@@ -27,7 +27,7 @@ int qtr_cmd_quantize(int argc, char **argv);
 
 struct qtr_model_flags {
   const char *model, *device, *precision, *norm, *kv_scales;
-  int32_t threads, group_size, kv_pages, max_num_seqs, max_num_batched_tokens, max_model_len;
+  int32_t threads, gpu, group_size, kv_pages, max_num_seqs, max_num_batched_tokens, max_model_len;
   size_t kv_bytes;
   bool no_prefix_cache;
 };

@@ -145,7 +145,7 @@ static enum qtr_status open_random(const struct flags *flags, const char *config
     (void)qtr_error_prefix(err, "%s", config_path);
   }
   if (status) goto done;
-  const struct qtr_backend_options backend_options = {.threads = options->threads};
+  const struct qtr_backend_options backend_options = {.threads = options->threads, .gpu = options->gpu};
   const struct qtr_model_options model_options = {.max_len = options->max_model_len, .norm = options->norm};
   if ((status = qtr_backend_open(options->device, &backend_options, &backend, err))) goto done;
   bool head_int8 = flags->lm_head && strcmp(flags->lm_head, "int8") == 0;
@@ -237,7 +237,8 @@ static bool print_result(const struct flags *flags, struct qtr_engine *engine, c
   qtr_engine_stats(engine, &stats);
   engine->model->backend->ops->caps(engine->model->backend, &caps);
   size_t peak = qtr_peak_rss(); /* before the stream below */
-  double memory_speed = profile ? qtr_measure_memory_speed(info.threads) : 0;
+  struct qtr_backend *b = engine->model->backend;
+  double memory_speed = !profile ? 0 : b->ops->copy_speed ? b->ops->copy_speed(b) : qtr_measure_memory_speed(info.threads);
   if (!flags->json) {
     char weights[32], rss[32];
     printf("%s: %s, group %d, batch %d, prompt %d, generate %d, %s\n", name, info.precision, info.group_size, flags->batch,

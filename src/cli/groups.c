@@ -22,8 +22,15 @@
   {.name = "device",                                                                                         \
    .kind = QTR_OPTION_CHOICE,                                                                                \
    .offset = AT(device),                                                                                     \
-   .choices = "auto|cpu|reference",                                                                          \
+   .choices = "auto|cpu|cuda|reference",                                                                     \
    .help = "Where the model runs; reference is the slow oracle. Default auto: the fastest there is."},       \
+      {.name = "gpu",                                                                                        \
+       .argument = "N",                                                                                      \
+       .kind = QTR_OPTION_INT,                                                                               \
+       .offset = AT(gpu),                                                                                    \
+       .min = 0,                                                                                             \
+       .max = 1023,                                                                                          \
+       .help = "Which GPU of several, counted from 0. Default 0."},                                          \
       {.name = "threads",                                                                                    \
        .argument = "N",                                                                                      \
        .kind = QTR_OPTION_INT,                                                                               \
@@ -160,6 +167,7 @@ void qtr_engine_options_from_flags(const struct qtr_model_flags *flags, const ch
   options->kv_scales = flags->kv_scales && strcmp(flags->kv_scales, "static") == 0 ? "static" : NULL;
   options->group_size = flags->group_size;
   options->threads = flags->threads;
+  options->gpu = flags->gpu;
   options->max_num_seqs = flags->max_num_seqs;
   options->max_num_batched_tokens = flags->max_num_batched_tokens;
   options->max_model_len = flags->max_model_len;

@@ -6,6 +6,7 @@
 #include "engine/engine_internal.h"
 
 #include <jansson.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -85,35 +86,77 @@ static bool reserve_events(struct qtr_engine *e) {
   return true;
 }
 
-/* Runs the batch and chooses a token for each row. Without the mutex. */
+/* What the device needs to know to sample a row. What acts on single tokens of the row is done on the host. */
+static struct qtr_choose_row choose_row(const struct qtr_sequence *s) {
+  const struct qtr_request *r = s->request;
+  const struct qtr_sampling *p = &r->sampling;
+  return (struct qtr_choose_row){.temperature = p->temperature,
+                                 .top_p = p->top_p,
+                                 .min_p = p->min_p,
+                                 .top_k = p->top_k,
+                                 .n_top = r->logprobs,
+                                 .skip = r->n_bias > 0 || qtr_sampling_has_penalties(p),
+                                 .seed = s->seed,
+                                 .position = (uint64_t)(s->n_tokens - r->n_prompt)};
+}
+
+/* The device's choice as the sampler would have given it. */
+static void take_choice(const struct qtr_choose_result *c, int32_t n_top, struct qtr_sample_result *result) {
+  *result = (struct qtr_sample_result){.token = c->token};
+  if (c->token < 0 || n_top < 0) return;
+  double log_sum = (double)c->best + log(c->exp_sum);
+  result->logprob = (float)((double)c->logit - log_sum);
+  result->n_top = c->n_top;
+  for (int32_t i = 0; i < c->n_top; i++) {
+    result->top[i] = (struct qtr_token_logprob){c->top_token[i], (float)((double)c->top_logit[i] - log_sum)};
+  }
+}
+
+static enum qtr_status sample_row(struct qtr_engine *e, int32_t i, const float *logits, struct qtr_sample_result *result,
+                                  struct qtr_error *err) {
+  struct qtr_backend *b = e->model->backend;
+  size_t vocab = (size_t)e->vocab_size;
+  enum qtr_status status = b->ops->download(b, logits + (size_t)i * vocab, QTR_DTYPE_F32, vocab, e->row_logits, err);
+  if (status) return status;
+  const struct qtr_sequence *s = e->row_seq[i];
+  const struct qtr_request *r = s->request;
+  size_t n_prompt = (size_t)r->n_prompt, n_output = (size_t)s->n_tokens - n_prompt;
+  qtr_sample(e->sampler,
+             &(struct qtr_sample_args){.logits = e->row_logits,
+                                       .sampling = &r->sampling,
+                                       .prompt = s->token,
+                                       .n_prompt = n_prompt,
+                                       .output = s->token + n_prompt,
+                                       .n_output = n_output,
+                                       .bias = r->bias,
+                                       .n_bias = r->n_bias,
+                                       .seed = s->seed,
+                                       .position = n_output,
+                                       .n_top = r->logprobs},
+             result);
+  return QTR_OK;
+}
+
+/* Runs the batch and chooses a token for each row, on the device where it can. Without the mutex. */
 static enum qtr_status run_batch(struct qtr_engine *e, double *model_seconds, struct qtr_error *err) {
   const float *logits = NULL;
+  bool device = e->model->backend->ops->choose != NULL;
   double start = qtr_now();
+  if (device) {
+    for (int32_t i = 0; i < e->batch.n_logit_rows; i++) e->choose[i] = choose_row(e->row_seq[i]);
+    e->batch.choose = e->choose;
+    e->batch.chosen = e->chosen;
+  }
   enum qtr_status status = qtr_model_forward(e->model, e->kv, e->workspace, &e->batch, &logits, err);
   *model_seconds = qtr_now() - start;
-  size_t vocab = (size_t)e->vocab_size;
   for (int32_t i = 0; !status && i < e->batch.n_logit_rows; i++) {
-    struct qtr_backend *b = e->model->backend;
-    status = b->ops->download(b, logits + (size_t)i * vocab, QTR_DTYPE_F32, vocab, e->row_logits, err);
-    if (status) break;
-    struct qtr_sequence *s = e->row_seq[i];
-    const struct qtr_request *r = s->request;
-    size_t n_prompt = (size_t)r->n_prompt, n_output = (size_t)s->n_tokens - n_prompt;
     struct qtr_sample_result result;
-    qtr_sample(e->sampler,
-               &(struct qtr_sample_args){.logits = e->row_logits,
-                                         .sampling = &r->sampling,
-                                         .prompt = s->token,
-                                         .n_prompt = n_prompt,
-                                         .output = s->token + n_prompt,
-                                         .n_output = n_output,
-                                         .bias = r->bias,
-                                         .n_bias = r->n_bias,
-                                         .seed = s->seed,
-                                         .position = n_output,
-                                         .n_top = r->logprobs},
-               &result);
-    qtr_sequence_accept(e, s, &result, e->row_node[i]);
+    if (device && e->chosen[i].token != QTR_CHOOSE_UNDECIDED) {
+      take_choice(&e->chosen[i], e->row_seq[i]->request->logprobs, &result);
+    } else {
+      status = sample_row(e, i, logits, &result, err);
+    }
+    if (!status) qtr_sequence_accept(e, e->row_seq[i], &result, e->row_node[i]);
   }
   return status;
 }

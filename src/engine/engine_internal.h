@@ -153,6 +153,8 @@ struct qtr_engine {
   struct qtr_sequence **batch_seq;  /* (max_num_seqs) */
   struct qtr_sequence **row_seq;    /* (max_num_seqs) whose logits row i holds */
   struct qtr_event_node **row_node; /* (max_num_seqs) */
+  struct qtr_choose_row *choose;    /* (max_num_seqs) for a device that samples; NULL where none does */
+  struct qtr_choose_result *chosen; /* (max_num_seqs) */
   struct qtr_sampler *sampler;
   float *row_logits; /* (vocab_size) */
 };

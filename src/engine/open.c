@@ -154,7 +154,8 @@ static enum qtr_status size_pool(struct qtr_engine *e, const struct qtr_engine_o
     /* Mapped weights may not be resident yet and still count as free: what the machine has bounds it too. */
     size_t fixed = e->model->weight_bytes + qtr_workspace_bytes(e->workspace);
     size_t room = caps.memory_total > fixed ? QTR_MIN(caps.memory_total - fixed, caps.memory_free) : 0;
-    n = (size_t)(MEMORY_SHARE * (double)room) / e->kv_page_bytes;
+    double share = caps.memory_share > 0 ? (double)caps.memory_share : MEMORY_SHARE;
+    n = (size_t)(share * (double)room) / e->kv_page_bytes;
     n = QTR_MIN(n, whole * (size_t)e->max_num_seqs);
     from = "free memory";
   }
@@ -236,6 +237,8 @@ static enum qtr_status make_batch(struct qtr_engine *e, struct qtr_error *err) {
                {&e->batch_seq, seqs * sizeof *e->batch_seq},
                {&e->row_seq, seqs * sizeof *e->row_seq},
                {&e->row_node, seqs * sizeof *e->row_node},
+               {&e->choose, seqs * sizeof *e->choose},
+               {&e->chosen, seqs * sizeof *e->chosen},
                {&e->row_logits, (size_t)e->vocab_size * sizeof *e->row_logits}};
   for (size_t i = 0; i < sizeof array / sizeof array[0]; i++) {
     void *memory = calloc(1, array[i].n_bytes);
@@ -252,8 +255,8 @@ static void engine_free(struct qtr_engine *e) {
   qtr_kv_pool_free(e->pool);
   qtr_event_queue_free(&e->events);
   qtr_sampler_free(e->sampler);
-  void *const array[] = {e->token,   e->position,  e->q_start, e->kv_len,   e->block_table, e->logit_row,
-                         e->running, e->batch_seq, e->row_seq, e->row_node, e->row_logits,  e->model_dir};
+  void *const array[] = {e->token,     e->position, e->q_start,  e->kv_len,     e->block_table, e->logit_row, e->running,
+                         e->batch_seq, e->row_seq,  e->row_node, e->row_logits, e->model_dir,   e->choose,    e->chosen};
   for (size_t i = 0; i < sizeof array / sizeof array[0]; i++) free(array[i]);
   (void)pthread_mutex_destroy(&e->mutex);
   free(e);
@@ -337,7 +340,7 @@ enum qtr_status qtr_engine_open(const struct qtr_engine_options *o, struct qtr_e
     status = qtr_fail(err, QTR_ERR_NOT_FOUND, "no model directory \"%.300s\"", o->model_dir);
   }
   if (!status) status = check_length(o, err);
-  const struct qtr_backend_options backend_options = {.threads = o->threads};
+  const struct qtr_backend_options backend_options = {.threads = o->threads, .gpu = o->gpu};
   if (!status) status = qtr_backend_open(o->device ? o->device : "auto", &backend_options, &backend, err);
   const struct qtr_model_options model_options = {.max_len = o->max_model_len, .norm = o->norm};
   if (!status) status = qtr_model_load(o->model_dir, backend, &model_options, &model, err);

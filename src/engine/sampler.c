@@ -279,7 +279,7 @@ static int32_t take_best(struct candidate *c, const float *x, int32_t n, int32_t
 
 /* ---- filters ------------------------------------------------------------------------------------- */
 
-static bool has_penalties(const struct qtr_sampling *s) {
+bool qtr_sampling_has_penalties(const struct qtr_sampling *s) {
   return s->repetition_penalty < 1.0f || s->repetition_penalty > 1.0f || s->presence_penalty < 0.0f ||
          s->presence_penalty > 0.0f || s->frequency_penalty < 0.0f || s->frequency_penalty > 0.0f;
 }
@@ -320,7 +320,7 @@ static void prepare(struct qtr_sampler *s, const struct qtr_sample_args *a) {
     int32_t t = a->bias[i].token;
     if (t >= 0 && t < n) s->logit[t] += a->bias[i].bias;
   }
-  if (has_penalties(a->sampling)) penalise(s, a);
+  if (qtr_sampling_has_penalties(a->sampling)) penalise(s, a);
   if (a->allowed) {
     for (int32_t i = 0; i < n; i++) {
       if (!(a->allowed[i / 32] >> (i % 32) & 1u)) s->logit[i] = -INFINITY;
@@ -407,7 +407,7 @@ void qtr_sample(struct qtr_sampler *s, const struct qtr_sample_args *a, struct q
   r->logprob = 0;
   r->n_top = 0;
   const float *x = a->logits;
-  bool untouched = a->n_bias == 0 && !a->allowed && !has_penalties(a->sampling);
+  bool untouched = a->n_bias == 0 && !a->allowed && !qtr_sampling_has_penalties(a->sampling);
   bool greedy = a->sampling->temperature < GREEDY_TEMPERATURE || a->sampling->top_k == 1;
   r->token = untouched ? argmax(x, s->vocab_size) : -1;
   if (!untouched || (r->token >= 0 && !(x[r->token] < INFINITY))) {

@@ -8,6 +8,9 @@
 /* Checks every field's range; the message names the field, the value and the range. */
 enum qtr_status qtr_sampling_check(const struct qtr_sampling *sampling, struct qtr_error *err);
 
+/* Does any penalty act? */
+bool qtr_sampling_has_penalties(const struct qtr_sampling *sampling);
+
 struct qtr_sampler; /* scratch for one row, (vocab_size) */
 enum qtr_status qtr_sampler_create(int32_t vocab_size, struct qtr_sampler **sampler, struct qtr_error *err);
 void qtr_sampler_free(struct qtr_sampler *sampler);

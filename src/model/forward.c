@@ -10,6 +10,13 @@
 
 #include <stdlib.h>
 
+/* An operation of a profiled step, booked when the device's clock is read. */
+struct marked {
+  enum qtr_profile_op op;
+  double bytes, ops;
+};
+enum { MARKS_PER_LAYER = 10, MARKS_BESIDES = 8 };
+
 struct qtr_workspace {
   struct qtr_backend *backend;
   size_t max_tokens, max_rows, n_bytes;
@@ -20,10 +27,13 @@ struct qtr_workspace {
   void *rows;              /* (max_rows, hidden) */
   void *logits;            /* (max_rows, vocab) F32 */
   struct qtr_input *input; /* (max_tokens, widest linear) */
+  struct marked *marked;   /* (max_marks) when profiling on a device with its own clock */
+  double *seconds;         /* (max_marks) */
+  size_t n_marked, max_marks;
 };
 
-const char *const qtr_profile_names[QTR_N_PROFILE_OPS] = {"embed", "norm+quant", "qkv",     "rope+kv", "attention",
-                                                          "quant", "o",          "gate_up", "down",    "head"};
+const char *const qtr_profile_names[QTR_N_PROFILE_OPS] = {"embed", "norm+quant", "qkv",  "rope+kv", "attention", "quant",
+                                                          "o",     "gate_up",    "down", "head",    "sampling"};
 
 static size_t qkv_width(const struct qtr_config *c) {
   return ((size_t)c->n_heads + 2 * (size_t)c->n_kv_heads) * (size_t)c->head_dim;
@@ -61,6 +71,10 @@ enum qtr_status qtr_workspace_create(const struct qtr_model *model, size_t max_t
     w->n_bytes += n;
   }
   if (!status) status = b->ops->input_create(b, max_tokens, widest, &w->input, err);
+  w->max_marks = (size_t)c->n_layers * MARKS_PER_LAYER + MARKS_BESIDES;
+  w->marked = malloc(w->max_marks * sizeof *w->marked);
+  w->seconds = malloc(w->max_marks * sizeof *w->seconds);
+  if (!status && (!w->marked || !w->seconds)) status = qtr_fail_memory(err, "a profile", w->max_marks * sizeof *w->marked);
   if (status) {
     qtr_workspace_free(w);
     return status;
@@ -78,6 +92,8 @@ void qtr_workspace_free(struct qtr_workspace *w) {
     if (buffers[i]) b->ops->free(b, buffers[i]);
   }
   if (w->input) b->ops->input_free(b, w->input);
+  free(w->marked);
+  free(w->seconds);
   free(w);
 }
 
@@ -98,17 +114,36 @@ struct step {
   double n_keys;   /* sum over sequences of keys */
 };
 
-/* Closes the interval since the last mark and books it. */
-static void mark(struct step *s, enum qtr_profile_op op, double bytes, double ops) {
-  struct qtr_profile *profile = s->model->profile;
-  if (!profile) return;
-  double now = qtr_now();
+static void book(struct qtr_profile *profile, enum qtr_profile_op op, double seconds, double bytes, double ops) {
   struct qtr_profile_entry *e = &profile->op[op];
   e->n_calls++;
-  e->seconds += now - s->t_mark;
+  e->seconds += seconds;
   e->bytes += bytes;
   e->ops += ops;
+}
+
+/* Closes the interval since the last mark and books it, at once or by the device's clock. */
+static void mark(struct step *s, enum qtr_profile_op op, double bytes, double ops) {
+  struct qtr_profile *profile = s->model->profile;
+  struct qtr_workspace *w = s->w;
+  if (!profile) return;
+  if (s->b->ops->stamp) {
+    if (w->n_marked < w->max_marks) w->marked[w->n_marked++] = (struct marked){op, bytes, ops};
+    s->b->ops->stamp(s->b);
+    return;
+  }
+  double now = qtr_now();
+  book(profile, op, now - s->t_mark, bytes, ops);
   s->t_mark = now;
+}
+
+static void book_marked(struct qtr_model *model, struct qtr_workspace *w) {
+  struct qtr_backend *b = model->backend;
+  if (!model->profile || !b->ops->stamp) return;
+  size_t n = b->ops->stamps_read(b, w->seconds, w->n_marked);
+  for (size_t i = 0; i < n; i++) {
+    book(model->profile, w->marked[i].op, w->seconds[i], w->marked[i].bytes, w->marked[i].ops);
+  }
 }
 
 static void run_norm(struct step *s, const void *x, const void *weight, size_t n_tokens, enum qtr_linear_format next,
@@ -214,10 +249,15 @@ enum qtr_status qtr_model_forward(struct qtr_model *model, struct qtr_kv *kv, st
   struct qtr_caps caps;
   b->ops->caps(b, &caps);
   struct step s = {.model = model, .b = b, .kv = kv, .w = w, .batch = batch, .act_unit = qtr_dtype_bytes(caps.act_dtype)};
-  enum qtr_status status = b->ops->begin_step(b, batch, model->inv_freq, (size_t)c->head_dim / 2, err);
+  struct qtr_batch roomy = *batch;
+  roomy.room_tokens = (int32_t)w->max_tokens;
+  roomy.room_rows = (int32_t)w->max_rows;
+  enum qtr_status status = b->ops->begin_step(b, &roomy, model->inv_freq, (size_t)c->head_dim / 2, err);
   if (status) return status;
   if (model->profile) {
     count_attention(&s, b->ops->kv_format(kv));
+    w->n_marked = 0;
+    if (b->ops->stamp) b->ops->stamp(b);
     s.t_mark = qtr_now();
   }
 
@@ -232,8 +272,18 @@ enum qtr_status qtr_model_forward(struct qtr_model *model, struct qtr_kv *kv, st
     b->ops->gather(b, &gather);
     run_norm(&s, w->rows, model->final_norm, rows, model->head_format, QTR_NORM_EXACT);
     run_linear(&s, QTR_PROFILE_HEAD, model->head, QTR_EPILOGUE_LOGITS, w->logits, rows, hidden, (size_t)c->vocab_size);
+    if (batch->choose && b->ops->choose) {
+      const struct qtr_choose_args choose = {.logits = w->logits,
+                                             .row = batch->choose,
+                                             .result = batch->chosen,
+                                             .n_rows = batch->n_logit_rows,
+                                             .vocab_size = c->vocab_size};
+      b->ops->choose(b, &choose);
+      mark(&s, QTR_PROFILE_CHOOSE, (double)rows * (double)c->vocab_size * sizeof(float), 0);
+    }
   }
   status = b->ops->end_step(b, err);
+  if (!status) book_marked(model, w);
   *logits = w->logits;
   return status;
 }

@@ -16,6 +16,7 @@ enum qtr_profile_op {
   QTR_PROFILE_GATE_UP,
   QTR_PROFILE_DOWN,
   QTR_PROFILE_HEAD,
+  QTR_PROFILE_CHOOSE, /* where the device samples */
   QTR_N_PROFILE_OPS
 };
 extern const char *const qtr_profile_names[QTR_N_PROFILE_OPS];

@@ -30,7 +30,7 @@ static int setup(void **state) {
   struct qtr_error err;
   if (qtr_backend_open("reference", NULL, &reference, &err) != QTR_OK) return -1;
   for (int i = 0; i < N_ISAS; i++) {
-    enum qtr_status status = qtr_backend_open("cpu", &(struct qtr_backend_options){1, isas[i]}, &cpu[i], &err);
+    enum qtr_status status = qtr_backend_open("cpu", &(struct qtr_backend_options){.threads = 1, .isa = isas[i]}, &cpu[i], &err);
     if (status == QTR_ERR_UNSUPPORTED) print_message("%s\n", err.message);
     if (status != QTR_OK && status != QTR_ERR_UNSUPPORTED) return -1;
   }
@@ -378,7 +378,16 @@ static void test_embed_and_gather(void **state) {
     token[i] = (int32_t)(rnd() % ROWS);
     position[i] = i;
   }
-  struct qtr_batch batch = {TOKENS, 1, 3, 1, token, position, q_start, kv_len, block, row};
+  struct qtr_batch batch = {.n_tokens = TOKENS,
+                            .n_seqs = 1,
+                            .n_logit_rows = 3,
+                            .max_blocks = 1,
+                            .token = token,
+                            .position = position,
+                            .q_start = q_start,
+                            .kv_len = kv_len,
+                            .block_table = block,
+                            .logit_row = row};
   float inv_freq[4] = {1, 0.5f, 0.25f, 0.125f};
   static const enum qtr_dtype dtypes[] = {QTR_DTYPE_F32, QTR_DTYPE_F16, QTR_DTYPE_BF16, QTR_DTYPE_I8};
   for (int d = 0; d < 4; d++) {

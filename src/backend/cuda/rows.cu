@@ -1,0 +1,365 @@
+/* rows.cu - kernels on rows of activations (rows.h; spec B.6 - B.9). All are bound by memory: 16-byte accesses where rows
+ * allow, a row's values stay in registers between the pass that finds the maximum and the pass that writes codes.
+ *
+ * Sums over a row are added in one order that depends on the row's length only, so a row has the same bits in any batch. */
+#include "backend/cuda/rows.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+enum { THREADS = 256, WARPS = THREADS / 32, QSERVE_THREADS = 1024 };
+
+/* ---- reductions ---------------------------------------------------------------------------------- */
+
+struct add_op {
+  __device__ static float apply(float a, float b) { return a + b; }
+};
+struct max_op {
+  __device__ static float apply(float a, float b) { return fmaxf(a, b); }
+};
+
+/* The same value for all threads of a block of 32 * n_warps. */
+template <class Op>
+__device__ static float block_reduce(float x, int n_warps) {
+  __shared__ float part[32];
+  for (int i = 16; i > 0; i /= 2) x = Op::apply(x, __shfl_xor_sync(0xffffffffu, x, i));
+  __syncthreads(); /* whoever used `part` before is done */
+  if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = part[0];
+  for (int i = 1; i < n_warps; i++) x = Op::apply(x, part[i]);
+  return x;
+}
+
+/* ---- quantise, normalise ------------------------------------------------------------------------- */
+
+/* sat8(rni(x)); NaN becomes 0, as in the reference. */
+__device__ static int code_round(float x) {
+  int c = __float2int_rn(x);
+  return max(-128, min(127, c));
+}
+
+/* B.6: scale and factor of a row with this largest magnitude. */
+__device__ static void row_scale(float amax, float *scale, float *inverse) {
+  float s = __half2float(__float2half_rn(amax / 127.0f));
+  *scale = s < 65504.0f ? s : 65504.0f;
+  *inverse = amax > 0 ? 127.0f / amax : 0.0f;
+}
+
+/* Eight values of a row. */
+struct eight {
+  float v[8];
+};
+__device__ static eight load_eight(const __half *x) {
+  uint4 raw = *reinterpret_cast<const uint4 *>(x);
+  const __half2 *h = reinterpret_cast<const __half2 *>(&raw);
+  eight e;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    float2 f = __half22float2(h[i]);
+    e.v[2 * i] = f.x;
+    e.v[2 * i + 1] = f.y;
+  }
+  return e;
+}
+
+/* One row a block. NV: groups of eight that a thread keeps in registers; dim <= 8 * THREADS * NV, a multiple of 8.
+ * weight: NULL, or RMSNorm with it first. */
+template <int NV>
+__global__ void __launch_bounds__(THREADS)
+    k_quant_rows(const __half *x, const __half *weight, float eps, size_t dim, qtr_cuda_rows_out out) {
+  size_t row = blockIdx.x;
+  const __half *from = x + row * dim;
+  eight e[NV];
+  float squares = 0;
+#pragma unroll
+  for (int k = 0; k < NV; k++) {
+    size_t at = (k * (size_t)THREADS + threadIdx.x) * 8;
+    if (at < dim) {
+      e[k] = load_eight(from + at);
+#pragma unroll
+      for (int i = 0; i < 8; i++) squares += e[k].v[i] * e[k].v[i];
+    }
+  }
+  if (weight) {
+    float rstd = 1.0f / sqrtf(block_reduce<add_op>(squares, WARPS) / (float)dim + eps);
+#pragma unroll
+    for (int k = 0; k < NV; k++) {
+      size_t at = (k * (size_t)THREADS + threadIdx.x) * 8;
+      if (at < dim) {
+        eight w = load_eight(weight + at);
+#pragma unroll
+        for (int i = 0; i < 8; i++) e[k].v[i] = e[k].v[i] * rstd * w.v[i];
+      }
+    }
+  }
+  float amax = 0, sum = 0;
+#pragma unroll
+  for (int k = 0; k < NV; k++) {
+    size_t at = (k * (size_t)THREADS + threadIdx.x) * 8;
+    if (at < dim) {
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        amax = fmaxf(amax, fabsf(e[k].v[i]));
+        sum += e[k].v[i];
+      }
+    }
+  }
+  amax = block_reduce<max_op>(amax, WARPS);
+  sum = block_reduce<add_op>(sum, WARPS);
+  float scale, inverse;
+  row_scale(amax, &scale, &inverse);
+  int8_t *to = out.code + row * out.stride;
+#pragma unroll
+  for (int k = 0; k < NV; k++) {
+    size_t at = (k * (size_t)THREADS + threadIdx.x) * 8;
+    if (at < out.stride) {
+      union {
+        int8_t b[8];
+        uint2 u;
+      } c;
+#pragma unroll
+      for (int i = 0; i < 8; i++) c.b[i] = at < dim ? (int8_t)code_round(e[k].v[i] * inverse) : (int8_t)0;
+      *reinterpret_cast<uint2 *>(to + at) = c.u;
+    }
+  }
+  if (threadIdx.x == 0) {
+    out.scale[row] = scale;
+    out.sum[row] = sum;
+  }
+}
+
+/* The same for any row: values are read again instead of kept. */
+__global__ void __launch_bounds__(THREADS)
+    k_quant_rows_any(const __half *x, const __half *weight, float eps, size_t dim, qtr_cuda_rows_out out) {
+  size_t row = blockIdx.x;
+  const __half *from = x + row * dim;
+  float rstd = 1, squares = 0, amax = 0, sum = 0;
+  if (weight) {
+    for (size_t i = threadIdx.x; i < dim; i += THREADS) squares += __half2float(from[i]) * __half2float(from[i]);
+    rstd = 1.0f / sqrtf(block_reduce<add_op>(squares, WARPS) / (float)dim + eps);
+  }
+  for (size_t i = threadIdx.x; i < dim; i += THREADS) {
+    float v = __half2float(from[i]);
+    if (weight) v = v * rstd * __half2float(weight[i]);
+    amax = fmaxf(amax, fabsf(v));
+    sum += v;
+  }
+  amax = block_reduce<max_op>(amax, WARPS);
+  sum = block_reduce<add_op>(sum, WARPS);
+  float scale, inverse;
+  row_scale(amax, &scale, &inverse);
+  for (size_t i = threadIdx.x; i < out.stride; i += THREADS) {
+    float v = i < dim ? __half2float(from[i]) : 0.0f;
+    if (weight && i < dim) v = v * rstd * __half2float(weight[i]);
+    out.code[row * out.stride + i] = (int8_t)code_round(v * inverse);
+  }
+  if (threadIdx.x == 0) {
+    out.scale[row] = scale;
+    out.sum[row] = sum;
+  }
+}
+
+/* B.7: the mean subtracted, the maximum and the sums of fp16-rounded values, a thread's sum accumulated in fp16. */
+__global__ void __launch_bounds__(QSERVE_THREADS)
+    k_norm_qserve(const __half *x, const __half *weight, float eps, size_t dim, qtr_cuda_rows_out out) {
+  size_t row = blockIdx.x;
+  int n_warps = blockDim.x / 32;
+  const __half *from = x + row * dim;
+  float sum = 0, squares = 0;
+  for (size_t i = threadIdx.x; i < dim; i += blockDim.x) {
+    float v = __half2float(from[i]);
+    sum += v;
+    squares += v * v;
+  }
+  float mean = block_reduce<add_op>(sum, n_warps) / (float)dim;
+  float rstd = 1.0f / sqrtf(block_reduce<add_op>(squares, n_warps) / (float)dim + eps);
+  float amax = __half2float(__ushort_as_half(0x0011)), part = 0; /* f16(1e-6) */
+  for (size_t i = threadIdx.x; i < dim; i += blockDim.x) {
+    float v = (__half2float(from[i]) - mean) * rstd * __half2float(weight[i]);
+    float h = __half2float(__float2half_rn(v));
+    amax = fmaxf(amax, fabsf(h));
+    part = __half2float(__float2half_rn(part + h));
+  }
+  amax = block_reduce<max_op>(amax, n_warps);
+  part = block_reduce<add_op>(part, n_warps);
+  float scale, inverse;
+  row_scale(amax, &scale, &inverse);
+  for (size_t i = threadIdx.x; i < out.stride; i += blockDim.x) {
+    float v = 0;
+    if (i < dim) v = (__half2float(from[i]) - mean) * rstd * __half2float(weight[i]);
+    out.code[row * out.stride + i] = (int8_t)code_round(v * inverse);
+  }
+  if (threadIdx.x == 0) {
+    out.scale[row] = scale;
+    out.sum[row] = __half2float(__float2half_rn(part));
+  }
+}
+
+__global__ void __launch_bounds__(THREADS)
+    k_norm_rows(const __half *x, const __half *weight, float eps, size_t dim, __half *out) {
+  size_t row = blockIdx.x;
+  const __half *from = x + row * dim;
+  float squares = 0;
+  for (size_t i = threadIdx.x; i < dim; i += THREADS) squares += __half2float(from[i]) * __half2float(from[i]);
+  float rstd = 1.0f / sqrtf(block_reduce<add_op>(squares, WARPS) / (float)dim + eps);
+  for (size_t i = threadIdx.x; i < dim; i += THREADS) {
+    out[row * dim + i] = __float2half_rn(__half2float(from[i]) * rstd * __half2float(weight[i]));
+  }
+}
+
+static cudaError_t quant_rows(const void *x, const void *weight, float eps, size_t n_tokens, size_t dim,
+                              const qtr_cuda_rows_out *out, cudaStream_t stream) {
+  const __half *from = (const __half *)x, *w = (const __half *)weight;
+  size_t each = 8 * (size_t)THREADS;
+  bool aligned = dim % 8 == 0 && (size_t)x % 16 == 0 && (size_t)weight % 16 == 0 && out->stride <= 16 * each;
+  if (n_tokens == 0) return cudaSuccess;
+  unsigned grid = (unsigned)n_tokens;
+  if (!aligned)
+    k_quant_rows_any<<<grid, THREADS, 0, stream>>>(from, w, eps, dim, *out);
+  else if (out->stride <= each)
+    k_quant_rows<1><<<grid, THREADS, 0, stream>>>(from, w, eps, dim, *out);
+  else if (out->stride <= 2 * each)
+    k_quant_rows<2><<<grid, THREADS, 0, stream>>>(from, w, eps, dim, *out);
+  else if (out->stride <= 4 * each)
+    k_quant_rows<4><<<grid, THREADS, 0, stream>>>(from, w, eps, dim, *out);
+  else if (out->stride <= 7 * each)
+    k_quant_rows<7><<<grid, THREADS, 0, stream>>>(from, w, eps, dim, *out);
+  else
+    k_quant_rows<16><<<grid, THREADS, 0, stream>>>(from, w, eps, dim, *out);
+  return cudaGetLastError();
+}
+
+cudaError_t qtr_cuda_rows_quant(const void *x, size_t n_tokens, size_t dim, const qtr_cuda_rows_out *out,
+                                cudaStream_t stream) {
+  return quant_rows(x, NULL, 0, n_tokens, dim, out, stream);
+}
+
+cudaError_t qtr_cuda_rows_norm_quant(const void *x, const void *weight, float eps, bool qserve, size_t n_tokens, size_t dim,
+                                     const qtr_cuda_rows_out *out, cudaStream_t stream) {
+  if (!qserve) return quant_rows(x, weight, eps, n_tokens, dim, out, stream);
+  if (n_tokens == 0) return cudaSuccess;
+  unsigned threads = dim >= QSERVE_THREADS ? (unsigned)QSERVE_THREADS : (unsigned)((dim + 31) / 32 * 32);
+  k_norm_qserve<<<(unsigned)n_tokens, threads, 0, stream>>>((const __half *)x, (const __half *)weight, eps, dim, *out);
+  return cudaGetLastError();
+}
+
+cudaError_t qtr_cuda_rows_norm(const void *x, const void *weight, float eps, size_t n_tokens, size_t dim, void *out,
+                               cudaStream_t stream) {
+  if (n_tokens == 0) return cudaSuccess;
+  k_norm_rows<<<(unsigned)n_tokens, THREADS, 0, stream>>>((const __half *)x, (const __half *)weight, eps, dim,
+                                                          (__half *)out);
+  return cudaGetLastError();
+}
+
+/* ---- rows from tables ---------------------------------------------------------------------------- */
+
+__device__ static float value_at(qtr_dtype dtype, const void *x, size_t i) {
+  switch (dtype) {
+    case QTR_DTYPE_F32: return ((const float *)x)[i];
+    case QTR_DTYPE_F16: return __half2float(((const __half *)x)[i]);
+    case QTR_DTYPE_BF16: return __bfloat162float(((const __nv_bfloat16 *)x)[i]);
+    default: return (float)((const int8_t *)x)[i];
+  }
+}
+
+__device__ static __half to_half(float x) { return __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f)); }
+
+__global__ void __launch_bounds__(THREADS) k_embed(qtr_dtype dtype, const void *data, const float *scale, size_t n_rows,
+                                                   size_t dim, const int32_t *token, __half *out) {
+  int32_t t = token[blockIdx.x];
+  size_t row = t >= 0 && (size_t)t < n_rows ? (size_t)t : 0;
+  float s = scale ? scale[row] : 1.0f;
+  for (size_t i = threadIdx.x; i < dim; i += THREADS) {
+    out[blockIdx.x * dim + i] = to_half(value_at(dtype, data, row * dim + i) * s);
+  }
+}
+
+cudaError_t qtr_cuda_rows_embed(qtr_dtype dtype, const void *data, const float *scale, size_t n_rows, size_t dim,
+                                const int32_t *token, size_t n_tokens, void *out, cudaStream_t stream) {
+  if (n_tokens == 0) return cudaSuccess;
+  k_embed<<<(unsigned)n_tokens, THREADS, 0, stream>>>(dtype, data, scale, n_rows, dim, token, (__half *)out);
+  return cudaGetLastError();
+}
+
+__global__ void __launch_bounds__(THREADS) k_gather(const __half *x, const int32_t *row, size_t dim, __half *out) {
+  size_t from = (size_t)row[blockIdx.x];
+  for (size_t i = threadIdx.x; i < dim; i += THREADS) out[blockIdx.x * dim + i] = x[from * dim + i];
+}
+
+cudaError_t qtr_cuda_rows_gather(const void *x, const int32_t *row, size_t n_rows, size_t dim, void *out,
+                                 cudaStream_t stream) {
+  if (n_rows == 0) return cudaSuccess;
+  k_gather<<<(unsigned)n_rows, THREADS, 0, stream>>>((const __half *)x, row, dim, (__half *)out);
+  return cudaGetLastError();
+}
+
+/* ---- floating-point matrices --------------------------------------------------------------------- */
+
+/* A warp an output; lanes stride over the inputs, so a row's sum has one order. */
+__global__ void __launch_bounds__(THREADS)
+    k_product(const __half *x, const void *weight, bool f32, size_t n_tokens, size_t n_in, size_t n_out, float *out) {
+  size_t n = blockIdx.x * (size_t)WARPS + threadIdx.x / 32;
+  if (n >= n_out) return;
+  for (size_t t = blockIdx.y; t < n_tokens; t += gridDim.y) {
+    float sum = 0;
+    for (size_t k = threadIdx.x % 32; k < n_in; k += 32) {
+      float w = f32 ? ((const float *)weight)[n * n_in + k] : __half2float(((const __half *)weight)[n * n_in + k]);
+      sum += w * __half2float(x[t * n_in + k]);
+    }
+    for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
+    if (threadIdx.x % 32 == 0) out[t * n_out + n] = sum;
+  }
+}
+
+cudaError_t qtr_cuda_rows_product(const void *x, const void *weight, bool weight_f32, size_t n_tokens, size_t n_in,
+                                  size_t n_out, float *out, cudaStream_t stream) {
+  if (n_tokens == 0) return cudaSuccess;
+  dim3 grid((unsigned)((n_out + WARPS - 1) / WARPS), (unsigned)(n_tokens < 65535 ? n_tokens : 65535));
+  k_product<<<grid, THREADS, 0, stream>>>((const __half *)x, weight, weight_f32, n_tokens, n_in, n_out, out);
+  return cudaGetLastError();
+}
+
+__global__ void __launch_bounds__(THREADS)
+    k_finish(const float *y, const float *bias, qtr_epilogue epilogue, size_t n_out, size_t width, size_t n, void *out) {
+  for (size_t i = blockIdx.x * (size_t)THREADS + threadIdx.x; i < n; i += (size_t)gridDim.x * THREADS) {
+    size_t t = i / width, c = i % width;
+    const float *row = y + t * n_out;
+    float v = row[c] + (bias ? bias[c] : 0.0f);
+    if (epilogue == QTR_EPILOGUE_SILU_MUL) {
+      float up = row[width + c] + (bias ? bias[width + c] : 0.0f);
+      v = v / (1.0f + expf(-v)) * up;
+    }
+    if (epilogue == QTR_EPILOGUE_LOGITS) {
+      ((float *)out)[i] = v;
+    } else {
+      __half *to = (__half *)out + i;
+      if (epilogue == QTR_EPILOGUE_ADD) v += __half2float(*to);
+      *to = to_half(v);
+    }
+  }
+}
+
+cudaError_t qtr_cuda_rows_finish(const float *y, const float *bias, qtr_epilogue epilogue, size_t n_tokens, size_t n_out,
+                                 void *out, cudaStream_t stream) {
+  size_t width = epilogue == QTR_EPILOGUE_SILU_MUL ? n_out / 2 : n_out, n = n_tokens * width;
+  if (n == 0) return cudaSuccess;
+  size_t blocks = (n + THREADS - 1) / THREADS;
+  k_finish<<<(unsigned)(blocks < 8192 ? blocks : 8192), THREADS, 0, stream>>>(y, bias, epilogue, n_out, width, n, out);
+  return cudaGetLastError();
+}
+
+__global__ void __launch_bounds__(THREADS) k_convert(qtr_dtype dtype, const void *x, size_t n, __half *out, int32_t *n_bad) {
+  for (size_t i = blockIdx.x * (size_t)THREADS + threadIdx.x; i < n; i += (size_t)gridDim.x * THREADS) {
+    float v = value_at(dtype, x, i);
+    if (fabsf(v) > 65504.0f && isfinite(v)) atomicAdd(n_bad, 1);
+    out[i] = __float2half_rn(v);
+  }
+}
+
+cudaError_t qtr_cuda_rows_convert(qtr_dtype dtype, const void *x, size_t n, void *out, int32_t *n_bad, cudaStream_t stream) {
+  if (n == 0) return cudaSuccess;
+  size_t blocks = (n + THREADS - 1) / THREADS;
+  k_convert<<<(unsigned)(blocks < 8192 ? blocks : 8192), THREADS, 0, stream>>>(dtype, x, n, (__half *)out, n_bad);
+  return cudaGetLastError();
+}

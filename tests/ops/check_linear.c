@@ -84,6 +84,8 @@ void op_check_linear(struct op_check *c, const struct op_entry *e, enum qtr_line
   struct op_matrix matrix;
   op_matrix_make(&c->rng, e, format, &matrix);
   size_t n_all = e->max_tokens, dim = e->n_in, width = op_out_width(e), n_out = op_n_out(e);
+  /* A GPU's floating-point matrices are the vendor's library's: the order of a sum depends on the number of rows. */
+  bool library = qtr_linear_quant(format) == QTR_QUANT_NONE && c->dev.ops->wait;
   struct run r = {.entry = e, .matrix = &matrix, .quant = qtr_linear_quant(format)};
   float *x = op_activations(&c->rng, n_all, dim), *previous = op_malloc(n_all * width, sizeof *previous);
   for (size_t i = 0; i < n_all * width; i++) previous[i] = op_rng_normal(&c->rng);
@@ -111,7 +113,7 @@ void op_check_linear(struct op_check *c, const struct op_entry *e, enum qtr_line
       for (size_t t = 0; t < n; t++) {
         op_compare_input(c, r.quant, ref_in, o + t, dev_in, t, x + (o + t) * dim, dim, diff);
         float *mine = first + (o + t) * width;
-        if (have[o + t]) {
+        if (have[o + t] && !library) {
           diff->n++;
           if (memcmp(mine, got + t * width, width * sizeof *mine))
             op_bad(diff, "row %zu changes when among %zu rows", o + t, n);

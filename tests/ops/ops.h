@@ -17,7 +17,7 @@
 /* ---- the table ----------------------------------------------------------------------------------- */
 
 enum op_kind { OP_QUANT, OP_NORM, OP_LINEAR, OP_KV_WRITE, OP_ATTENTION, OP_EMBED, OP_GATHER, N_OP_KINDS };
-enum op_use { OP_CHECK = 1, OP_PERF = 2 };
+enum op_use { OP_CHECK = 1, OP_PERF = 2, OP_PERF_GPU = 4 /* too large for a CPU */ };
 enum op_norm_format { OP_NORM_EXACT_FLOAT, OP_NORM_EXACT_INT8, OP_NORM_QSERVE_INT8, N_OP_NORM_FORMATS };
 
 struct op_entry {
@@ -36,7 +36,8 @@ struct op_entry {
 extern const struct op_entry op_table[];
 extern const size_t n_op_table;
 
-extern const size_t op_check_tokens[], n_op_check_tokens, op_perf_tokens[], n_op_perf_tokens;
+extern const size_t op_check_tokens[], n_op_check_tokens, op_perf_tokens[], n_op_perf_tokens,
+    n_op_perf_tokens_host; /* the counts that a CPU is timed with come first */
 
 #define OP_MAX_SEQS 8
 struct op_pattern { /* a ragged batch: n_copies times these sequences */

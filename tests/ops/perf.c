@@ -20,15 +20,18 @@ static int compare_double(const void *a, const void *b) {
   return (x > y) - (x < y);
 }
 
-static double median_seconds(timed_fn fn, void *arg) {
+/* A device that works while the host goes on is timed by groups of calls. */
+static double median_seconds(const struct op_device *d, timed_fn fn, void *arg) {
   static double times[MAX_REPEATS];
-  size_t n = 0;
-  fn(arg, 0);
+  size_t n = 0, group = d->ops->wait ? 24 : 1, call = 0;
+  for (size_t i = 0; i < group; i++) fn(arg, call++);
+  if (d->ops->wait) d->ops->wait(d->b);
   for (double total = 0; n < MAX_REPEATS && (n < MIN_REPEATS || total < min_seconds); n++) {
     double start = qtr_now();
-    fn(arg, n + 1);
-    times[n] = qtr_now() - start;
-    total += times[n];
+    for (size_t i = 0; i < group; i++) fn(arg, call++);
+    if (d->ops->wait) d->ops->wait(d->b);
+    times[n] = (qtr_now() - start) / (double)group;
+    total += times[n] * (double)group;
   }
   qsort(times, n, sizeof times[0], compare_double);
   return times[n / 2];
@@ -86,7 +89,8 @@ static void time_rows(void *arg, size_t i) {
 
 static void perf_rows(const struct op_device *d, const struct op_ceiling *c, const struct op_entry *e, unsigned format,
                       const char *name, bool json, struct op_rng *rng) {
-  size_t n_all = op_perf_tokens[n_op_perf_tokens - 1], dim = e->n_in;
+  size_t n_counts = d->ops->wait ? n_op_perf_tokens : n_op_perf_tokens_host, n_all = op_perf_tokens[n_counts - 1],
+         dim = e->n_in;
   float *x = op_activations(rng, n_all, dim);
   struct rows_run r = {.d = d,
                        .e = e,
@@ -95,12 +99,12 @@ static void perf_rows(const struct op_device *d, const struct op_ceiling *c, con
                        .weight = op_upload(d, x, dim),
                        .in = op_input(d, n_all, dim)};
   bool int8 = e->kind == OP_QUANT ? format == QTR_QUANT_INT8 : format != OP_NORM_EXACT_FLOAT;
-  for (size_t i = 0; i < n_op_perf_tokens; i++) {
+  for (size_t i = 0; i < n_counts; i++) {
     char batch[32];
     r.n_tokens = op_perf_tokens[i];
     (void)snprintf(batch, sizeof batch, "%zu tokens", r.n_tokens);
     double n = (double)(r.n_tokens * dim), bytes = n * ((double)d->act_bytes + (int8 ? 1 : (double)d->act_bytes));
-    report(c, name, batch, median_seconds(time_rows, &r), bytes, n * (e->kind == OP_QUANT ? 3 : 6), false, json);
+    report(c, name, batch, median_seconds(d, time_rows, &r), bytes, n * (e->kind == OP_QUANT ? 3 : 6), false, json);
   }
   free(x);
   d->ops->free(d->b, r.x);
@@ -130,7 +134,8 @@ static void time_linear(void *arg, size_t i) {
 
 static void perf_linear(const struct op_device *d, const struct op_ceiling *c, const struct op_entry *e,
                         enum qtr_linear_format format, const char *name, bool json, struct op_rng *rng) {
-  size_t n_all = op_perf_tokens[n_op_perf_tokens - 1], dim = e->n_in, width = op_out_width(e);
+  size_t n_counts = d->ops->wait ? n_op_perf_tokens : n_op_perf_tokens_host;
+  size_t n_all = op_perf_tokens[n_counts - 1], dim = e->n_in, width = op_out_width(e);
   struct op_matrix m;
   op_matrix_make(rng, e, format, &m);
   m.source.borrow = false; /* copies that really are copies */
@@ -144,7 +149,7 @@ static void perf_linear(const struct op_device *d, const struct op_ceiling *c, c
   void *device = op_upload(d, x, n_all * dim);
   r.out = op_upload(d, zeros, n_all * width);
   bool int8 = qtr_linear_quant(format) == QTR_QUANT_INT8;
-  for (size_t i = 0; i < n_op_perf_tokens; i++) {
+  for (size_t i = 0; i < n_counts; i++) {
     char batch[32];
     r.n_tokens = op_perf_tokens[i];
     if (e->epilogue == QTR_EPILOGUE_LOGITS && r.n_tokens > 64) break; /* logits are wanted of a few rows only */
@@ -154,7 +159,7 @@ static void perf_linear(const struct op_device *d, const struct op_ceiling *c, c
                       .x = device, .out = r.in, .quant = qtr_linear_quant(format), .n_tokens = r.n_tokens, .dim = dim});
     double n = (double)r.n_tokens,
            moved = (double)bytes + n * ((double)dim * (int8 ? 1 : 4) + (double)(width * d->act_bytes));
-    report(c, name, batch, median_seconds(time_linear, &r), moved, 2 * n * (double)dim * (double)op_n_out(e), int8, json);
+    report(c, name, batch, median_seconds(d, time_linear, &r), moved, 2 * n * (double)dim * (double)op_n_out(e), int8, json);
   }
   for (size_t i = 0; i < r.n_copies; i++) d->ops->linear_free(d->b, r.copy[i]);
   op_matrix_free(&m);
@@ -257,10 +262,10 @@ static void perf_kv(const struct op_device *d, const struct op_ceiling *c, const
   }
   double rows = (double)n * (double)d->act_bytes * (double)dim;
   if (e->kind == OP_ATTENTION) {
-    report(c, name, p->name, median_seconds(time_attention, &r), context * token_bytes + 2 * rows * e->n_heads,
+    report(c, name, p->name, median_seconds(d, time_attention, &r), context * token_bytes + 2 * rows * e->n_heads,
            4 * pairs * (double)dim * e->n_heads, false, json);
   } else {
-    report(c, name, p->name, median_seconds(time_kv_write, &r),
+    report(c, name, p->name, median_seconds(d, time_kv_write, &r),
            (double)n * token_bytes + rows * (2 * (e->n_heads + e->n_kv_heads) + e->n_kv_heads), 0, false, json);
   }
   op_must(d->ops->end_step(d->b, &err), &err);
@@ -283,7 +288,7 @@ void op_perf(const struct op_device *d, const struct op_ceiling *ceiling, const 
     case OP_KV_WRITE:
     case OP_ATTENTION:
       for (size_t i = 0; i < n_op_patterns; i++) {
-        if (!(op_patterns[i].use & OP_PERF)) continue;
+        if (!(op_patterns[i].use & (d->ops->wait ? OP_PERF | OP_PERF_GPU : OP_PERF))) continue;
         perf_kv(d, ceiling, e, (enum qtr_kv_format)format, &op_patterns[i], name, json, rng);
       }
       break;

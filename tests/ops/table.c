@@ -86,6 +86,9 @@ const struct op_entry op_table[] = {
     LINEAR("llama-8b.qkv", BOTH, INTS, 4096, STORE, 8, 4096, 1024, 1024),
     LINEAR("llama-8b.gate_up", OP_PERF, INTS, 4096, SILU, 8, 14336, 14336),
     LINEAR("llama-8b.down", BOTH, W4, 14336, ADD, 8, 4096),
+    LINEAR("llama-8b.o", OP_PERF_GPU, INTS, 4096, ADD, 8, 4096),
+    LINEAR("llama-8b.down", OP_PERF_GPU, BIT(QTR_LINEAR_W8A8), 14336, ADD, 8, 4096),
+    LINEAR("llama-8b.logits", OP_PERF_GPU, BIT(QTR_LINEAR_W8A8) | BIT(QTR_LINEAR_F16), 4096, LOGITS, 8, 128256),
 
     HEADS(OP_KV_WRITE, "tiny-3/1x8", OP_CHECK, 3, 1, 8),
     HEADS(OP_KV_WRITE, "tiny-2/2x32", OP_CHECK, 2, 2, 32),
@@ -115,7 +118,8 @@ const size_t n_op_table = sizeof op_table / sizeof op_table[0];
 
 const size_t op_check_tokens[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 100, 128, 130};
 const size_t n_op_check_tokens = sizeof op_check_tokens / sizeof op_check_tokens[0];
-const size_t op_perf_tokens[] = {1, 2, 3, 4, 5, 7, 8, 16, 17, 31, 32, 33, 64, 100, 128, 512};
+const size_t op_perf_tokens[] = {1, 2, 3, 4, 5, 7, 8, 16, 17, 31, 32, 33, 64, 100, 128, 512, 256, 1024, 4096, 8192};
+const size_t n_op_perf_tokens_host = 16;
 const size_t n_op_perf_tokens = sizeof op_perf_tokens / sizeof op_perf_tokens[0];
 
 const struct op_pattern op_patterns[] = {
@@ -128,6 +132,11 @@ const struct op_pattern op_patterns[] = {
     {"decode 8 x 1024", OP_PERF, 8, 1, {{1023, 1}}},
     {"decode 32 x 192", OP_PERF, 32, 1, {{191, 1}}},
     {"decode 32 x 1024", OP_PERF, 32, 1, {{1023, 1}}},
+    {"decode 256 x 1124", OP_PERF_GPU, 256, 1, {{1123, 1}}},
+    {"decode 64 x 4096", OP_PERF_GPU, 64, 1, {{4095, 1}}},
+    {"decode 1 x 131072", OP_PERF_GPU, 1, 1, {{131071, 1}}},
+    {"prefill 8 x 1024", OP_PERF_GPU, 8, 1, {{0, 1024}}},
+    {"prefill 2 x 8192", OP_PERF_GPU, 2, 1, {{0, 8192}}},
     {"prefill 512", OP_PERF, 1, 1, {{0, 512}}},
     {"prefill 512 after 3584", OP_PERF, 1, 1, {{3584, 512}}},
     {"prefill 224 + decode 1024", OP_PERF, 1, 2, {{0, 224}, {1023, 1}}},

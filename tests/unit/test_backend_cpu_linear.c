@@ -30,7 +30,8 @@ static int setup(void **state) {
   struct qtr_error err;
   if (qtr_backend_open("reference", NULL, &reference, &err) != QTR_OK) return -1;
   for (int i = 0; i < N_ISAS; i++) {
-    enum qtr_status status = qtr_backend_open("cpu", &(struct qtr_backend_options){.threads = 1, .isa = isas[i]}, &cpu[i], &err);
+    enum qtr_status status =
+        qtr_backend_open("cpu", &(struct qtr_backend_options){.threads = 1, .isa = isas[i]}, &cpu[i], &err);
     if (status == QTR_ERR_UNSUPPORTED) print_message("%s\n", err.message);
     if (status != QTR_OK && status != QTR_ERR_UNSUPPORTED) return -1;
   }

@@ -190,7 +190,8 @@ struct qtr_stats {
   int32_t n_pages_total, n_pages_used, n_pages_cached; /* used: referenced; cached: unreferenced but reusable */
   int32_t page_tokens;
   size_t weight_bytes, kv_pool_bytes, kv_bytes_per_token;
-  double step_seconds, model_seconds; /* summed over all steps */
+  double step_seconds, model_seconds;              /* summed over all steps */
+  double device_busy_seconds, device_idle_seconds; /* of a GPU: working on steps, waiting between them; 0 on CPUs */
 };
 
 QTR_API void qtr_engine_stats(struct qtr_engine *engine, struct qtr_stats *stats);

@@ -300,6 +300,9 @@ struct qtr_backend_ops {
   void (*stamp)(struct qtr_backend *b);
   size_t (*stamps_read)(struct qtr_backend *b, double *seconds, size_t n);
   void (*wait)(struct qtr_backend *b);
+  /* Optional: seconds, since the backend was opened, that the device worked on steps, and that it waited between one step
+   * and the next. */
+  void (*busy_read)(struct qtr_backend *b, double *busy, double *idle);
   /* Optional: bytes a second that a large copy inside the device's memory moves, read and written, measured now. NULL where
    * the host's memory is the device's. 0: no room to measure. */
   double (*copy_speed)(struct qtr_backend *b);

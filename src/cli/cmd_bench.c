@@ -221,7 +221,8 @@ static struct qtr_bench_round median_round(const struct qtr_bench_round *round, 
 }
 
 static json_t *round_json(const struct qtr_bench_round *r) {
-  return json_pack("{s:o, s:o, s:o, s:o}", "throughput_tok_s", qtr_json_number(r->throughput_tok_s, 6), "prefill_s",
+  return json_pack("{s:o, s:o, s:o, s:o, s:o}", "device_idle_share", qtr_json_number(r->device_idle_share, 4),
+                   "throughput_tok_s", qtr_json_number(r->throughput_tok_s, 6), "prefill_s",
                    qtr_json_number(r->prefill_s, 6), "decode_ms_per_step", qtr_json_number(r->decode_ms_per_step, 6),
                    "decode_tok_s", qtr_json_number(r->decode_tok_s, 6));
 }
@@ -246,6 +247,8 @@ static bool print_result(const struct flags *flags, struct qtr_engine *engine, c
     printf("  throughput %10.1f tokens/s\n  prefill    %10.3f s (%.1f tokens/s)\n", r.throughput_tok_s, r.prefill_s,
            (double)flags->batch * flags->prompt_len / r.prefill_s);
     if (r.n_decode_steps) printf("  decode     %10.2f ms a step (%.1f tokens/s)\n", r.decode_ms_per_step, r.decode_tok_s);
+    if (r.device_idle_share >= 0)
+      printf("  the GPU waits %5.2f %% of the time between decode steps\n", 100 * r.device_idle_share);
     printf("  weights %s, KV %zu bytes a token, peak resident %s\n", qtr_show_bytes(stats.weight_bytes, weights),
            stats.kv_bytes_per_token, qtr_show_bytes(peak, rss));
     if (r.n_preemptions)

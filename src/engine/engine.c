@@ -250,6 +250,8 @@ void qtr_engine_stats(struct qtr_engine *e, struct qtr_stats *stats) {
   stats->n_waiting = e->n_waiting;
   qtr_kv_pool_counts(e->pool, &stats->n_pages_total, &stats->n_pages_used, &stats->n_pages_cached);
   pthread_mutex_unlock(&e->mutex);
+  struct qtr_backend *b = e->model->backend;
+  if (b->ops->busy_read) b->ops->busy_read(b, &stats->device_busy_seconds, &stats->device_idle_seconds);
   stats->page_tokens = QTR_PAGE_TOKENS;
   stats->weight_bytes = e->model->weight_bytes;
   stats->kv_pool_bytes = e->kv_page_bytes * (size_t)e->n_pages;

@@ -44,7 +44,7 @@ static enum qtr_status add_prompts(struct qtr_engine *engine, const struct qtr_b
 
 enum qtr_status qtr_bench_round_run(struct qtr_engine *engine, const struct qtr_bench_options *options,
                                     struct qtr_bench_round *round, struct qtr_error *err) {
-  struct qtr_stats before, after;
+  struct qtr_stats before, after, step_before, step_after;
   struct qtr_event event;
   enum qtr_status status = add_prompts(engine, options, err);
   if (status) return status;
@@ -52,7 +52,7 @@ enum qtr_status qtr_bench_round_run(struct qtr_engine *engine, const struct qtr_
   size_t total = (size_t)options->batch * (size_t)options->gen_len, n_tokens = 0;
   int32_t n_started = 0, n_ended = 0;
   bool has_work = true, failed = false;
-  double t_start = qtr_now(), t_prefill = 0, decode_s = 0;
+  double t_start = qtr_now(), t_prefill = 0, decode_s = 0, busy = 0, idle = 0;
   size_t n_decoded = 0;
   struct qtr_progress progress;
   *round = (struct qtr_bench_round){0};
@@ -60,6 +60,7 @@ enum qtr_status qtr_bench_round_run(struct qtr_engine *engine, const struct qtr_
   while (has_work && !status) {
     bool whole = n_started == options->batch && n_ended == 0;
     size_t n_before = n_tokens;
+    qtr_engine_stats(engine, &step_before);
     double t = qtr_now();
     status = qtr_engine_step(engine, &has_work, err);
     double t_after = qtr_now();
@@ -72,6 +73,9 @@ enum qtr_status qtr_bench_round_run(struct qtr_engine *engine, const struct qtr_
     if (n_started == options->batch && t_prefill == 0) t_prefill = t_after;
     if (whole && n_tokens - n_before == (size_t)options->batch) { /* not after a preemption */
       decode_s += t_after - t;
+      qtr_engine_stats(engine, &step_after);
+      busy += step_after.device_busy_seconds - step_before.device_busy_seconds;
+      idle += step_after.device_idle_seconds - step_before.device_idle_seconds;
       n_decoded += n_tokens - n_before;
       round->n_decode_steps++;
     }
@@ -88,6 +92,7 @@ enum qtr_status qtr_bench_round_run(struct qtr_engine *engine, const struct qtr_
   round->prefill_s = t_prefill - t_start;
   round->decode_ms_per_step = round->n_decode_steps ? decode_s * 1e3 / (double)round->n_decode_steps : (double)NAN;
   round->decode_tok_s = round->n_decode_steps ? (double)n_decoded / decode_s : (double)NAN;
+  round->device_idle_share = busy > 0 ? idle / (busy + idle) : (double)NAN;
   round->n_preemptions = after.n_preemptions - before.n_preemptions;
   return QTR_OK;
 }

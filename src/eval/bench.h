@@ -17,6 +17,7 @@ struct qtr_bench_round {
   double prefill_s;          /* until every sequence has its first token */
   double decode_ms_per_step; /* of the steps in which all B sequences decode and nothing else; NAN where there were none */
   double decode_tok_s;       /* of those steps */
+  double device_idle_share;  /* of a GPU's time over those steps, waiting for the next; NAN on CPUs */
   uint64_t n_decode_steps, n_preemptions;
 };
 

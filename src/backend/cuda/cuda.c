@@ -97,6 +97,23 @@ static enum qtr_status choose_path(struct qtr_cuda *c, const struct cudaDevicePr
   return QTR_OK;
 }
 
+/* "580.159.04" of the kernel's driver; "?" where it does not tell. */
+static void driver_read(char *out, size_t n) {
+  char line[256] = "";
+  FILE *f = fopen("/proc/driver/nvidia/version", "r");
+  (void)snprintf(out, n, "?");
+  if (!f) return;
+  if (fgets(line, sizeof line, f)) {
+    for (char *word = strtok(line, " \t\n"); word; word = strtok(NULL, " \t\n")) {
+      if (word[0] >= '0' && word[0] <= '9' && strchr(word, '.')) {
+        (void)snprintf(out, n, "%.20s", word);
+        break;
+      }
+    }
+  }
+  (void)fclose(f);
+}
+
 static enum qtr_status cuda_open(const struct qtr_backend_options *o, struct qtr_backend **backend, struct qtr_error *err) {
   *backend = NULL;
   int n_devices = 0, driver = 0;
@@ -122,8 +139,11 @@ static enum qtr_status cuda_open(const struct qtr_backend_options *o, struct qtr
     c->n_sms = p.multiProcessorCount;
     c->memory_total = p.totalGlobalMem;
     (void)cudaDriverGetVersion(&driver);
-    (void)snprintf(c->description, sizeof c->description, "%.60s, sm_%d%d%s, CUDA %d.%d", p.name, p.major, p.minor,
-                   c->path == QTR_CUDA_SM80 && p.major == 9 ? " with sm_80 kernels" : "", driver / 1000, driver % 1000 / 10);
+    char version[24];
+    driver_read(version, sizeof version);
+    (void)snprintf(c->description, sizeof c->description, "%.48s, sm_%d%d%s, driver %s, CUDA %d.%d", p.name, p.major,
+                   p.minor, c->path == QTR_CUDA_SM80 && p.major == 9 ? " with sm_80 kernels" : "", version, driver / 1000,
+                   driver % 1000 / 10);
   }
   if (!status && qtr_cuda_ok(c, cudaSetDevice(c->device), "choosing the GPU")) {
     (void)qtr_cuda_ok(c, cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking), "making a stream");
@@ -264,6 +284,7 @@ const struct qtr_backend_ops qtr_backend_cuda = {
     .stamp = qtr_cuda_stamp,
     .stamps_read = qtr_cuda_stamps_read,
     .wait = qtr_cuda_wait,
+    .busy_read = qtr_cuda_busy_read,
     .copy_speed = cuda_copy_speed,
     .input_read = qtr_cuda_input_read,
     .kv_read = qtr_cuda_kv_read,

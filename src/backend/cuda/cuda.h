@@ -92,6 +92,7 @@ void qtr_cuda_choose(struct qtr_backend *b, const struct qtr_choose_args *args);
 void qtr_cuda_stamp(struct qtr_backend *b);
 size_t qtr_cuda_stamps_read(struct qtr_backend *b, double *seconds, size_t n);
 void qtr_cuda_wait(struct qtr_backend *b);
+void qtr_cuda_busy_read(struct qtr_backend *b, double *busy, double *idle);
 /* Graphs hold addresses of what is freed. */
 void qtr_cuda_forget_graphs(struct qtr_cuda *c);
 

@@ -93,6 +93,9 @@ struct qtr_cuda_step {
 
   struct graph graph[MAX_GRAPHS];
   size_t n_graphs;
+  cudaEvent_t begun, ended[2]; /* of the device's work on this step; ended of the last two in turn */
+  uint64_t n_timed;            /* steps */
+  double busy, idle;           /* seconds */
   cudaEvent_t stamp[MAX_STAMPS];
   size_t n_stamps, n_events;
 };
@@ -104,7 +107,9 @@ enum qtr_status qtr_cuda_step_create(struct qtr_cuda *c, struct qtr_error *err) 
   c->step = s;
   if (s) s->op = calloc(MAX_OPS, sizeof *s->op);
   if (!s || !s->op) return qtr_fail_memory(err, "the record of a step", MAX_OPS * sizeof *s->op);
-  return QTR_OK;
+  (void)qtr_cuda_ok(c, cudaEventCreate(&s->begun), "making an event");
+  for (int i = 0; i < 2; i++) (void)qtr_cuda_ok(c, cudaEventCreate(&s->ended[i]), "making an event");
+  return qtr_cuda_status(c, err);
 }
 
 static void graph_drop(struct graph *g) {
@@ -125,6 +130,10 @@ void qtr_cuda_step_free(struct qtr_cuda *c) {
   if (!s) return;
   qtr_cuda_forget_graphs(c);
   for (size_t i = 0; i < s->n_events; i++) (void)cudaEventDestroy(s->stamp[i]);
+  if (s->begun) (void)cudaEventDestroy(s->begun);
+  for (int i = 0; i < 2; i++) {
+    if (s->ended[i]) (void)cudaEventDestroy(s->ended[i]);
+  }
   if (s->host) (void)cudaFreeHost(s->host);
   if (s->result_host) (void)cudaFreeHost(s->result_host);
   void *const memory[] = {s->device, s->cos, s->sin, s->scratch, s->result, s->choose_scratch};
@@ -526,18 +535,35 @@ enum qtr_status qtr_cuda_begin_step(struct qtr_backend *b, const struct qtr_batc
   return qtr_cuda_status(c, err);
 }
 
+/* After a step: how long the device worked on it, and how long it had waited for it. */
+static void clock_read(struct qtr_cuda_step *s) {
+  size_t now = s->n_timed++ % 2;
+  float busy = 0, idle = 0;
+  if (cudaEventElapsedTime(&busy, s->begun, s->ended[now]) == cudaSuccess) s->busy += (double)busy * 1e-3;
+  if (s->n_timed < 2) return;
+  if (cudaEventElapsedTime(&idle, s->ended[1 - now], s->begun) == cudaSuccess) s->idle += (double)idle * 1e-3;
+}
+
+void qtr_cuda_busy_read(struct qtr_backend *b, double *busy, double *idle) {
+  const struct qtr_cuda_step *s = ((struct qtr_cuda *)b)->step;
+  *busy = s->busy;
+  *idle = s->idle;
+}
+
 enum qtr_status qtr_cuda_end_step(struct qtr_backend *b, struct qtr_error *err) {
   struct qtr_cuda *c = (struct qtr_cuda *)b;
   struct qtr_cuda_step *s = c->step;
   bool decode = s->shape.n_tokens == s->shape.n_seqs && s->shape.n_rows == s->shape.n_seqs;
+  (void)qtr_cuda_ok(c, cudaEventRecord(s->begun, c->stream), "a time stamp");
   if (s->single && decode && s->n_op > 0 && c->error == cudaSuccess) {
     if (batch_upload(c)) run_graph(c);
     s->n_op = 0;
   } else {
     qtr_cuda_flush(c);
   }
-  (void)qtr_cuda_ok(c, cudaStreamSynchronize(c->stream), "a step");
   s->open = false;
+  (void)qtr_cuda_ok(c, cudaEventRecord(s->ended[s->n_timed % 2], c->stream), "a time stamp");
+  if (qtr_cuda_ok(c, cudaStreamSynchronize(c->stream), "a step") && c->error == cudaSuccess) clock_read(s);
   if (s->has_choose && c->error == cudaSuccess) {
     memcpy(s->choose.result, s->result_host, (size_t)s->choose.n_rows * sizeof *s->choose.result);
   }

@@ -83,38 +83,32 @@ static enum qtr_status part_upload(struct qtr_cuda *c, const struct qtr_linear_s
   return qtr_cuda_status(c, err);
 }
 
-/* Does a code of some part leave int8 (spec B.3 read modulo 256)? Then the matrix is kept as int8. */
-static enum qtr_status groups_check(struct qtr_cuda *c, const struct qtr_linear_source *s, bool *wild,
-                                    struct qtr_error *err) {
-  *wild = false;
-  for (size_t i = 0; i < s->n_parts && !*wild; i++) {
-    struct qtr_cuda_part part;
-    struct layout l;
-    enum qtr_status status = part_upload(c, s, i, 0, &part, &l, err);
-    if (status) return status;
-    int32_t *n_bad = (int32_t *)(void *)((char *)c->staging + l.n_bad), found = 0;
-    if (qtr_cuda_ok(c, cudaMemsetAsync(n_bad, 0, sizeof found, c->stream), "checking groups") &&
-        qtr_cuda_ok(c, qtr_cuda_g128_count_bad(&part, s->n_in, n_bad, c->stream), "checking groups") &&
-        qtr_cuda_ok(c, cudaMemcpyAsync(&found, n_bad, sizeof found, cudaMemcpyDeviceToHost, c->stream), "checking groups")) {
-      (void)qtr_cuda_ok(c, cudaStreamSynchronize(c->stream), "checking groups");
-    }
-    if ((status = qtr_cuda_status(c, err))) return status;
-    *wild = found > 0;
+/* Counts the groups of a staged part with a code that leaves int8 (gemm.h). */
+static enum qtr_status groups_count_bad(struct qtr_cuda *c, const struct qtr_cuda_part *part, size_t n_in, int32_t *n_bad,
+                                        int32_t *found, struct qtr_error *err) {
+  *found = 0;
+  if (qtr_cuda_ok(c, cudaMemsetAsync(n_bad, 0, sizeof *found, c->stream), "checking groups") &&
+      qtr_cuda_ok(c, qtr_cuda_g128_count_bad(part, n_in, n_bad, c->stream), "checking groups") &&
+      qtr_cuda_ok(c, cudaMemcpyAsync(found, n_bad, sizeof *found, cudaMemcpyDeviceToHost, c->stream), "checking groups")) {
+    (void)qtr_cuda_ok(c, cudaStreamSynchronize(c->stream), "checking groups");
   }
-  return QTR_OK;
+  return qtr_cuda_status(c, err);
 }
 
-static enum qtr_status create_integer(struct qtr_cuda *c, const struct qtr_linear_source *s, struct qtr_linear *l,
-                                      struct qtr_error *err) {
+static void matrix_free(struct qtr_cuda_matrix *m) {
+  void *const memory[] = {m->code, m->group, m->scale, m->szero, m->bias};
+  for (size_t i = 0; i < sizeof memory / sizeof memory[0]; i++) qtr_cuda_release(memory[i]);
+  *m = (struct qtr_cuda_matrix){0};
+}
+
+/* Memory for the repacked matrix of n_out rows, cleared. */
+static enum qtr_status matrix_make(struct qtr_cuda *c, const struct qtr_linear_source *s, enum qtr_linear_format format,
+                                   struct qtr_linear *l, struct qtr_error *err) {
   struct qtr_cuda_matrix *m = &l->matrix;
-  bool wild = false, bias = false;
-  enum qtr_status status = QTR_OK;
-  if (s->format == QTR_LINEAR_W4A8_G128 && (status = groups_check(c, s, &wild, err))) return status;
-  *m = (struct qtr_cuda_matrix){.path = c->path,
-                                .format = wild ? QTR_LINEAR_W8A8 : s->format,
-                                .gate_up = s->gate_up,
-                                .n_out = l->n_out,
-                                .n_in = l->n_in};
+  bool bias = false;
+  enum qtr_status status;
+  *m =
+      (struct qtr_cuda_matrix){.path = c->path, .format = format, .gate_up = s->gate_up, .n_out = l->n_out, .n_in = l->n_in};
   for (size_t i = 0; i < s->n_parts; i++) bias = bias || s->part[i].bias;
   size_t code = qtr_cuda_matrix_code_bytes(m->path, m->format, m->n_out, m->n_in);
   size_t group = qtr_cuda_matrix_group_bytes(m->path, m->format, m->n_out, m->n_in);
@@ -129,29 +123,52 @@ static enum qtr_status create_integer(struct qtr_cuda *c, const struct qtr_linea
   } need[] = {{&m->code, code},
               {&m->group, group},
               {(void **)&m->scale, floats},
-              {(void **)&m->szero, s->format == QTR_LINEAR_W4A8 ? floats : 0},
+              {(void **)&m->szero, format == QTR_LINEAR_W4A8 ? floats : 0},
               {(void **)&m->bias, bias ? floats : 0}};
+  l->n_bytes = 0;
   for (size_t i = 0; i < sizeof need / sizeof need[0]; i++) {
     if (need[i].n_bytes == 0) continue;
     if ((status = qtr_cuda_malloc(c, need[i].n_bytes, "the weights of the model", need[i].at, err))) return status;
     l->n_bytes += need[i].n_bytes;
   }
   (void)qtr_cuda_ok(c, qtr_cuda_matrix_clear(m, c->stream), "clearing a matrix");
+  return qtr_cuda_status(c, err);
+}
+
+/* Uploads and repacks part by part. A group of a part with a code that leaves int8 (spec B.3 reads it modulo 256) is nothing
+ * the g128 kernels can do: then the whole matrix is made again as int8. */
+static enum qtr_status create_integer(struct qtr_cuda *c, const struct qtr_linear_source *s, struct qtr_linear *l,
+                                      struct qtr_error *err) {
+  bool grouped = s->format == QTR_LINEAR_W4A8_G128, wild = false;
+  enum qtr_status status = matrix_make(c, s, s->format, l, err);
   size_t row = 0;
-  for (size_t i = 0; i < s->n_parts; row += s->part[i++].n_out) {
+  for (size_t i = 0; i < s->n_parts && !status;) {
     struct qtr_cuda_part part;
     struct layout at;
-    if ((status = part_upload(c, s, i, row, &part, &at, err))) return status;
+    if ((status = part_upload(c, s, i, row, &part, &at, err))) break;
+    if (grouped && !wild) {
+      int32_t n_bad;
+      status = groups_count_bad(c, &part, s->n_in, (int32_t *)(void *)((char *)c->staging + at.n_bad), &n_bad, err);
+      if (!status && n_bad > 0) {
+        wild = true;
+        matrix_free(&l->matrix);
+        status = matrix_make(c, s, QTR_LINEAR_W8A8, l, err);
+        i = row = 0;
+        continue;
+      }
+    }
     if (wild) {
       int8_t *expanded = (int8_t *)c->staging + at.expanded;
       (void)qtr_cuda_ok(c, qtr_cuda_g128_expand(&part, s->n_in, expanded, c->stream), "expanding groups");
       part.weight = expanded;
       part.s2_scale = part.s2_zero = NULL;
     }
-    (void)qtr_cuda_ok(c, qtr_cuda_matrix_repack(m, &part, c->stream), "repacking a matrix");
+    (void)qtr_cuda_ok(c, qtr_cuda_matrix_repack(&l->matrix, &part, c->stream), "repacking a matrix");
     (void)qtr_cuda_ok(c, cudaStreamSynchronize(c->stream), "repacking a matrix");
+    if (!status) status = qtr_cuda_status(c, err);
+    row += s->part[i++].n_out;
   }
-  return qtr_cuda_status(c, err);
+  return status;
 }
 
 /* fp16, or F32 kept. bf16 values below 2^-14 lose bits that no fp16 product sees; values beyond fp16 are refused. */
@@ -229,9 +246,9 @@ void qtr_cuda_linear_free(struct qtr_backend *b, struct qtr_linear *l) {
   if (!l) return;
   qtr_cuda_wait(b);
   qtr_cuda_forget_graphs((struct qtr_cuda *)b);
-  struct qtr_cuda_matrix *m = &l->matrix;
-  void *const memory[] = {m->code, m->group, m->scale, m->szero, m->bias, l->weight, l->bias};
-  for (size_t i = 0; i < sizeof memory / sizeof memory[0]; i++) qtr_cuda_release(memory[i]);
+  matrix_free(&l->matrix);
+  qtr_cuda_release(l->weight);
+  qtr_cuda_release(l->bias);
   free(l);
 }
 

@@ -1,0 +1,85 @@
+/* gemm_internal.h - what the files gemm*.cu share: the repacked layout, the work of one launch, the epilogue's arithmetic.
+ *
+ * Layout of a repacked matrix (both paths; the A fragments of wgmma m64k32 and of mma.m16n8k32 put the same weights in the
+ * same lane). Rows are padded to 128, columns to 128; block (m, k) of 128 x 128 weights is contiguous, k fastest:
+ *   W8A8       [2 halves of 64 rows][4 steps of k32][128 threads][16 bytes]                  16,384 bytes
+ *   W4A8       [2 halves of 64 rows][2 pairs of k32 steps][128 threads][16 bytes]             8,192 bytes
+ *   W4A8_G128  the same, then [2 halves][32 pairs of rows]{s2, zs of row r; s2, zs of row r+8}  8,448 bytes
+ * Thread t of a half, warp w = t / 32, g = t % 32 / 4, c = t % 4, holds rows r = 16w + g and r + 8. Four bytes of W8A8 are
+ * columns 32 step + 4c ... + 3 of row r, of row r + 8, then columns 16 further of both. A word of W4 is row r (even words)
+ * or r + 8 (odd words), low nibbles columns 32 step + 4c ... + 3, high nibbles 16 further; words 0, 1: even step; 2, 3: odd
+ * step. gate_up: kernel rows 16b + j and 16b + 8 + j (j < 8) are rows 8b + j of gate and of up: they meet in one thread. */
+#ifndef QTR_BACKEND_CUDA_GEMM_INTERNAL_H
+#define QTR_BACKEND_CUDA_GEMM_INTERNAL_H
+
+#include <cuda_fp16.h>
+
+#include "backend/cuda/gemm.h"
+#include "backend/cuda/gemm_dequant.h"
+
+#define QTR_TILE_M 128 /* weight rows of a block */
+#define QTR_TILE_K 128 /* columns of a block, bytes of an activation row in a stage */
+
+static inline size_t qtr_gemm_block_bytes(enum qtr_linear_format format) {
+  return format == QTR_LINEAR_W8A8 ? 16384 : format == QTR_LINEAR_W4A8 ? 8192 : 8448;
+}
+
+/* Most blocks of a launch that share tiles by partial sums, and the widest such tile: bounds the workspace. */
+#define QTR_MAX_SPLIT_CTAS 160
+#define QTR_MAX_SPLIT_N 256
+
+/* The work of one launch. Tiles are QTR_TILE_M * cluster rows by N tokens; the first n_whole of them go round robin to the
+ * clusters, the units (tile, k step) of the rest are cut evenly: a tile that is cut is summed in `partial`. */
+struct qtr_gemm_work {
+  const uint8_t *code;
+  const float *scale, *szero, *bias; /* kernel's row order, padded; szero, bias may be NULL */
+  const float *x_scale, *x_sum;      /* (n_tokens) */
+  const int8_t *x;                   /* (n_tokens, x_stride): sm_80 only, Hopper reads through the tensor map */
+  void *out;                         /* (n_tokens, n_out) */
+  int32_t *partial;                  /* (QTR_MAX_SPLIT_CTAS, 2 halves, N / 2, 128 threads), zero between launches */
+  uint32_t *counter;                 /* (QTR_MAX_SPLIT_CTAS, 2), zero between launches */
+  size_t x_stride;
+  int32_t n_tokens, n_out;           /* n_out: values of an output row (half the matrix's rows with SILU_MUL) */
+  int32_t m_tiles, n_tiles, k_steps; /* m_tiles of QTR_TILE_M rows */
+  int32_t raster;                    /* token tiles that are walked together */
+  int32_t n_whole, n_pairs;          /* tiles done whole; all tiles (of cluster * QTR_TILE_M rows) */
+  int32_t epilogue;
+  bool vector; /* rows of out are 16-byte aligned */
+};
+
+/* How a product is cut; gemm.cu chooses, the laboratory tries others. */
+struct qtr_gemm_plan {
+  int32_t n, cluster, n_ctas; /* tokens of a tile, blocks that share activations, blocks of the grid */
+  int32_t n_whole, raster;
+};
+struct qtr_gemm_plan qtr_gemm_choose(enum qtr_linear_format format, size_t n_rows, size_t n_in, size_t n_tokens, int n_sms);
+cudaError_t qtr_cuda_gemm_planned(const struct qtr_cuda_gemm_args *args, const struct qtr_gemm_plan *plan,
+                                  cudaStream_t stream);
+
+/* gemm_sm90.cu: tile of n tokens (8, 16, 32, 64, 128, 256), cluster of 1 or 2 blocks that share activations. */
+cudaError_t qtr_gemm_launch_sm90(enum qtr_linear_format format, int n, int cluster, int n_clusters,
+                                 const struct qtr_gemm_work *work, cudaStream_t stream);
+cudaError_t qtr_gemm_launch_sm80(enum qtr_linear_format format, int n_ctas, const struct qtr_gemm_work *work,
+                                 cudaStream_t stream);
+
+#ifdef __CUDACC__
+
+struct row_params { /* of one weight row */
+  float scale, szero, bias;
+};
+
+/* B.2: acc * s_w * s_x - szero * sum_x + bias; B.3, B.4: acc * (s_w * s_x) + bias. One order of operations everywhere, so
+ * that a token's result has the same bits in every kernel. */
+template <bool ZERO>
+static __device__ __forceinline__ float gemm_value(int32_t acc, const struct row_params &r, float x_scale, float x_sum) {
+  float a = __int2float_rn(acc);
+  if (ZERO) return __fmaf_rn(-r.szero, x_sum, __fmaf_rn(__fmul_rn(a, r.scale), x_scale, r.bias));
+  return __fmaf_rn(a, __fmul_rn(r.scale, x_scale), r.bias);
+}
+
+static __device__ __forceinline__ float gemm_silu_mul(float gate, float up) { /* B.9 */
+  return __fdividef(gate, 1.0f + __expf(-gate)) * up;
+}
+
+#endif
+#endif

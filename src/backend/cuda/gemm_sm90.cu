@@ -1,0 +1,567 @@
+/* gemm_sm90.cu - the Hopper kernel of the integer matrices (spec B.2 - B.4): TMA, mbarriers, wgmma with the weights as the
+ * A operand in registers, Y^T = W X^T.
+ *
+ * A block has one producer warp and two consumer warpgroups of 64 weight rows each. A stage of the pipeline holds 128
+ * columns: N rows of activations (TMA, 128-byte swizzle) and one block of repacked weights (bulk copy). A consumer loads its
+ * codes from shared memory, makes int8 fragments of the next stage while the tensor cores work on this one (two sets of
+ * fragments in rotation), and nothing dequantised returns to memory. With a cluster of two, both blocks work on the same
+ * tokens: each loads half of the activations and multicasts it. Persistent grid: whole tiles first, then tiles cut over
+ * blocks (gemm_internal.h): int32 partial sums are added in L2, in any order, and whoever comes last does the epilogue. The
+ * epilogue turns the transposed tile round by stmatrix through shared memory, so that global rows are 16-byte writes. */
+#include <cuda.h>
+#include <string.h>
+
+#include "backend/cuda/gemm_internal.h"
+#include "backend/cuda/gemm_wgmma.h"
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
+#define HAVE_SM90A 1
+#endif
+
+#define CONSUMERS 2
+#define THREADS (128 * (1 + CONSUMERS))
+#define SHARED_MAX 232448
+#define CHUNK_PITCH 144 /* bytes of a token in the epilogue's buffer: 64 rows of fp16, and 16 against bank conflicts */
+
+/* ---- PTX ----------------------------------------------------------------------------------------- */
+
+static __device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+static __device__ __forceinline__ void barrier_init(uint32_t bar, uint32_t count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
+static __device__ __forceinline__ void barrier_expect(uint32_t bar, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+static __device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra "
+      "again;\ndone:\n}\n" ::"r"(bar),
+      "r"(parity)
+      : "memory");
+}
+static __device__ __forceinline__ void barrier_arrive(uint32_t bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+/* On the barrier at the same address of block `rank` of the cluster. */
+static __device__ __forceinline__ void barrier_arrive_at(uint32_t bar, uint32_t rank) {
+  asm volatile(
+      "{\n.reg .b32 a;\nmapa.shared::cluster.u32 a, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [a];\n}\n" ::"r"(bar),
+      "r"(rank)
+      : "memory");
+}
+static __device__ __forceinline__ void cluster_sync(void) {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+static __device__ __forceinline__ uint32_t cluster_rank(void) {
+  uint32_t r;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  return r;
+}
+static __device__ __forceinline__ void group_sync(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
+
+static __device__ __forceinline__ void load_bulk(uint32_t to, const void *from, uint32_t bytes, uint32_t bar) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(bar)
+               : "memory");
+}
+template <int CLUSTER>
+static __device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap *map, int32_t k, int32_t token,
+                                                 uint32_t bar) {
+  if (CLUSTER == 1) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+            to),
+        "l"(map), "r"(k), "r"(token), "r"(bar)
+        : "memory");
+  } else {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
+        "{%2, %3}], "
+        "[%4], %5;" ::"r"(to),
+        "l"(map), "r"(k), "r"(token), "r"(bar), "h"((uint16_t)((1 << CLUSTER) - 1))
+        : "memory");
+  }
+}
+
+static __device__ __forceinline__ uint4 shared_load16(uint32_t at) {
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
+  return v;
+}
+static __device__ __forceinline__ uint32_t shared_load4(uint32_t at) {
+  uint32_t v;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(at));
+  return v;
+}
+static __device__ __forceinline__ float2 shared_load_float2(uint32_t at) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(at));
+  return v;
+}
+static __device__ __forceinline__ void shared_store_float(uint32_t at, float v) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(v) : "memory");
+}
+static __device__ __forceinline__ void shared_store16(uint32_t at, uint4 v) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+/* Two 8 x 8 matrices of 16 bits, transposed; lanes 0...15 give the addresses of rows. */
+static __device__ __forceinline__ void matrix_store2(uint32_t at, uint32_t a, uint32_t b) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(at), "r"(a), "r"(b) : "memory");
+}
+static __device__ __forceinline__ void matrix_store1(uint32_t at, uint32_t a) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(at), "r"(a) : "memory");
+}
+static __device__ __forceinline__ void matrix_load2(uint32_t at, uint32_t *a, uint32_t *b) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(*a), "=r"(*b) : "r"(at) : "memory");
+}
+static __device__ __forceinline__ uint32_t pack_half(float low, float high) {
+  __half2 h = __floats2half2_rn(low, high);
+  return *(uint32_t *)&h;
+}
+
+/* ---- shapes -------------------------------------------------------------------------------------- */
+
+template <int FORMAT, int N>
+struct shape {
+  static constexpr int W_BYTES = FORMAT == QTR_LINEAR_W8A8 ? 16384 : FORMAT == QTR_LINEAR_W4A8 ? 8192 : 8448;
+  static constexpr int X_BYTES = N * QTR_TILE_K;
+  static constexpr int CHUNK = N < 64 ? N : 64; /* tokens of the epilogue's buffer, one for each consumer */
+  static constexpr int FIXED = CONSUMERS * (CHUNK * CHUNK_PITCH + 2 * N * 4) + 512;
+  static constexpr int FIT = (SHARED_MAX - FIXED) / (X_BYTES + W_BYTES);
+  static constexpr int STAGES = FIT < 16 ? FIT : 16;
+  static constexpr int W_AT = STAGES * X_BYTES, CHUNK_AT = W_AT + STAGES * W_BYTES;
+  static constexpr int TOKEN_AT = CHUNK_AT + CONSUMERS * CHUNK * CHUNK_PITCH; /* [consumer][scale, sum][N] */
+  static constexpr int BAR_AT = TOKEN_AT + CONSUMERS * 2 * N * 4;             /* full[STAGES], empty[STAGES], flags */
+  static constexpr int SHARED = BAR_AT + 16 * STAGES + 16;
+  static_assert(STAGES >= 3 && SHARED <= SHARED_MAX, "a stage is too large");
+};
+
+/* ---- the walk over the work ---------------------------------------------------------------------- */
+
+struct walk {
+  int32_t tile, step;    /* next whole tile */
+  uint32_t unit, n_unit; /* next and past the last unit of the cut tiles */
+};
+struct item {
+  int32_t tile, k0, k1;
+};
+
+/* Cluster i of n takes units [i * total / n, (i + 1) * total / n). */
+static __device__ __forceinline__ struct walk walk_begin(const struct qtr_gemm_work &p, uint32_t cluster, uint32_t n) {
+  uint32_t total = (uint32_t)(p.n_pairs - p.n_whole) * (uint32_t)p.k_steps;
+  return {(int32_t)cluster, (int32_t)n, cluster * total / n, (cluster + 1) * total / n};
+}
+static __device__ __forceinline__ bool walk_next(const struct qtr_gemm_work &p, struct walk *w, struct item *it) {
+  if (w->tile < p.n_whole) {
+    *it = {w->tile, 0, p.k_steps};
+    w->tile += w->step;
+    return true;
+  }
+  if (w->unit >= w->n_unit) return false;
+  uint32_t steps = (uint32_t)p.k_steps, t = w->unit / steps, k0 = w->unit - t * steps;
+  uint32_t k1 = min(steps, k0 + (w->n_unit - w->unit));
+  *it = {p.n_whole + (int32_t)t, (int32_t)k0, (int32_t)k1};
+  w->unit += k1 - k0;
+  return true;
+}
+/* The cluster that has the first unit of a cut tile: it alone owns this place in `partial`. */
+static __device__ __forceinline__ uint32_t tile_owner(const struct qtr_gemm_work &p, int32_t tile, uint32_t n) {
+  uint32_t total = (uint32_t)(p.n_pairs - p.n_whole) * (uint32_t)p.k_steps;
+  return (((uint32_t)(tile - p.n_whole) * (uint32_t)p.k_steps + 1) * n - 1) / total;
+}
+/* Bands of p.raster token tiles; within a band rows outermost. */
+static __device__ __forceinline__ void tile_place(const struct qtr_gemm_work &p, int32_t tile, int32_t m_groups, int32_t *m,
+                                                  int32_t *n) {
+  int32_t band = tile / (p.raster * m_groups), first = band * p.raster, wide = min(p.raster, p.n_tiles - first);
+  int32_t rest = tile - band * p.raster * m_groups;
+  *m = rest / wide;
+  *n = first + rest % wide;
+}
+
+/* ---- consumer ------------------------------------------------------------------------------------ */
+
+/* Codes of one stage -> fragments of its four k32 steps. w: this half's codes in shared memory; group: its constants. */
+template <int FORMAT>
+static __device__ __forceinline__ void load_fragments(uint32_t w, uint32_t group, uint32_t (&a)[16]) {
+  uint32_t at = w + threadIdx.x % 128 * 16;
+  if (FORMAT == QTR_LINEAR_W8A8) {
+#pragma unroll
+    for (int s = 0; s < 4; s++) {
+      uint4 v = shared_load16(at + s * 2048);
+      a[4 * s] = v.x, a[4 * s + 1] = v.y, a[4 * s + 2] = v.z, a[4 * s + 3] = v.w;
+    }
+    return;
+  }
+  uint4 v[2] = {shared_load16(at), shared_load16(at + 2048)};
+  uint32_t s2[2] = {0, 0}, offset[2] = {0, 0};
+  if (FORMAT == QTR_LINEAR_W4A8_G128) {
+    uint32_t c = shared_load4(group + threadIdx.x % 128 / 4 * 4);
+    s2[0] = c & 255u, s2[1] = c >> 16 & 255u;
+    offset[0] = qtr_dequant_offset(c >> 8 & 255u), offset[1] = qtr_dequant_offset(c >> 24);
+  }
+#pragma unroll
+  for (int s = 0; s < 4; s++) {
+    uint32_t word[2] = {s % 2 ? v[s / 2].z : v[s / 2].x, s % 2 ? v[s / 2].w : v[s / 2].y};
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      uint32_t low = qtr_dequant_low(word[r]), high = qtr_dequant_high(word[r]);
+      if (FORMAT == QTR_LINEAR_W4A8_G128) {
+        low = qtr_dequant_group(low, s2[r], offset[r]);
+        high = qtr_dequant_group(high, s2[r], offset[r]);
+      }
+      a[4 * s + r] = low;
+      a[4 * s + 2 + r] = high;
+    }
+  }
+}
+
+/* K-major, 128-byte swizzle: rows of 128 bytes, 1,024 bytes between groups of eight rows. */
+static __device__ __forceinline__ uint64_t tile_descriptor(uint32_t at) {
+  return (uint64_t)(at >> 4 & 0x3fff) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+
+template <int N>
+static __device__ __forceinline__ void multiply(int32_t (&acc)[N / 2], uint32_t (&a)[16], uint32_t x, int accumulate) {
+  uint64_t b = tile_descriptor(x);
+#pragma unroll
+  for (int i = 0; i < 16; i++) asm volatile("" : "+r"(a[i])::"memory"); /* made before the fence, not after it */
+  wgmma_fence();
+#pragma unroll
+  for (int s = 0; s < 4; s++) wgmma<N>::mma(acc, a + 4 * s, b + (uint64_t)(2 * s), s ? 1 : accumulate);
+  wgmma_commit();
+}
+
+/* The ring of stages as one side sees it. */
+struct ring {
+  int32_t stage;
+  uint32_t phase;
+};
+template <int STAGES>
+static __device__ __forceinline__ void ring_advance(struct ring *r) {
+  if (++r->stage == STAGES) r->stage = 0, r->phase ^= 1u;
+}
+
+template <int CLUSTER>
+static __device__ __forceinline__ void stage_release(uint32_t empty) {
+  __syncwarp();
+  uint32_t lane = threadIdx.x % 32;
+  if (CLUSTER == 1) {
+    if (lane == 0) barrier_arrive(empty);
+  } else if (lane < CLUSTER) {
+    barrier_arrive_at(empty, lane);
+  }
+}
+
+/* acc = the product over n stages of the ring. */
+template <int FORMAT, int N, int CLUSTER>
+static __device__ __forceinline__ void consume(int32_t (&acc)[N / 2], uint32_t shared, uint32_t half, int32_t n,
+                                               struct ring *r) {
+  using S = shape<FORMAT, N>;
+  constexpr int HALF = FORMAT == QTR_LINEAR_W8A8 ? 8192 : 4096;
+  uint32_t full = shared + S::BAR_AT, empty = full + 8 * S::STAGES;
+  uint32_t a0[16], a1[16];
+  int32_t before = -1, now; /* stages in flight */
+
+#define STAGE_LOAD(a)                                                        \
+  barrier_wait(full + 8 * r->stage, r->phase);                               \
+  {                                                                          \
+    uint32_t w_ = shared + S::W_AT + r->stage * S::W_BYTES;                  \
+    load_fragments<FORMAT>(w_ + half * HALF, w_ + 2 * HALF + half * 128, a); \
+  }
+#define STAGE_STEP(a, next, first)                             \
+  now = r->stage;                                              \
+  multiply<N>(acc, a, shared + now * S::X_BYTES, !(first));    \
+  ring_advance<S::STAGES>(r);                                  \
+  wgmma_wait<1>();                                             \
+  if (before >= 0) stage_release<CLUSTER>(empty + 8 * before); \
+  before = now;                                                \
+  if (--n == 0) break;                                         \
+  STAGE_LOAD(next)
+
+  STAGE_LOAD(a0)
+  for (bool first = true;; first = false) {
+    STAGE_STEP(a0, a1, first)
+    STAGE_STEP(a1, a0, false)
+  }
+#undef STAGE_STEP
+#undef STAGE_LOAD
+  wgmma_wait<0>();
+#pragma unroll
+  for (int i = 0; i < N / 2; i++) asm volatile("" : "+r"(acc[i])::"memory");
+  stage_release<CLUSTER>(empty + 8 * before);
+}
+
+/* Adds acc to the tile's sum in L2. True for the one who completes it: acc is then the whole sum, and the place zero again.
+ */
+template <int N>
+static __device__ __forceinline__ bool combine(int32_t (&acc)[N / 2], const struct qtr_gemm_work &p, uint32_t place,
+                                               uint32_t steps, uint32_t flag, int bar) {
+  uint32_t t = threadIdx.x % 128;
+  int32_t *sum = p.partial + (size_t)place * (N / 2) * 128 + t;
+#pragma unroll
+  for (int i = 0; i < N / 2; i++) atomicAdd(sum + i * 128, acc[i]);
+  __threadfence();
+  group_sync(bar);
+  if (t == 0) {
+    uint32_t done = atomicAdd(p.counter + place, steps) + steps;
+    if (done == (uint32_t)p.k_steps) p.counter[place] = 0;
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(flag), "r"(done) : "memory");
+  }
+  group_sync(bar);
+  if (shared_load4(flag) != (uint32_t)p.k_steps) return false;
+  __threadfence();
+#pragma unroll
+  for (int i = 0; i < N / 2; i++) {
+    acc[i] = __ldcg(sum + i * 128);
+    __stcg(sum + i * 128, 0);
+  }
+  return true;
+}
+
+/* Rows row0 + 64 * half ... of the tile's result for tokens token0 ... */
+template <int FORMAT, int N>
+static __device__ __forceinline__ void epilogue(int32_t (&acc)[N / 2], const struct qtr_gemm_work &p, uint32_t shared,
+                                                uint32_t half, int32_t row0, int32_t token0) {
+  using S = shape<FORMAT, N>;
+  constexpr bool ZERO = FORMAT == QTR_LINEAR_W4A8;
+  const uint32_t t = threadIdx.x % 128, warp = t / 32, lane = t % 32, g = lane / 4, c = lane % 4;
+  const int bar = 1 + (int)half;
+  const uint32_t chunk = shared + S::CHUNK_AT + half * S::CHUNK * CHUNK_PITCH;
+  const uint32_t scales = shared + S::TOKEN_AT + half * 2 * N * 4, sums = scales + N * 4;
+
+  struct row_params row[2];
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    int32_t r = row0 + 64 * (int32_t)half + 16 * (int32_t)warp + (int32_t)g + 8 * i;
+    row[i].scale = p.scale[r];
+    row[i].szero = ZERO ? p.szero[r] : 0;
+    row[i].bias = p.bias ? p.bias[r] : 0;
+  }
+  group_sync(bar); /* the last tile's readers are gone */
+  for (int i = (int)t; i < N; i += 128) {
+    bool in = token0 + i < p.n_tokens;
+    shared_store_float(scales + 4 * i, in ? p.x_scale[token0 + i] : 0);
+    if (ZERO) shared_store_float(sums + 4 * i, in ? p.x_sum[token0 + i] : 0);
+  }
+  group_sync(bar);
+
+  if (p.epilogue == QTR_EPILOGUE_LOGITS) { /* eight lanes write 32 consecutive bytes */
+    float *out = (float *)p.out;
+#pragma unroll
+    for (int i = 0; i < N / 2; i++) {
+      int32_t token = 8 * (i / 4) + 2 * (int32_t)c + i % 2;
+      int32_t r = row0 + 64 * (int32_t)half + 16 * (int32_t)warp + (int32_t)g + 8 * (i / 2 % 2);
+      float x_scale = __uint_as_float(shared_load4(scales + 4 * token)),
+            x_sum = ZERO ? __uint_as_float(shared_load4(sums + 4 * token)) : 0;
+      float y = gemm_value<ZERO>(acc[i], row[i / 2 % 2], x_scale, x_sum);
+      if (token0 + token < p.n_tokens && r < p.n_out) out[(size_t)(token0 + token) * p.n_out + r] = y;
+    }
+    return;
+  }
+
+  const bool silu = p.epilogue == QTR_EPILOGUE_SILU_MUL, add = p.epilogue == QTR_EPILOGUE_ADD;
+  const int32_t n_rows = silu ? 32 : 64; /* values of a token in the buffer */
+  const int32_t out_row = (silu ? row0 / 2 : row0) + n_rows * (int32_t)half;
+  const int32_t vectors = n_rows / 8;
+  /* This lane's place for a block of eight tokens: lanes 0...7 the first matrix (rows g), 8...15 the second (rows g + 8). */
+  const uint32_t place = chunk + lane % 8 * CHUNK_PITCH + (silu ? warp * 16 : warp * 32 + lane / 8 % 2 * 16);
+  __half *out = (__half *)p.out;
+
+#pragma unroll
+  for (int c0 = 0; c0 < N; c0 += S::CHUNK) {
+    if (token0 + c0 >= p.n_tokens) break;
+    if (c0) group_sync(bar);
+    if (add) {
+      for (int32_t i = (int32_t)t; i < S::CHUNK * vectors; i += 128) {
+        int32_t token = token0 + c0 + i / vectors, r = out_row + i % vectors * 8;
+        uint4 v = {0, 0, 0, 0};
+        const __half *from = out + (size_t)token * p.n_out + r;
+        if (token < p.n_tokens && r < p.n_out) {
+          if (p.vector) {
+            v = *(const uint4 *)from;
+          } else {
+            __half h[8];
+            for (int j = 0; j < 8; j++) h[j] = r + j < p.n_out ? from[j] : __half(0);
+            memcpy(&v, h, 16);
+          }
+        }
+        shared_store16(chunk + i / vectors * CHUNK_PITCH + i % vectors * 16, v);
+      }
+      group_sync(bar);
+    }
+#pragma unroll
+    for (int j = 0; j < S::CHUNK / 8; j++) {
+      const int32_t *a = acc + 4 * (c0 / 8 + j);
+      uint32_t token = c0 + 8 * j + 2 * c, at = place + 8 * j * CHUNK_PITCH;
+      float2 xs = shared_load_float2(scales + 4 * token),
+             sum = ZERO ? shared_load_float2(sums + 4 * token) : make_float2(0, 0);
+      float y0 = gemm_value<ZERO>(a[0], row[0], xs.x, sum.x), y1 = gemm_value<ZERO>(a[1], row[0], xs.y, sum.y);
+      float z0 = gemm_value<ZERO>(a[2], row[1], xs.x, sum.x), z1 = gemm_value<ZERO>(a[3], row[1], xs.y, sum.y);
+      if (silu) {
+        matrix_store1(at, pack_half(gemm_silu_mul(y0, z0), gemm_silu_mul(y1, z1)));
+        continue;
+      }
+      if (add) {
+        uint32_t h[2];
+        matrix_load2(at, &h[0], &h[1]);
+        float2 r0 = __half22float2(*(__half2 *)&h[0]), r1 = __half22float2(*(__half2 *)&h[1]);
+        y0 = __fadd_rn(r0.x, y0), y1 = __fadd_rn(r0.y, y1), z0 = __fadd_rn(r1.x, z0), z1 = __fadd_rn(r1.y, z1);
+        __syncwarp();
+      }
+      matrix_store2(at, pack_half(y0, y1), pack_half(z0, z1));
+    }
+    group_sync(bar);
+    for (int32_t i = (int32_t)t; i < S::CHUNK * vectors; i += 128) {
+      int32_t token = token0 + c0 + i / vectors, r = out_row + i % vectors * 8;
+      if (token >= p.n_tokens || r >= p.n_out) continue;
+      uint4 v = shared_load16(chunk + i / vectors * CHUNK_PITCH + i % vectors * 16);
+      __half *to = out + (size_t)token * p.n_out + r;
+      if (p.vector) {
+        *(uint4 *)to = v;
+      } else {
+        __half h[8];
+        memcpy(h, &v, 16);
+        for (int k = 0; k < 8; k++) {
+          if (r + k < p.n_out) to[k] = h[k];
+        }
+      }
+    }
+  }
+}
+
+template <int FORMAT, int N, int CLUSTER>
+__global__ void __launch_bounds__(THREADS, 1)
+    k_gemm_sm90(const __grid_constant__ struct qtr_gemm_work p, const __grid_constant__ CUtensorMap map) {
+#ifdef HAVE_SM90A
+  using S = shape<FORMAT, N>;
+  extern __shared__ __align__(1024) uint8_t memory[];
+  const uint32_t shared = shared_address(memory), full = shared + S::BAR_AT, empty = full + 8 * S::STAGES;
+  const uint32_t rank = CLUSTER == 1 ? 0 : cluster_rank(), cluster = blockIdx.x / CLUSTER, n_clusters = gridDim.x / CLUSTER;
+  const int32_t m_groups = (p.m_tiles + CLUSTER - 1) / CLUSTER;
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < S::STAGES; i++) {
+      barrier_init(full + 8 * i, 1);
+      barrier_init(empty + 8 * i, 4 * CONSUMERS * CLUSTER);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  }
+  if (CLUSTER == 1) {
+    __syncthreads();
+  } else {
+    cluster_sync();
+  }
+
+  struct walk w = walk_begin(p, cluster, n_clusters);
+  struct item it;
+  struct ring r = {0, 0};
+  const uint32_t group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0); /* known to be one for a warp */
+  if (group == 0) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (threadIdx.x == 0) {
+      while (walk_next(p, &w, &it)) {
+        int32_t m, n;
+        tile_place(p, it.tile, m_groups, &m, &n);
+        m = min(m * CLUSTER + (int32_t)rank, p.m_tiles - 1);
+        const uint8_t *code = p.code + ((size_t)m * p.k_steps + it.k0) * S::W_BYTES;
+        for (int32_t k = it.k0; k < it.k1; k++, code += S::W_BYTES) {
+          uint32_t bar = full + 8 * r.stage, x = shared + r.stage * S::X_BYTES;
+          barrier_wait(empty + 8 * r.stage, r.phase ^ 1u);
+          barrier_expect(bar, S::X_BYTES + S::W_BYTES);
+          load_bulk(shared + S::W_AT + r.stage * S::W_BYTES, code, S::W_BYTES, bar);
+          load_tile<CLUSTER>(x + rank * (S::X_BYTES / CLUSTER), &map, k * QTR_TILE_K, n * N + (int32_t)rank * (N / CLUSTER),
+                             bar);
+          ring_advance<S::STAGES>(&r);
+        }
+      }
+    }
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    const uint32_t half = group - 1;
+    int32_t acc[N / 2];
+    while (walk_next(p, &w, &it)) {
+      int32_t m, n;
+      tile_place(p, it.tile, m_groups, &m, &n);
+      m = m * CLUSTER + (int32_t)rank;
+      consume<FORMAT, N, CLUSTER>(acc, shared, half, it.k1 - it.k0, &r);
+      if (m >= p.m_tiles) continue;
+      if (it.k1 - it.k0 < p.k_steps) {
+        uint32_t place = (tile_owner(p, it.tile, n_clusters) * CLUSTER + rank) * 2 + half;
+        if (!combine<N>(acc, p, place, (uint32_t)(it.k1 - it.k0), empty + 8 * S::STAGES + 4 * half, 1 + (int)half)) continue;
+      }
+      epilogue<FORMAT, N>(acc, p, shared, half, m * QTR_TILE_M, n * N);
+    }
+  }
+  if (CLUSTER > 1) cluster_sync(); /* nobody leaves while the other may still write here */
+#endif
+}
+
+/* ---- launch -------------------------------------------------------------------------------------- */
+
+typedef CUresult (*encode_function)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
+                                    const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
+                                    CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+static cudaError_t make_map(CUtensorMap *map, const struct qtr_gemm_work *p, int rows) {
+  void *f = NULL;
+  enum cudaDriverEntryPointQueryResult found;
+  cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found);
+  if (e != cudaSuccess) return e;
+  if (!f || found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+  cuuint64_t dims[2] = {(cuuint64_t)p->x_stride, (cuuint64_t)p->n_tokens}, strides[1] = {(cuuint64_t)p->x_stride};
+  cuuint32_t box[2] = {QTR_TILE_K, (cuuint32_t)rows}, step[2] = {1, 1};
+  CUresult r = ((encode_function)f)(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, (void *)(uintptr_t)p->x, dims, strides, box, step,
+                                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+template <int FORMAT, int N, int CLUSTER>
+static cudaError_t launch(int n_clusters, const struct qtr_gemm_work *p, cudaStream_t stream) {
+  using S = shape<FORMAT, N>;
+  CUtensorMap map;
+  cudaError_t e = make_map(&map, p, N / CLUSTER);
+  if (e == cudaSuccess) {
+    e = cudaFuncSetAttribute((const void *)k_gemm_sm90<FORMAT, N, CLUSTER>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             S::SHARED);
+  }
+  if (e != cudaSuccess) return e;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = CLUSTER;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3((unsigned)(n_clusters * CLUSTER));
+  config.blockDim = dim3(THREADS);
+  config.dynamicSmemBytes = S::SHARED;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = CLUSTER > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, k_gemm_sm90<FORMAT, N, CLUSTER>, *p, map);
+}
+
+template <int FORMAT>
+static cudaError_t launch_format(int n, int cluster, int n_clusters, const struct qtr_gemm_work *p, cudaStream_t s) {
+  switch (n * cluster) {
+    case 8: return launch<FORMAT, 8, 1>(n_clusters, p, s);
+    case 16: return launch<FORMAT, 16, 1>(n_clusters, p, s);
+    case 32: return launch<FORMAT, 32, 1>(n_clusters, p, s);
+    case 64: return launch<FORMAT, 64, 1>(n_clusters, p, s);
+    case 128: return launch<FORMAT, 128, 1>(n_clusters, p, s);
+    case 256: return launch<FORMAT, 256, 1>(n_clusters, p, s);
+    case 512: return launch<FORMAT, 256, 2>(n_clusters, p, s);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+cudaError_t qtr_gemm_launch_sm90(enum qtr_linear_format format, int n, int cluster, int n_clusters,
+                                 const struct qtr_gemm_work *work, cudaStream_t stream) {
+  switch (format) {
+    case QTR_LINEAR_W8A8: return launch_format<QTR_LINEAR_W8A8>(n, cluster, n_clusters, work, stream);
+    case QTR_LINEAR_W4A8: return launch_format<QTR_LINEAR_W4A8>(n, cluster, n_clusters, work, stream);
+    case QTR_LINEAR_W4A8_G128: return launch_format<QTR_LINEAR_W4A8_G128>(n, cluster, n_clusters, work, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}

@@ -26,7 +26,7 @@ fail() { # fail TEXT: the end of the log, then the reason
   exit 1
 }
 
-build_packages="gcc g++ cmake ninja-build pkg-config ccache libc6-dev libjansson-dev libpcre2-dev libutf8proc-dev libxxhash-dev libedit-dev"
+build_packages="gcc g++ cmake ninja-build pkg-config ccache libc6-dev libjansson-dev libpcre2-dev libutf8proc-dev libxxhash-dev libedit-dev libevent-dev"
 test_packages="libcmocka-dev python3 python3-jinja2 python3-numpy"
 
 install_packages() { # install_packages NAME...: what is missing, by apt; asks for nothing when all is there
@@ -48,6 +48,21 @@ install_packages() { # install_packages NAME...: what is missing, by apt; asks f
     $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${missing[@]}" >>"$log" 2>&1 ||
       fail "could not install ${missing[*]}"
   fi
+}
+
+# cuda_options: CMake arguments for a build with CUDA, where a toolkit is found (QUATTUOR_CUDA=0: without). The architecture is that
+# of the GPU in this machine, Hopper where there is none.
+cuda_options() {
+  local nvcc capability
+  [ "${QUATTUOR_CUDA:-1}" != 0 ] || return 0
+  nvcc=$(command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null) || return 0
+  capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .)
+  case ${QUATTUOR_CUDA_ARCHITECTURES:-$capability} in
+    90 | '') capability=90a ;;
+    8[069]) ;;
+    *) capability=${QUATTUOR_CUDA_ARCHITECTURES:-80} ;; # others run the sm_80 kernels
+  esac
+  printf '%s\n' "-DQTR_CUDA=ON -DCMAKE_CUDA_COMPILER=$nvcc -DQTR_CUDA_ARCHITECTURES=$capability"
 }
 
 build() { # build PRESET [CMAKE ARGUMENT...]: configures and builds into build/PRESET

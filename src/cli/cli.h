@@ -17,6 +17,7 @@ struct qtr_command {
 };
 int qtr_cmd_generate(int argc, char **argv);
 int qtr_cmd_chat(int argc, char **argv);
+int qtr_cmd_serve(int argc, char **argv);
 int qtr_cmd_bench(int argc, char **argv);
 int qtr_cmd_eval(int argc, char **argv);
 int qtr_cmd_tokenize(int argc, char **argv);

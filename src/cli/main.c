@@ -9,6 +9,7 @@
 static const struct qtr_command commands[] = {
     {"generate", "complete one prompt or many at once", qtr_cmd_generate},
     {"chat", "talk with a model in the terminal", qtr_cmd_chat},
+    {"serve", "answer over HTTP, as OpenAI's API does", qtr_cmd_serve},
     {"bench", "measure speed, on a model or on random weights of its shape", qtr_cmd_bench},
     {"eval", "measure quality: eval ppl is perplexity over a text", qtr_cmd_eval},
     {"tokenize", "turn text into token ids", qtr_cmd_tokenize},

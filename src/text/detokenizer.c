@@ -166,6 +166,26 @@ enum qtr_status qtr_decoder_finish(struct qtr_tokenizer *t, struct qtr_error *er
   return status;
 }
 
+const char *qtr_tokenizer_token_bytes(const struct qtr_tokenizer *t, int32_t id, size_t *len) {
+  static const char every_byte[] = {
+#define QTR_BYTES16(x)                                                                                                \
+  (char)(x), (char)(x + 1), (char)(x + 2), (char)(x + 3), (char)(x + 4), (char)(x + 5), (char)(x + 6), (char)(x + 7), \
+      (char)(x + 8), (char)(x + 9), (char)(x + 10), (char)(x + 11), (char)(x + 12), (char)(x + 13), (char)(x + 14),   \
+      (char)(x + 15)
+      QTR_BYTES16(0x00), QTR_BYTES16(0x10), QTR_BYTES16(0x20), QTR_BYTES16(0x30), QTR_BYTES16(0x40), QTR_BYTES16(0x50),
+      QTR_BYTES16(0x60), QTR_BYTES16(0x70), QTR_BYTES16(0x80), QTR_BYTES16(0x90), QTR_BYTES16(0xa0), QTR_BYTES16(0xb0),
+      QTR_BYTES16(0xc0), QTR_BYTES16(0xd0), QTR_BYTES16(0xe0), QTR_BYTES16(0xf0)};
+#undef QTR_BYTES16
+  *len = 0;
+  if (id < 0 || id >= t->n_ids || !qtr_vocab_has(&t->vocab, id)) return NULL;
+  if (t->byte_value && t->byte_value[id] >= 0) {
+    *len = 1;
+    return &every_byte[t->byte_value[id]];
+  }
+  *len = t->decoded_at[id + 1] - t->decoded_at[id];
+  return t->decoded.data + t->decoded_at[id];
+}
+
 /* ---- decoding ------------------------------------------------------------------------------------ */
 
 void qtr_detokenizer_init(struct qtr_detokenizer *d, const struct qtr_tokenizer *tokenizer, bool skip_special) {

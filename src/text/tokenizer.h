@@ -21,6 +21,9 @@ int32_t qtr_tokenizer_find(const struct qtr_tokenizer *tokenizer, const char *to
 /* The token's content as in the vocabulary (not NUL-terminated for byte tokens), NULL for an unused id. */
 const char *qtr_tokenizer_token(const struct qtr_tokenizer *tokenizer, int32_t id, size_t *len);
 bool qtr_tokenizer_is_special(const struct qtr_tokenizer *tokenizer, int32_t id);
+/* The bytes the token adds to a decoded text, wherever it stands (they need not be whole characters); NULL for an unused id.
+ */
+const char *qtr_tokenizer_token_bytes(const struct qtr_tokenizer *tokenizer, int32_t id, size_t *len);
 
 struct qtr_encode_options {
   bool add_special;   /* BOS/EOS as the tokenizer's post-processor adds them */

@@ -1,0 +1,177 @@
+/* prepare.c - what takes time before a request can be queued, run by a worker: JSON, the chat template, tokens. Reads the
+ * engine's tokenizer and template, which never change, and the job's own members; nothing else of the server. */
+#include "server/server_internal.h"
+
+#include "engine/engine_internal.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static bool check_model(const struct qtr_job *job, const char *model, struct qtr_api_error *err) {
+  if (!model || strcmp(model, job->server->o->model_name) == 0) return true;
+  (void)qtr_api_fail(err, 404, "model", "the model \"%.100s\" does not exist; this server has \"%.200s\"", model,
+                     job->server->o->model_name);
+  err->code = "model_not_found";
+  return false;
+}
+
+static bool render(const struct qtr_job *job, const json_t *messages, const json_t *tools, bool generation,
+                   const json_t *extra, char **text, size_t *len, struct qtr_api_error *err) {
+  const struct qtr_engine *engine = job->server->engine;
+  struct qtr_error why;
+  if (!engine->chat) {
+    return qtr_api_fail(err, 400, "messages",
+                        "this model has no chat template: use /v1/completions with a prompt of your own");
+  }
+  if (qtr_chat_template_render(engine->chat, messages, tools, generation, extra, text, len, &why)) {
+    qtr_api_error_from(err, &why, "messages");
+    return false;
+  }
+  return true;
+}
+
+static bool encode(const struct qtr_job *job, const char *text, size_t len, bool add_bos, bool parse_special,
+                   const char *param, int32_t **token, size_t *n, struct qtr_api_error *err) {
+  struct qtr_error why;
+  if (!qtr_engine_tokenize(job->server->engine, text, len, add_bos, parse_special, token, n, &why)) return true;
+  qtr_api_error_from(err, &why, param);
+  return false;
+}
+
+static bool prepare_chat(struct qtr_job *job, struct qtr_api_error *err) {
+  struct qtr_api_request *r = &job->request;
+  char *text = NULL;
+  size_t len;
+  job->use_tools = r->tools && r->tool_choice != QTR_TOOLS_NONE;
+  if (job->use_tools && !job->server->tools_rendered) {
+    return qtr_api_fail(err, 400, "tools", "this model's chat template does not show tools to the model");
+  }
+  bool ok = render(job, r->messages, job->use_tools ? r->tools : NULL, !r->continue_final, r->template_variables, &text,
+                   &len, err) &&
+            encode(job, text, len, false, true, "messages", &job->run[0].token, &job->run[0].n_token, err);
+  free(text);
+  return ok;
+}
+
+static bool prepare_prompt(struct qtr_job *job, size_t i, struct qtr_api_error *err) {
+  struct qtr_api_prompt *p = &job->request.prompt[i];
+  struct qtr_run *run = &job->run[i];
+  bool echo = job->request.echo;
+  if (p->text) {
+    if (echo) {
+      if (!(run->echo = malloc(p->len + 1))) return qtr_api_fail(err, 503, NULL, "out of memory");
+      memcpy(run->echo, p->text, p->len + 1);
+      run->n_echo = p->len;
+    }
+    return encode(job, p->text, p->len, true, false, "prompt", &run->token, &run->n_token, err);
+  }
+  run->token = p->token;
+  run->n_token = p->n_token;
+  p->token = NULL;
+  struct qtr_error why;
+  if (echo && qtr_engine_detokenize(job->server->engine, run->token, run->n_token, &run->echo, &run->n_echo, &why)) {
+    qtr_api_error_from(err, &why, "echo");
+    return false;
+  }
+  return true;
+}
+
+static bool prepare_completion(struct qtr_job *job, struct qtr_api_error *err) {
+  struct qtr_api_request *r = &job->request;
+  if (!qtr_api_parse(job->chat ? QTR_API_CHAT : QTR_API_COMPLETION, job->body, job->body_len, &job->server->o->defaults, r,
+                     err) ||
+      !check_model(job, r->model, err)) {
+    return false;
+  }
+  job->run = calloc(r->n_prompts, sizeof *job->run);
+  if (!job->run) return qtr_api_fail(err, 503, NULL, "out of memory");
+  for (size_t i = 0; i < r->n_prompts; i++) {
+    job->run[i].job = job;
+    job->run[i].prompt = (int32_t)i;
+    if (!(job->chat ? prepare_chat(job, err) : prepare_prompt(job, i, err))) return false;
+  }
+  return true;
+}
+
+static bool prepare_tokens(struct qtr_job *job, struct qtr_api_error *err) {
+  struct qtr_api_tokenize *r = &job->tokenize;
+  bool decode = job->kind == QTR_JOB_DETOKENIZE;
+  char *text = NULL;
+  size_t len = 0;
+  if (!qtr_api_parse_tokenize(job->body, job->body_len, decode, r, err) || !check_model(job, r->model, err)) return false;
+  if (decode) {
+    struct qtr_error why;
+    for (size_t i = 0; i < r->n_token; i++) {
+      if (r->token[i] < job->server->info.vocab_size) continue;
+      return qtr_api_fail(err, 400, "tokens", "tokens[%zu] is %d; the vocabulary has ids 0 to %d", i, r->token[i],
+                          job->server->info.vocab_size - 1);
+    }
+    if (qtr_engine_detokenize(job->server->engine, r->token, r->n_token, &text, &len, &why)) {
+      qtr_api_error_from(err, &why, "tokens");
+      return false;
+    }
+    qtr_buffer_puts(&job->result, "{\"prompt\":");
+    qtr_buffer_string(&job->result, text, len);
+    qtr_buffer_puts(&job->result, ",\"content\":");
+    qtr_buffer_string(&job->result, text, len);
+    qtr_buffer_puts(&job->result, "}");
+    free(text);
+    return true;
+  }
+  bool rendered = r->messages != NULL;
+  if (rendered && !render(job, r->messages, r->tools, r->add_generation_prompt, NULL, &text, &len, err)) return false;
+  bool ok = rendered ? encode(job, text, len, false, true, "messages", &r->token, &r->n_token, err)
+                     : encode(job, r->text, r->len, r->add_special, false, "prompt", &r->token, &r->n_token, err);
+  free(text);
+  if (!ok) return false;
+  qtr_buffer_printf(&job->result, "{\"count\":%zu,\"max_model_len\":%d,\"tokens\":[", r->n_token,
+                    job->server->info.max_model_len);
+  for (size_t i = 0; i < r->n_token; i++) qtr_buffer_printf(&job->result, i > 0 ? ",%d" : "%d", r->token[i]);
+  qtr_buffer_puts(&job->result, "]}");
+  return true;
+}
+
+void qtr_job_prepare(struct qtr_task *task) {
+  struct qtr_job *job = (struct qtr_job *)(void *)task;
+  struct qtr_api_error err = {0};
+  bool ok = job->kind == QTR_JOB_COMPLETION ? prepare_completion(job, &err) : prepare_tokens(job, &err);
+  job->error = ok ? (struct qtr_api_error){0} : err;
+  free(job->body); /* the parsed request has copies */
+  job->body = NULL;
+}
+
+/* ---- how this model writes calls ----------------------------------------------------------------- */
+
+#define PROBE "qtr_probe_tool"
+
+void qtr_tools_probe(struct qtr_server *s) {
+  static const char tools_text[] = "[{\"type\":\"function\",\"function\":{\"name\":\"" PROBE
+                                   "\",\"description\":\"d\",\"parameters\":{\"type\":\"object\",\"properties\":{}}}}]";
+  static const char user[] = "[{\"role\":\"user\",\"content\":\"x\"}]";
+  static const char called[] =
+      "[{\"role\":\"user\",\"content\":\"x\"},{\"role\":\"assistant\",\"content\":\"\",\"tool_calls\":[{\"id\":"
+      "\"abcdefghi\","
+      "\"type\":\"function\",\"function\":{\"name\":\"" PROBE "\",\"arguments\":{}}}]}]";
+  json_t *tools = json_loads(tools_text, 0, NULL), *messages = json_loads(user, 0, NULL),
+         *past = json_loads(called, 0, NULL);
+  char *text = NULL, *call_text = NULL;
+  size_t len;
+  s->tool_format = QTR_TOOL_TAGS;
+  if (tools && messages && past && s->engine->chat &&
+      !qtr_chat_template_render(s->engine->chat, messages, tools, true, NULL, &text, &len, NULL)) {
+    s->tools_rendered = strstr(text, PROBE) != NULL;
+    bool tags = strstr(text, "<tool_call>") != NULL, list = false, object = false;
+    if (!qtr_chat_template_render(s->engine->chat, past, tools, false, NULL, &call_text, &len, NULL)) {
+      tags = tags || strstr(call_text, "<tool_call>");
+      list = strstr(call_text, "[TOOL_CALLS]") != NULL;
+      object = strstr(call_text, "\"parameters\": {}") || strstr(call_text, "<|python_tag|>");
+    }
+    if (!tags && (object || strstr(text, "\"parameters\": dictionary"))) s->tool_format = QTR_TOOL_OBJECT;
+    if (!tags && list) s->tool_format = QTR_TOOL_LIST;
+  }
+  free(text);
+  free(call_text);
+  json_decref(tools);
+  json_decref(messages);
+  json_decref(past);
+}

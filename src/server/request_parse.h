@@ -1,0 +1,93 @@
+/* request_parse.h - the bodies of the API's requests, checked: JSON in, a struct or an error in OpenAI's shape out. Pure: no
+ * engine, no network, no state. A member nobody knows is ignored; a known one of a wrong type or value is an error that
+ * names it. null means absent. */
+#ifndef QTR_SERVER_REQUEST_PARSE_H
+#define QTR_SERVER_REQUEST_PARSE_H
+
+#include "quattuor/quattuor.h"
+
+#include <jansson.h>
+
+#define QTR_API_MAX_PROMPTS 256
+#define QTR_API_MAX_CHOICES 256 /* prompts times n */
+#define QTR_API_MAX_TOOLS 128
+#define QTR_API_MAX_DEPTH 64         /* of nested arrays and objects */
+#define QTR_API_MAX_CONTAINERS 65536 /* arrays and objects in one body: each costs far more memory than its two bytes */
+#define QTR_API_DEFAULT_TOKENS 16    /* of /v1/completions, as OpenAI has it */
+
+struct qtr_api_error {
+  int http;         /* 400, 404, 429, 500, 501, 503; 0 = none */
+  const char *type; /* "invalid_request_error"; static */
+  const char *code; /* NULL, or static */
+  char param[96];   /* "" = null */
+  char message[640];
+};
+/* Fills err and returns false. param may be NULL. */
+bool qtr_api_fail(struct qtr_api_error *err, int http, const char *param, const char *format, ...)
+    __attribute__((format(printf, 4, 5)));
+/* {"error":{"message","type","param","code"}} appended to `out`. */
+struct qtr_buffer;
+void qtr_api_error_write(const struct qtr_api_error *err, struct qtr_buffer *out);
+/* The HTTP status for an engine's refusal, message taken over. */
+void qtr_api_error_from(struct qtr_api_error *err, const struct qtr_error *from, const char *param);
+
+enum qtr_api_kind { QTR_API_CHAT, QTR_API_COMPLETION };
+enum qtr_tool_choice { QTR_TOOLS_NONE, QTR_TOOLS_AUTO, QTR_TOOLS_REQUIRED, QTR_TOOLS_NAMED };
+enum qtr_response_format { QTR_FORMAT_TEXT, QTR_FORMAT_JSON, QTR_FORMAT_SCHEMA };
+
+struct qtr_api_prompt { /* text or tokens */
+  const char *text;     /* (len) UTF-8, inside root; NULL: tokens */
+  size_t len;
+  int32_t *token; /* (n_token) malloc'ed */
+  size_t n_token;
+};
+
+/* What the model's generation_config.json says, where a request says nothing. */
+struct qtr_api_defaults {
+  struct qtr_sampling sampling;
+  int32_t max_tokens; /* 0 = until the context is full */
+};
+
+struct qtr_api_request {
+  enum qtr_api_kind kind;
+  json_t *root;               /* owns the strings below */
+  const char *model;          /* NULL = not said */
+  json_t *messages;           /* chat: array, normalised for templates; owned */
+  json_t *tools;              /* chat: array as sent, NULL = none; borrowed from root */
+  json_t *template_variables; /* chat_template_kwargs; NULL = none; borrowed */
+  enum qtr_tool_choice tool_choice;
+  const char *tool_name; /* NAMED */
+  bool parallel_tool_calls;
+  struct qtr_api_prompt *prompt; /* completion: (n_prompts) */
+  size_t n_prompts;
+  bool stream, include_usage, echo, continue_final;
+  bool logprobs; /* wanted in the answer; options.logprobs says how many */
+  enum qtr_response_format format;
+  const json_t *schema;               /* SCHEMA; borrowed */
+  struct qtr_request_options options; /* all but prompt and user; its arrays live here: */
+  const char **stop;
+  int32_t *stop_token;
+  struct qtr_logit_bias *bias;
+};
+
+/* body (len) is JSON text. On false *request is empty and err says why. */
+bool qtr_api_parse(enum qtr_api_kind kind, const char *body, size_t len, const struct qtr_api_defaults *defaults,
+                   struct qtr_api_request *request, struct qtr_api_error *err);
+void qtr_api_request_free(struct qtr_api_request *request);
+
+/* /tokenize and /detokenize. */
+struct qtr_api_tokenize {
+  json_t *root;
+  const char *model, *text; /* text (len), or messages */
+  size_t len;
+  json_t *messages; /* owned */
+  json_t *tools;    /* borrowed */
+  bool add_special, add_generation_prompt;
+  int32_t *token; /* detokenize: (n_token) */
+  size_t n_token;
+};
+bool qtr_api_parse_tokenize(const char *body, size_t len, bool decode, struct qtr_api_tokenize *request,
+                            struct qtr_api_error *err);
+void qtr_api_tokenize_free(struct qtr_api_tokenize *request);
+
+#endif

@@ -125,13 +125,22 @@ struct qtr_kv; /* the pages of all layers */
 
 /* ---- batch --------------------------------------------------------------------------------------- */
 
-/* How one row of logits becomes a token: the part of sampling (spec E.4) that needs nothing but the row. */
+/* One token of a row whose logit is changed before anything else: bias, then penalties (spec E.4). */
+struct qtr_choose_adjust {
+  int32_t token;
+  int32_t count; /* occurrences in the output; 0 = in the prompt only; -1 = in neither, there is a bias only */
+  float bias;
+};
+
+/* How one row of logits becomes a token (spec E.4). */
 struct qtr_choose_row {
   float temperature, top_p, min_p; /* temperature 0: greedy */
   int32_t top_k;                   /* -1 = off */
   int32_t n_top;                   /* -1 = no log-probabilities; 0 … 20 best tokens wanted besides the chosen one's */
   int32_t skip;                    /* nonzero: this row is chosen by the caller */
-  uint64_t seed, position;         /* of the random stream, as in engine/sampler.h */
+  int32_t first_adjust, n_adjust;  /* its part of the batch's adjustments, each token once */
+  float repetition_penalty, presence_penalty, frequency_penalty;
+  uint64_t seed, position; /* of the random stream, as in engine/sampler.h */
 };
 enum { QTR_CHOOSE_NONE = -1 /* nothing finite */, QTR_CHOOSE_UNDECIDED = -2 /* the caller must look at the row */ };
 struct qtr_choose_result {
@@ -157,8 +166,10 @@ struct qtr_batch {
   const int32_t *kv_len;          /* (n_seqs) tokens cached before this step */
   const int32_t *block_table;     /* (n_seqs, max_blocks) page numbers; entries up to (kv_len + q_len - 1) / 64 are valid */
   const int32_t *logit_row;       /* (n_logit_rows) token indices, ascending, whose logits are wanted */
-  const struct qtr_choose_row *choose; /* NULL, or (n_logit_rows): a backend that can (ops.choose) samples these rows */
-  struct qtr_choose_result *chosen;    /* (n_logit_rows), there when the step has ended */
+  const struct qtr_choose_row *choose;    /* NULL, or (n_logit_rows): a backend that can (ops.choose) samples these rows */
+  struct qtr_choose_result *chosen;       /* (n_logit_rows), there when the step has ended */
+  const struct qtr_choose_adjust *adjust; /* (n_adjust) */
+  int32_t n_adjust;
 };
 
 /* ---- operations ---------------------------------------------------------------------------------- */
@@ -224,10 +235,11 @@ struct qtr_gather_args {
 };
 
 struct qtr_choose_args {
-  const void *logits;               /* device (n_rows, vocab_size) F32 */
-  const struct qtr_choose_row *row; /* host (n_rows), unchanged until end_step */
-  struct qtr_choose_result *result; /* host (n_rows), there after end_step */
-  int32_t n_rows, vocab_size;
+  void *logits;                           /* device (n_rows, vocab_size) F32; as it was, when the step has ended */
+  const struct qtr_choose_row *row;       /* host (n_rows), unchanged until end_step */
+  struct qtr_choose_result *result;       /* host (n_rows), there after end_step */
+  const struct qtr_choose_adjust *adjust; /* host (n_adjust), unchanged until end_step */
+  int32_t n_rows, vocab_size, n_adjust;
 };
 
 struct qtr_caps {

@@ -1,6 +1,7 @@
 /* engine.c - the public interface of a running engine (quattuor.h): requests in, steps, events out, text. Opening is
  * open.c's, the choice of tokens scheduler.c's. The mutex is held for bookkeeping only; the model, the sampler, the
  * tokenizer and templates run without it. */
+#include "base/checked.h"
 #include "base/clock.h"
 #include "base/status.h"
 #include "engine/engine_internal.h"
@@ -86,18 +87,51 @@ static bool reserve_events(struct qtr_engine *e) {
   return true;
 }
 
-/* What the device needs to know to sample a row. What acts on single tokens of the row is done on the host. */
-static struct qtr_choose_row choose_row(const struct qtr_sequence *s) {
+static struct qtr_sample_args sample_args(const struct qtr_sequence *s) {
+  const struct qtr_request *r = s->request;
+  size_t n_prompt = (size_t)r->n_prompt, n_output = (size_t)s->n_tokens - n_prompt;
+  return (struct qtr_sample_args){.sampling = &r->sampling,
+                                  .prompt = s->token,
+                                  .n_prompt = n_prompt,
+                                  .output = s->token + n_prompt,
+                                  .n_output = n_output,
+                                  .bias = r->bias,
+                                  .n_bias = r->n_bias,
+                                  .seed = s->seed,
+                                  .position = n_output,
+                                  .n_top = r->logprobs};
+}
+
+/* What the device needs to know to sample a row. */
+static struct qtr_choose_row choose_row(struct qtr_engine *e, const struct qtr_sequence *s) {
   const struct qtr_request *r = s->request;
   const struct qtr_sampling *p = &r->sampling;
-  return (struct qtr_choose_row){.temperature = p->temperature,
-                                 .top_p = p->top_p,
-                                 .min_p = p->min_p,
-                                 .top_k = p->top_k,
-                                 .n_top = r->logprobs,
-                                 .skip = r->n_bias > 0 || qtr_sampling_has_penalties(p),
-                                 .seed = s->seed,
-                                 .position = (uint64_t)(s->n_tokens - r->n_prompt)};
+  struct qtr_choose_row row = {.temperature = p->temperature,
+                               .top_p = p->top_p,
+                               .min_p = p->min_p,
+                               .top_k = p->top_k,
+                               .n_top = r->logprobs,
+                               .repetition_penalty = p->repetition_penalty,
+                               .presence_penalty = p->presence_penalty,
+                               .frequency_penalty = p->frequency_penalty,
+                               .seed = s->seed,
+                               .position = (uint64_t)(s->n_tokens - r->n_prompt)};
+  if (r->n_bias == 0 && !qtr_sampling_has_penalties(p)) return row;
+  size_t most = QTR_MIN((size_t)s->n_tokens + r->n_bias, (size_t)e->vocab_size), need = e->n_adjust + most;
+  if (need > e->adjust_capacity) {
+    struct qtr_choose_adjust *more = realloc(e->adjust, 2 * need * sizeof *more);
+    if (!more) {
+      row.skip = 1; /* the host's sampler needs no such list */
+      return row;
+    }
+    e->adjust = more;
+    e->adjust_capacity = 2 * need;
+  }
+  const struct qtr_sample_args args = sample_args(s);
+  row.first_adjust = (int32_t)e->n_adjust;
+  row.n_adjust = (int32_t)qtr_sampler_adjustments(e->sampler, &args, e->adjust + e->n_adjust, most);
+  e->n_adjust += (size_t)row.n_adjust;
+  return row;
 }
 
 /* The device's choice as the sampler would have given it. */
@@ -118,22 +152,9 @@ static enum qtr_status sample_row(struct qtr_engine *e, int32_t i, const float *
   size_t vocab = (size_t)e->vocab_size;
   enum qtr_status status = b->ops->download(b, logits + (size_t)i * vocab, QTR_DTYPE_F32, vocab, e->row_logits, err);
   if (status) return status;
-  const struct qtr_sequence *s = e->row_seq[i];
-  const struct qtr_request *r = s->request;
-  size_t n_prompt = (size_t)r->n_prompt, n_output = (size_t)s->n_tokens - n_prompt;
-  qtr_sample(e->sampler,
-             &(struct qtr_sample_args){.logits = e->row_logits,
-                                       .sampling = &r->sampling,
-                                       .prompt = s->token,
-                                       .n_prompt = n_prompt,
-                                       .output = s->token + n_prompt,
-                                       .n_output = n_output,
-                                       .bias = r->bias,
-                                       .n_bias = r->n_bias,
-                                       .seed = s->seed,
-                                       .position = n_output,
-                                       .n_top = r->logprobs},
-             result);
+  struct qtr_sample_args args = sample_args(e->row_seq[i]);
+  args.logits = e->row_logits;
+  qtr_sample(e->sampler, &args, result);
   return QTR_OK;
 }
 
@@ -143,9 +164,12 @@ static enum qtr_status run_batch(struct qtr_engine *e, double *model_seconds, st
   bool device = e->model->backend->ops->choose != NULL;
   double start = qtr_now();
   if (device) {
-    for (int32_t i = 0; i < e->batch.n_logit_rows; i++) e->choose[i] = choose_row(e->row_seq[i]);
+    e->n_adjust = 0;
+    for (int32_t i = 0; i < e->batch.n_logit_rows; i++) e->choose[i] = choose_row(e, e->row_seq[i]);
     e->batch.choose = e->choose;
     e->batch.chosen = e->chosen;
+    e->batch.adjust = e->adjust;
+    e->batch.n_adjust = (int32_t)e->n_adjust;
   }
   enum qtr_status status = qtr_model_forward(e->model, e->kv, e->workspace, &e->batch, &logits, err);
   *model_seconds = qtr_now() - start;

@@ -155,6 +155,8 @@ struct qtr_engine {
   struct qtr_event_node **row_node; /* (max_num_seqs) */
   struct qtr_choose_row *choose;    /* (max_num_seqs) for a device that samples; NULL where none does */
   struct qtr_choose_result *chosen; /* (max_num_seqs) */
+  struct qtr_choose_adjust *adjust; /* (adjust_capacity) what bias and penalties change in this step's rows */
+  size_t n_adjust, adjust_capacity;
   struct qtr_sampler *sampler;
   float *row_logits; /* (vocab_size) */
 };

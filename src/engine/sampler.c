@@ -7,6 +7,7 @@
  * counter (Salmon et al., SC'11), so draws depend on nothing but their place. NaN logits count as -inf; of equal logits the
  * lowest id wins everywhere. */
 #include "engine/sampler.h"
+#include "backend/backend.h"
 #include "base/checked.h"
 #include "base/half.h"
 #include "base/status.h"
@@ -310,6 +311,31 @@ static void penalise(struct qtr_sampler *s, const struct qtr_sample_args *a) {
       s->logit[t] = clean(x);
     }
   }
+}
+
+size_t qtr_sampler_adjustments(struct qtr_sampler *s, const struct qtr_sample_args *a, struct qtr_choose_adjust *adjust,
+                               size_t most) {
+  /* n_output holds the place + 1 of a token's entry meanwhile. */
+  size_t n = 0;
+  bool penalties = qtr_sampling_has_penalties(a->sampling), full = false;
+  for (size_t list = 0; list < 3 && !full; list++) {
+    const int32_t *history = list ? a->output : a->prompt;
+    size_t n_tokens = list == 2 ? a->n_bias : !penalties ? 0 : list ? a->n_output : a->n_prompt;
+    for (size_t i = 0; i < n_tokens && !full; i++) {
+      int32_t t = list == 2 ? a->bias[i].token : history[i];
+      if (t < 0 || t >= s->vocab_size) continue;
+      if (s->n_output[t] == 0) {
+        if ((full = n == most)) break;
+        adjust[n++] = (struct qtr_choose_adjust){.token = t, .count = list == 2 ? -1 : 0};
+        s->n_output[t] = (int32_t)n;
+      }
+      struct qtr_choose_adjust *entry = &adjust[s->n_output[t] - 1];
+      if (list == 1) entry->count++;
+      if (list == 2) entry->bias += a->bias[i].bias;
+    }
+  }
+  for (size_t i = 0; i < n; i++) s->n_output[adjust[i].token] = 0;
+  return full ? most + 1 : n;
 }
 
 /* s->logit := the row with bias, penalties and the allowed set in it. */

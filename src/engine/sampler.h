@@ -38,6 +38,12 @@ struct qtr_sample_result {
   struct qtr_token_logprob top[20];
 };
 
+/* What bias and penalties change, for a device that samples: each token once, into adjust (at most `most`). Returns how
+ * many, or `most` + 1 when there are more. */
+struct qtr_choose_adjust;
+size_t qtr_sampler_adjustments(struct qtr_sampler *sampler, const struct qtr_sample_args *args,
+                               struct qtr_choose_adjust *adjust, size_t most);
+
 void qtr_sample(struct qtr_sampler *sampler, const struct qtr_sample_args *args, struct qtr_sample_result *result);
 
 #endif

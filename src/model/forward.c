@@ -276,6 +276,8 @@ enum qtr_status qtr_model_forward(struct qtr_model *model, struct qtr_kv *kv, st
       const struct qtr_choose_args choose = {.logits = w->logits,
                                              .row = batch->choose,
                                              .result = batch->chosen,
+                                             .adjust = batch->adjust,
+                                             .n_adjust = batch->n_adjust,
                                              .n_rows = batch->n_logit_rows,
                                              .vocab_size = c->vocab_size};
       b->ops->choose(b, &choose);

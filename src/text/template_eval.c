@@ -38,7 +38,7 @@ void qtr_tpl_write(struct eval *ev, struct output *out, const char *data, size_t
     out->capacity = capacity;
   }
   if (!qtr_tpl_charge_bytes(ev, len)) return;
-  memcpy(out->data + out->len, data, len);
+  if (len) memcpy(out->data + out->len, data, len);
   out->len = need;
 }
 

@@ -31,6 +31,18 @@ static float uniform(void) { return (float)(next_random() >> 40) * 0x1p-24f; }
 
 enum { ROWS = 64, DIM = 64 };
 
+/* Two rows of three have penalties or bias. */
+static struct qtr_sample_args history(const struct qtr_sampling *sampling, const int32_t *prompt, const int32_t *output,
+                                      const struct qtr_logit_bias *bias, int32_t i) {
+  return (struct qtr_sample_args){.sampling = sampling,
+                                  .prompt = prompt,
+                                  .n_prompt = 20,
+                                  .output = output,
+                                  .n_output = 30,
+                                  .bias = bias,
+                                  .n_bias = i % 3 == 1 ? 4 : 0};
+}
+
 /* Logits (ROWS, vocab) on the device, by a matrix whose epilogue they are: there is no other way to put floats there. */
 static void sample_both(struct qtr_backend *b, size_t vocab, float spread) {
   const struct qtr_backend_ops *ops = b->ops;
@@ -55,6 +67,11 @@ static void sample_both(struct qtr_backend *b, size_t vocab, float spread) {
 
   static struct qtr_choose_row row[ROWS];
   static struct qtr_choose_result result[ROWS];
+  static struct qtr_choose_adjust adjust[ROWS * 64];
+  static int32_t prompt[ROWS][20], output[ROWS][30];
+  static struct qtr_logit_bias bias[ROWS][4];
+  static struct qtr_sampling sampling[ROWS];
+  int32_t n_adjust = 0;
   static int32_t ints[ROWS + 1], zeros[ROWS + 1];
   static const float top_p[] = {1, 0.9f, 0.5f, 0.999f}, min_p[] = {0, 0.05f, 0.3f};
   static const int32_t top_k[] = {-1, 1, 5, 50, 1000, 5000};
@@ -67,6 +84,26 @@ static void sample_both(struct qtr_backend *b, size_t vocab, float spread) {
                                      .n_top = (int32_t)(next_random() % 22) - 1,
                                      .seed = next_random(),
                                      .position = next_random() % 1000};
+    sampling[i] = (struct qtr_sampling){.temperature = row[i].temperature,
+                                        .top_k = row[i].top_k,
+                                        .top_p = row[i].top_p,
+                                        .min_p = row[i].min_p,
+                                        .repetition_penalty = i % 3 ? 1 : 0.5f + uniform(),
+                                        .presence_penalty = i % 3 ? 0 : uniform(),
+                                        .frequency_penalty = i % 3 ? 0 : uniform()};
+    for (size_t k = 0; k < 20; k++) prompt[i][k] = (int32_t)(next_random() % QTR_MIN(vocab, (size_t)60));
+    for (size_t k = 0; k < 30; k++) output[i][k] = (int32_t)(next_random() % QTR_MIN(vocab, (size_t)60));
+    for (size_t k = 0; k < 4; k++) {
+      bias[i][k] = (struct qtr_logit_bias){(int32_t)(next_random() % QTR_MIN(vocab, (size_t)80)), 10 * uniform()};
+    }
+    const struct qtr_sample_args args = history(&sampling[i], prompt[i], output[i], bias[i], i);
+    row[i].repetition_penalty = sampling[i].repetition_penalty;
+    row[i].presence_penalty = sampling[i].presence_penalty;
+    row[i].frequency_penalty = sampling[i].frequency_penalty;
+    row[i].first_adjust = n_adjust;
+    row[i].n_adjust = (int32_t)qtr_sampler_adjustments(sampler, &args, adjust + n_adjust, 64);
+    assert_in_range(row[i].n_adjust, 0, 64);
+    n_adjust += row[i].n_adjust;
   }
   const struct qtr_batch batch = {.n_tokens = ROWS,
                                   .n_seqs = ROWS,
@@ -86,26 +123,25 @@ static void sample_both(struct qtr_backend *b, size_t vocab, float spread) {
                &(struct qtr_quant_args){.x = device, .out = input, .quant = QTR_QUANT_NONE, .n_tokens = ROWS, .dim = DIM});
     ops->linear(b, &(struct qtr_linear_args){
                        .linear = linear, .input = input, .epilogue = QTR_EPILOGUE_LOGITS, .out = out, .n_tokens = ROWS});
-    ops->choose(b, &(struct qtr_choose_args){
-                       .logits = out, .row = row, .result = result, .n_rows = ROWS, .vocab_size = (int32_t)vocab});
+    ops->choose(b, &(struct qtr_choose_args){.logits = out,
+                                             .row = row,
+                                             .result = result,
+                                             .adjust = adjust,
+                                             .n_adjust = n_adjust,
+                                             .n_rows = ROWS,
+                                             .vocab_size = (int32_t)vocab});
     if (ops->end_step(b, &err)) fail_msg("%s", err.message);
   }
   assert_int_equal(ops->download(b, out, QTR_DTYPE_F32, ROWS * vocab, logits, &err), QTR_OK);
   int n_undecided = 0;
   for (int32_t i = 0; i < ROWS; i++) {
-    const struct qtr_sampling sampling = {.temperature = row[i].temperature,
-                                          .top_k = row[i].top_k,
-                                          .top_p = row[i].top_p,
-                                          .min_p = row[i].min_p,
-                                          .repetition_penalty = 1};
+    struct qtr_sample_args args = history(&sampling[i], prompt[i], output[i], bias[i], i);
     struct qtr_sample_result expected;
-    qtr_sample(sampler,
-               &(struct qtr_sample_args){.logits = logits + (size_t)i * vocab,
-                                         .sampling = &sampling,
-                                         .seed = row[i].seed,
-                                         .position = row[i].position,
-                                         .n_top = row[i].n_top},
-               &expected);
+    args.logits = logits + (size_t)i * vocab;
+    args.seed = row[i].seed;
+    args.position = row[i].position;
+    args.n_top = row[i].n_top;
+    qtr_sample(sampler, &args, &expected);
     if (result[i].token == QTR_CHOOSE_UNDECIDED) {
       n_undecided++;
       continue;

@@ -254,13 +254,22 @@ __device__ static int32_t draw_sorted(const float *x, const qtr_choose_row *p, f
   return token_of(list[run - 1]);
 }
 
-__global__ void __launch_bounds__(THREADS)
-    k_choose(const float *logits, const qtr_choose_row *rows, qtr_choose_result *results, int32_t n, double *scratch) {
+/* A logit with bias and penalties, as the sampler computes it. */
+__device__ static float adjusted(float x, const qtr_choose_row &p, const qtr_choose_adjust &a) {
+  x = __fadd_rn(clean(x), a.bias);
+  if (a.count < 0) return x;
+  x = x > 0 ? __fdiv_rn(x, p.repetition_penalty) : __fmul_rn(x, p.repetition_penalty);
+  if (a.count > 0) x = __fsub_rn(x, __fadd_rn(p.presence_penalty, __fmul_rn(p.frequency_penalty, (float)a.count)));
+  return clean(x);
+}
+
+__global__ void __launch_bounds__(THREADS) k_choose(float *logits, const qtr_choose_row *rows, qtr_choose_result *results,
+                                                    int32_t n, qtr_cuda_adjust adjust, double *scratch) {
   __shared__ uint64_t list[CANDIDATES];
   __shared__ int32_t token;
   const qtr_choose_row p = rows[blockIdx.x];
   qtr_choose_result *r = &results[blockIdx.x];
-  const float *x = logits + blockIdx.x * (size_t)n;
+  float *x = logits + blockIdx.x * (size_t)n;
   double *sums = scratch + blockIdx.x * (size_t)((n + BLOCK - 1) / BLOCK);
   int32_t n_blocks = (n + BLOCK - 1) / BLOCK;
   if (p.skip) {
@@ -270,6 +279,13 @@ __global__ void __launch_bounds__(THREADS)
     }
     return;
   }
+  for (int32_t i = threadIdx.x; i < p.n_adjust; i += THREADS) {
+    const qtr_choose_adjust a = adjust.adjust[p.first_adjust + i];
+    float was = x[a.token];
+    adjust.original[p.first_adjust + i] = was;
+    x[a.token] = adjusted(was, p, a);
+  }
+  __syncthreads();
   best b = row_best(x, n);
   bool greedy = p.temperature < GREEDY_TEMPERATURE || p.top_k == 1;
   if (threadIdx.x == 0) token = b.token;
@@ -291,6 +307,14 @@ __global__ void __launch_bounds__(THREADS)
     }
   }
   __syncthreads();
+  if (p.n_adjust > 0) { /* log-probabilities are of the untouched row, and so may the host's look be */
+    for (int32_t i = threadIdx.x; i < p.n_adjust; i += THREADS) {
+      x[adjust.adjust[p.first_adjust + i].token] = adjust.original[p.first_adjust + i];
+    }
+    __syncthreads();
+    best untouched = row_best(x, n);
+    if (b.token >= 0) b = untouched;
+  }
   if (threadIdx.x == 0) {
     r->token = token;
     r->n_top = 0;
@@ -325,11 +349,12 @@ size_t qtr_cuda_choose_scratch_bytes(size_t n_rows, size_t vocab_size) {
   return n_rows * ((vocab_size + BLOCK - 1) / BLOCK) * sizeof(double);
 }
 
-cudaError_t qtr_cuda_rows_choose(const float *logits, const qtr_choose_row *row, qtr_choose_result *result, size_t n_rows,
-                                 size_t vocab_size, bool drawing, void *scratch, cudaStream_t stream) {
+cudaError_t qtr_cuda_rows_choose(float *logits, const qtr_choose_row *row, qtr_choose_result *result, size_t n_rows,
+                                 size_t vocab_size, bool drawing, const qtr_cuda_adjust *adjust, void *scratch,
+                                 cudaStream_t stream) {
   if (n_rows == 0) return cudaSuccess;
   if (drawing) {
-    k_choose<<<(unsigned)n_rows, THREADS, 0, stream>>>(logits, row, result, (int32_t)vocab_size, (double *)scratch);
+    k_choose<<<(unsigned)n_rows, THREADS, 0, stream>>>(logits, row, result, (int32_t)vocab_size, *adjust, (double *)scratch);
   } else {
     k_choose_greedy<<<(unsigned)n_rows, THREADS, 0, stream>>>(logits, row, result, (int32_t)vocab_size);
   }

@@ -10,12 +10,19 @@
 extern "C" {
 #endif
 
+/* Applies the rows' adjustments to the logits before a choice, and takes them back after it: original (n_adjust) keeps what
+ * was there. adjust (all rows') device. */
+struct qtr_cuda_adjust {
+  const struct qtr_choose_adjust *adjust;
+  float *original;
+};
 /* Scratch for n_rows rows of a vocabulary. */
 size_t qtr_cuda_choose_scratch_bytes(size_t n_rows, size_t vocab_size);
 /* logits (n_rows, vocab_size); row, result (n_rows), device. `drawing`: some row is not greedy or wants log-probabilities
  * (a launch for greedy rows alone is shorter). */
-cudaError_t qtr_cuda_rows_choose(const float *logits, const struct qtr_choose_row *row, struct qtr_choose_result *result,
-                                 size_t n_rows, size_t vocab_size, bool drawing, void *scratch, cudaStream_t stream);
+cudaError_t qtr_cuda_rows_choose(float *logits, const struct qtr_choose_row *row, struct qtr_choose_result *result,
+                                 size_t n_rows, size_t vocab_size, bool drawing, const struct qtr_cuda_adjust *adjust,
+                                 void *scratch, cudaStream_t stream);
 
 #ifdef __cplusplus
 }

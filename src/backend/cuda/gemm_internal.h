@@ -24,43 +24,36 @@ static inline size_t qtr_gemm_block_bytes(enum qtr_linear_format format) {
   return format == QTR_LINEAR_W8A8 ? 16384 : format == QTR_LINEAR_W4A8 ? 8192 : 8448;
 }
 
-/* Most blocks of a launch that share tiles by partial sums, and the widest such tile: bounds the workspace. */
-#define QTR_MAX_SPLIT_CTAS 160
-#define QTR_MAX_SPLIT_N 256
-
-/* The work of one launch. Tiles are QTR_TILE_M * cluster rows by N tokens; the first n_whole of them go round robin to the
- * clusters, the units (tile, k step) of the rest are cut evenly: a tile that is cut is summed in `partial`. */
+/* The work of one launch: tiles of QTR_TILE_M * pair rows by n tokens. */
 struct qtr_gemm_work {
   const uint8_t *code;
   const float *scale, *szero, *bias; /* kernel's row order, padded; szero, bias may be NULL */
   const float *x_scale, *x_sum;      /* (n_tokens) */
-  const int8_t *x;                   /* (n_tokens, x_stride): sm_80 only, Hopper reads through the tensor map */
+  const int8_t *x;                   /* (n_tokens, x_stride) */
   void *out;                         /* (n_tokens, n_out) */
-  int32_t *partial;                  /* (QTR_MAX_SPLIT_CTAS, 2 halves, N / 2, 128 threads), zero between launches */
-  uint32_t *counter;                 /* (QTR_MAX_SPLIT_CTAS, 2), zero between launches */
   size_t x_stride;
   int32_t n_tokens, n_out;           /* n_out: values of an output row (half the matrix's rows with SILU_MUL) */
   int32_t m_tiles, n_tiles, k_steps; /* m_tiles of QTR_TILE_M rows */
+  int32_t n_pairs;                   /* tiles in all */
   int32_t raster;                    /* token tiles that are walked together */
-  int32_t n_whole, n_pairs;          /* tiles done whole; all tiles (of cluster * QTR_TILE_M rows) */
   int32_t epilogue;
   bool vector; /* rows of out are 16-byte aligned */
 };
 
 /* How a product is cut; gemm.cu chooses, the laboratory tries others. */
 struct qtr_gemm_plan {
-  int32_t n, cluster, n_ctas; /* tokens of a tile, blocks that share activations, blocks of the grid */
-  int32_t n_whole, raster;
+  int32_t n;     /* tokens of a tile: 8, 16, 32, 64, 128, 256 */
+  int32_t pair;  /* blocks that share activations: 1, or 2 with n = 256 */
+  int32_t split; /* blocks that divide the columns of a tile: 1, 2, 4; 8 up to n = 64 */
+  int32_t raster, n_sms;
 };
 struct qtr_gemm_plan qtr_gemm_choose(enum qtr_linear_format format, size_t n_rows, size_t n_in, size_t n_tokens, int n_sms);
 cudaError_t qtr_cuda_gemm_planned(const struct qtr_cuda_gemm_args *args, const struct qtr_gemm_plan *plan,
                                   cudaStream_t stream);
-
-/* gemm_sm90.cu: tile of n tokens (8, 16, 32, 64, 128, 256), cluster of 1 or 2 blocks that share activations. */
-cudaError_t qtr_gemm_launch_sm90(enum qtr_linear_format format, int n, int cluster, int n_clusters,
+cudaError_t qtr_gemm_launch_sm90(enum qtr_linear_format format, const struct qtr_gemm_plan *plan,
                                  const struct qtr_gemm_work *work, cudaStream_t stream);
-cudaError_t qtr_gemm_launch_sm80(enum qtr_linear_format format, int n_ctas, const struct qtr_gemm_work *work,
-                                 cudaStream_t stream);
+cudaError_t qtr_gemm_launch_sm80(enum qtr_linear_format format, const struct qtr_gemm_plan *plan,
+                                 const struct qtr_gemm_work *work, cudaStream_t stream);
 
 #ifdef __CUDACC__
 

@@ -21,7 +21,6 @@
 #define CONSUMERS 2
 #define THREADS (128 * (1 + CONSUMERS))
 #define SHARED_MAX 232448
-#define CHUNK_PITCH 144 /* bytes of a token in the epilogue's buffer: 64 rows of fp16, and 16 against bank conflicts */
 
 /* ---- PTX ----------------------------------------------------------------------------------------- */
 
@@ -51,7 +50,13 @@ static __device__ __forceinline__ void barrier_arrive_at(uint32_t bar, uint32_t 
       : "memory");
 }
 static __device__ __forceinline__ void cluster_sync(void) {
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
+}
+/* The same place in block `rank` of the cluster. */
+static __device__ __forceinline__ uint32_t remote_address(uint32_t at, uint32_t rank) {
+  uint32_t r;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(at), "r"(rank));
+  return r;
 }
 static __device__ __forceinline__ uint32_t cluster_rank(void) {
   uint32_t r;
@@ -65,7 +70,7 @@ static __device__ __forceinline__ void load_bulk(uint32_t to, const void *from, 
                "l"(from), "r"(bytes), "r"(bar)
                : "memory");
 }
-template <int CLUSTER>
+template <int PAIR>
 static __device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap *map, int32_t k, int32_t token,
                                                  uint32_t bar) {
   if (CLUSTER == 1) {
@@ -79,7 +84,7 @@ static __device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap 
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
         "{%2, %3}], "
         "[%4], %5;" ::"r"(to),
-        "l"(map), "r"(k), "r"(token), "r"(bar), "h"((uint16_t)((1 << CLUSTER) - 1))
+        "l"(map), "r"(k), "r"(token), "r"(bar), "h"((uint16_t)((1 << PAIR) - 1))
         : "memory");
   }
 }
@@ -102,18 +107,12 @@ static __device__ __forceinline__ float2 shared_load_float2(uint32_t at) {
 static __device__ __forceinline__ void shared_store_float(uint32_t at, float v) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(v) : "memory");
 }
-static __device__ __forceinline__ void shared_store16(uint32_t at, uint4 v) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-}
 /* Two 8 x 8 matrices of 16 bits, transposed; lanes 0...15 give the addresses of rows. */
 static __device__ __forceinline__ void matrix_store2(uint32_t at, uint32_t a, uint32_t b) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(at), "r"(a), "r"(b) : "memory");
 }
 static __device__ __forceinline__ void matrix_store1(uint32_t at, uint32_t a) {
   asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(at), "r"(a) : "memory");
-}
-static __device__ __forceinline__ void matrix_load2(uint32_t at, uint32_t *a, uint32_t *b) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(*a), "=r"(*b) : "r"(at) : "memory");
 }
 static __device__ __forceinline__ uint32_t pack_half(float low, float high) {
   __half2 h = __floats2half2_rn(low, high);
@@ -562,6 +561,338 @@ cudaError_t qtr_gemm_launch_sm90(enum qtr_linear_format format, int n, int clust
     case QTR_LINEAR_W8A8: return launch_format<QTR_LINEAR_W8A8>(n, cluster, n_clusters, work, stream);
     case QTR_LINEAR_W4A8: return launch_format<QTR_LINEAR_W4A8>(n, cluster, n_clusters, work, stream);
     case QTR_LINEAR_W4A8_G128: return launch_format<QTR_LINEAR_W4A8_G128>(n, cluster, n_clusters, work, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+/* A split tile: every block gives each owner the partial sums of the owner's tokens; mine = the whole sums of this block's
+ * tokens, if it is an owner. The stages' memory is free by now, and receives: [block][half][four tokens][128 threads][16].
+ */
+template <int FORMAT, int N, int SPLIT>
+static __device__ __forceinline__ void combine(int32_t (&acc)[N / 2], int32_t (&mine)[shape<FORMAT, N, SPLIT>::TOKENS / 2],
+                                               uint32_t shared, uint32_t half, uint32_t rank) {
+  using S = shape<FORMAT, N, SPLIT>;
+  constexpr int R = S::TOKENS / 2;
+  const uint32_t at = shared + (half * (R / 4) * 128 + threadIdx.x % 128) * 16;
+  cluster_sync(); /* nobody reads stages any more */
+#pragma unroll
+  for (int o = 0; o < S::OWNERS; o++) {
+    if ((uint32_t)o == rank) {
+#pragma unroll
+      for (int i = 0; i < R; i++) mine[i] = acc[o * R + i];
+    } else {
+      uint32_t to = remote_address(at + (rank - (rank > (uint32_t)o)) * (R / 4 * 4096), (uint32_t)o);
+#pragma unroll
+      for (int i = 0; i < R; i += 4) {
+        const int32_t *v = acc + o * R + i;
+        asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to + i / 4 * 2048), "r"(v[0]), "r"(v[1]),
+                     "r"(v[2]), "r"(v[3])
+                     : "memory");
+      }
+    }
+  }
+  cluster_sync();
+  if (rank >= (uint32_t)S::OWNERS) return;
+#pragma unroll
+  for (int b = 0; b < SPLIT - 1; b++) {
+#pragma unroll
+    for (int i = 0; i < R; i += 4) {
+      uint4 v = shared_load16(at + b * (R / 4 * 4096) + i / 4 * 2048);
+      mine[i] += (int32_t)v.x, mine[i + 1] += (int32_t)v.y, mine[i + 2] += (int32_t)v.z, mine[i + 3] += (int32_t)v.w;
+    }
+  }
+}
+
+/* What the epilogue needs from memory, asked for before the product so that it is there after it. */
+template <int T>
+struct scales {
+  struct row_params row[2];                               /* rows g and g + 8 of the warp's sixteen */
+  float x_scale[(T + 127) / 128], x_sum[(T + 127) / 128]; /* tokens t, t + 128 */
+};
+template <bool ZERO, int T>
+static __device__ __forceinline__ struct scales<T> load_scales(const struct qtr_gemm_work &p, int32_t row0, int32_t token0) {
+  const int32_t t = (int32_t)threadIdx.x % 128, r0 = row0 + t / 32 * 16 + t % 32 / 4;
+  struct scales<T> s;
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    s.row[i].scale = p.scale[r0 + 8 * i];
+    s.row[i].szero = ZERO ? p.szero[r0 + 8 * i] : 0;
+    s.row[i].bias = p.bias ? p.bias[r0 + 8 * i] : 0;
+  }
+#pragma unroll
+  for (int i = 0; i < (T + 127) / 128; i++) {
+    bool in = t + 128 * i < T && token0 + t + 128 * i < p.n_tokens;
+    s.x_scale[i] = in ? p.x_scale[token0 + t + 128 * i] : 0;
+    s.x_sum[i] = ZERO && in ? p.x_sum[token0 + t + 128 * i] : 0;
+  }
+  return s;
+}
+
+/* acc: 64 rows (from row0) x T tokens. buffers: two of CHUNK tokens x 64 fp16 (SILU_MUL: 32), swizzled as the map says. */
+template <bool ZERO, int T, int CHUNK>
+static __device__ __forceinline__ void epilogue(const int32_t (&acc)[T / 2], const struct scales<T> &s,
+                                                const struct qtr_gemm_work &p, const CUtensorMap *map, uint32_t buffers,
+                                                uint32_t tokens, int bar, int32_t row0, int32_t token0) {
+  const uint32_t t = threadIdx.x % 128, warp = t / 32, lane = t % 32, c = lane % 4;
+  const bool silu = p.epilogue == QTR_EPILOGUE_SILU_MUL, add = p.epilogue == QTR_EPILOGUE_ADD;
+  const uint32_t sums = tokens + T * 4;
+#pragma unroll
+  for (int i = 0; i < (T + 127) / 128; i++) {
+    if (t + 128 * i < T) {
+      shared_store_float(tokens + 4 * (t + 128 * i), s.x_scale[i]);
+      if (ZERO) shared_store_float(sums + 4 * (t + 128 * i), s.x_sum[i]);
+    }
+  }
+  if (t == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); /* the last tile's buffers */
+  group_sync(bar);
+
+  if (p.epilogue == QTR_EPILOGUE_LOGITS || !p.vector) { /* straight from the registers: F32, or rows that are not aligned */
+    const int32_t r0 = (silu ? row0 / 2 + (int32_t)warp * 8 : row0 + (int32_t)warp * 16) + (int32_t)lane / 4;
+#pragma unroll
+    for (int i = 0; i < T / 2; i++) {
+      int32_t token = 8 * (i / 4) + 2 * (int32_t)c + i % 2, r = r0 + 8 * (i / 2 % 2);
+      float xs = __uint_as_float(shared_load4(tokens + 4 * token)),
+            sum = ZERO ? __uint_as_float(shared_load4(sums + 4 * token)) : 0;
+      float y = gemm_value<ZERO>(acc[i], s.row[i / 2 % 2], xs, sum);
+      if (silu && i / 2 % 2) continue;
+      if (silu) y = gemm_silu_mul(y, gemm_value<ZERO>(acc[i | 2], s.row[1], xs, sum));
+      if (token0 + token >= p.n_tokens || r >= p.n_out) continue;
+      size_t at = (size_t)(token0 + token) * (size_t)p.n_out + (size_t)r;
+      if (p.epilogue == QTR_EPILOGUE_LOGITS) {
+        ((float *)p.out)[at] = y;
+      } else {
+        __half *out = (__half *)p.out + at;
+        *out = add ? __hadd(*out, __float2half_rn(y)) : __float2half_rn(y);
+      }
+    }
+    group_sync(bar); /* before anyone writes the next tile's scales */
+    return;
+  }
+
+  const int32_t out_row = silu ? row0 / 2 : row0;
+  const bool inside = out_row < p.n_out;
+#pragma unroll
+  for (int c0 = 0; c0 < T; c0 += CHUNK) {
+    if (token0 + c0 >= p.n_tokens) break;
+    const uint32_t buffer = buffers + c0 / CHUNK % 2 * (CHUNK * 128);
+#pragma unroll
+    for (int j = 0; j < CHUNK / 8; j++) {
+      const int32_t *a = acc + 4 * (c0 / 8 + j);
+      const uint32_t token = c0 + 8 * j + 2 * c, row = 8 * j + lane % 8; /* row: of the buffer, this lane's address */
+      float2 xs = shared_load_float2(tokens + 4 * token),
+             sum = ZERO ? shared_load_float2(sums + 4 * token) : make_float2(0, 0);
+      float y0 = gemm_value<ZERO>(a[0], s.row[0], xs.x, sum.x), y1 = gemm_value<ZERO>(a[1], s.row[0], xs.y, sum.y);
+      float z0 = gemm_value<ZERO>(a[2], s.row[1], xs.x, sum.x), z1 = gemm_value<ZERO>(a[3], s.row[1], xs.y, sum.y);
+      if (silu) {
+        matrix_store1(buffer + row * 64 + (warp ^ row / 2 % 4) * 16,
+                      pack_half(gemm_silu_mul(y0, z0), gemm_silu_mul(y1, z1)));
+      } else { /* lanes 0...7: rows g, 8...15: rows g + 8 */
+        uint32_t at = buffer + row * 128 + ((warp * 2 + lane / 8 % 2) ^ row % 8) * 16;
+        matrix_store2(at, pack_half(y0, y1), pack_half(z0, z1));
+      }
+    }
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    if (t == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); /* the other buffer is free for the next */
+    group_sync(bar);
+    if (t == 0) {
+      if (inside && add) {
+        asm volatile(
+            "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
+            "r"(out_row), "r"(token0 + c0), "r"(buffer)
+            : "memory");
+      } else if (inside) {
+        asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
+                     "r"(out_row), "r"(token0 + c0), "r"(buffer)
+                     : "memory");
+      }
+      asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+    }
+  }
+}
+
+/* PAIR blocks of a cluster share activations, or SPLIT blocks share a tile; not both. */
+template <int FORMAT, int N, int PAIR, int SPLIT>
+__global__ void __launch_bounds__(THREADS, (shape<FORMAT, N, SPLIT>::CTAS))
+    k_gemm_sm90(const __grid_constant__ struct qtr_gemm_work p, const __grid_constant__ CUtensorMap x_map,
+                const __grid_constant__ CUtensorMap out_map) {
+#ifdef HAVE_SM90A
+  static_assert(PAIR == 1 || SPLIT == 1, "one kind of cluster");
+  using S = shape<FORMAT, N, SPLIT>;
+  constexpr int CLUSTER = PAIR * SPLIT;
+  constexpr bool ZERO = FORMAT == QTR_LINEAR_W4A8;
+  extern __shared__ __align__(1024) uint8_t memory[];
+  const uint32_t shared = shared_address(memory), full = shared + S::BAR_AT, empty = full + 8 * S::STAGES;
+  const uint32_t rank = CLUSTER == 1 ? 0 : cluster_rank();
+  const int32_t m_groups = (p.m_tiles + PAIR - 1) / PAIR, first = (int32_t)blockIdx.x / CLUSTER,
+                step = (int32_t)gridDim.x / CLUSTER;
+  const int32_t k0 = SPLIT == 1 ? 0 : (int32_t)rank * p.k_steps / SPLIT;
+  const int32_t k1 = SPLIT == 1 ? p.k_steps : ((int32_t)rank + 1) * p.k_steps / SPLIT;
+
+  if (threadIdx.x == 0) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&x_map) : "memory");
+    for (int i = 0; i < S::STAGES; i++) {
+      barrier_init(full + 8 * i, 1);
+      barrier_init(empty + 8 * i, 4 * CONSUMERS * PAIR);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  }
+  if (PAIR == 1) {
+    __syncthreads();
+  } else {
+    cluster_sync();
+  }
+
+  struct ring r = {0, 0};
+  const uint32_t group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0); /* known to be one for a warp */
+  if (group == 0) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (threadIdx.x == 0) {
+      for (int32_t tile = first; tile < p.n_pairs; tile += step) {
+        int32_t m, n;
+        tile_place(p, tile, m_groups, &m, &n);
+        m = min(m * PAIR + (PAIR > 1 ? (int32_t)rank : 0), p.m_tiles - 1);
+        const uint8_t *code = p.code + ((size_t)m * p.k_steps + k0) * S::W_BYTES;
+        for (int32_t k = k0; k < k1; k++, code += S::W_BYTES) {
+          uint32_t bar = full + 8 * r.stage, x = shared + r.stage * S::X_BYTES, part = PAIR > 1 ? rank : 0;
+          barrier_wait(empty + 8 * r.stage, r.phase ^ 1u);
+          barrier_expect(bar, S::X_BYTES + S::W_BYTES);
+          load_bulk(shared + S::W_AT + r.stage * S::W_BYTES, code, S::W_BYTES, bar);
+          load_tile<PAIR>(x + part * (S::X_BYTES / PAIR), &x_map, k * QTR_TILE_K, n * N + (int32_t)part * (N / PAIR), bar);
+          ring_advance<S::STAGES>(&r);
+        }
+      }
+    }
+    __syncwarp();
+    if (SPLIT > 1) cluster_sync(), cluster_sync(); /* those of combine */
+  } else {
+    if (S::CTAS == 1) {
+      asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    } else {
+      asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
+    }
+    const uint32_t half = group - 1;
+    const uint32_t buffers = shared + S::BUFFER_AT + half * 2 * S::BUFFER,
+                   tokens = shared + S::TOKEN_AT + half * 2 * S::TOKENS * 4;
+    int32_t acc[N / 2];
+    for (int32_t tile = first; tile < p.n_pairs; tile += step) {
+      int32_t m, n;
+      tile_place(p, tile, m_groups, &m, &n);
+      if (PAIR > 1) m = m * PAIR + (int32_t)rank;
+      const int32_t row0 = m * QTR_TILE_M + 64 * (int32_t)half, token0 = n * N + (SPLIT > 1 ? (int32_t)rank * S::TOKENS : 0);
+      struct scales<S::TOKENS> s = {};
+      if (m < p.m_tiles) s = load_scales<ZERO, S::TOKENS>(p, row0, token0);
+      consume<FORMAT, N, PAIR, SPLIT>(acc, shared, half, k1 - k0, &r);
+      if constexpr (SPLIT > 1) {
+        int32_t mine[S::TOKENS / 2];
+        combine<FORMAT, N, SPLIT>(acc, mine, shared, half, rank);
+        if (rank < (uint32_t)S::OWNERS) {
+          epilogue<ZERO, S::TOKENS, S::CHUNK>(mine, s, p, &out_map, buffers, tokens, 1 + (int)half, row0, token0);
+        }
+      } else if (m < p.m_tiles) {
+        epilogue<ZERO, N, S::CHUNK>(acc, s, p, &out_map, buffers, tokens, 1 + (int)half, row0, token0);
+      }
+    }
+    if (threadIdx.x % 128 == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+  }
+  if (PAIR > 1) cluster_sync(); /* nobody leaves while the other may still write here */
+#endif
+}
+
+/* ---- launch -------------------------------------------------------------------------------------- */
+
+typedef CUresult (*encode_function)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
+                                    const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
+                                    CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+/* Rows of `inner` values; boxes of box_inner x box_rows. */
+static cudaError_t make_map(CUtensorMap *map, CUtensorMapDataType type, size_t bytes, const void *data, size_t inner,
+                            size_t rows, size_t stride, int box_inner, int box_rows, CUtensorMapSwizzle swizzle) {
+  void *f = NULL;
+  enum cudaDriverEntryPointQueryResult found;
+  cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found);
+  if (e != cudaSuccess) return e;
+  if (!f || found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+  cuuint64_t dims[2] = {(cuuint64_t)inner, (cuuint64_t)rows}, strides[1] = {(cuuint64_t)(stride * bytes)};
+  cuuint32_t box[2] = {(cuuint32_t)box_inner, (cuuint32_t)box_rows}, step[2] = {1, 1};
+  CUresult r =
+      ((encode_function)f)(map, type, 2, (void *)(uintptr_t)data, dims, strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                           swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+template <int FORMAT, int N, int PAIR, int SPLIT>
+static cudaError_t launch(int n_clusters, const struct qtr_gemm_work *p, cudaStream_t stream) {
+  using S = shape<FORMAT, N, SPLIT>;
+  CUtensorMap x_map, out_map;
+  memset(&out_map, 0, sizeof out_map);
+  cudaError_t e = make_map(&x_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p->x, p->x_stride, (size_t)p->n_tokens, p->x_stride,
+                           QTR_TILE_K, N / PAIR, CU_TENSOR_MAP_SWIZZLE_128B);
+  if (e == cudaSuccess && p->vector && p->epilogue != QTR_EPILOGUE_LOGITS) {
+    bool silu = p->epilogue == QTR_EPILOGUE_SILU_MUL;
+    e = make_map(&out_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, p->out, (size_t)p->n_out, (size_t)p->n_tokens,
+                 (size_t)p->n_out, silu ? 32 : 64, S::CHUNK, silu ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B);
+  }
+  if (e == cudaSuccess) {
+    e = cudaFuncSetAttribute((const void *)k_gemm_sm90<FORMAT, N, PAIR, SPLIT>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             S::SHARED);
+  }
+  if (e != cudaSuccess) return e;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = PAIR * SPLIT;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3((unsigned)(n_clusters * PAIR * SPLIT));
+  config.blockDim = dim3(THREADS);
+  config.dynamicSmemBytes = S::SHARED;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = PAIR * SPLIT > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, k_gemm_sm90<FORMAT, N, PAIR, SPLIT>, *p, x_map, out_map);
+}
+
+#define KEY(n, pair, split) ((n)*100 + (pair)*10 + (split))
+#define CASE(n, pair, split) \
+  case KEY(n, pair, split): return launch<FORMAT, n, pair, split>(n_clusters, p, s)
+
+template <int FORMAT>
+static cudaError_t launch_format(const struct qtr_gemm_plan *plan, int n_clusters, const struct qtr_gemm_work *p,
+                                 cudaStream_t s) {
+  switch (KEY(plan->n, plan->pair, plan->split)) {
+    CASE(8, 1, 1);
+    CASE(8, 1, 2);
+    CASE(8, 1, 4);
+    CASE(8, 1, 8);
+    CASE(16, 1, 1);
+    CASE(16, 1, 2);
+    CASE(16, 1, 4);
+    CASE(16, 1, 8);
+    CASE(32, 1, 1);
+    CASE(32, 1, 2);
+    CASE(32, 1, 4);
+    CASE(32, 1, 8);
+    CASE(64, 1, 1);
+    CASE(64, 1, 2);
+    CASE(64, 1, 4);
+    CASE(64, 1, 8);
+    CASE(128, 1, 1);
+    CASE(128, 1, 2);
+    CASE(128, 1, 4);
+    CASE(256, 1, 1);
+    CASE(256, 2, 1);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+/* A split launch has one cluster a tile; otherwise the grid is what fits on the GPU, or less. */
+cudaError_t qtr_gemm_launch_sm90(enum qtr_linear_format format, const struct qtr_gemm_plan *plan,
+                                 const struct qtr_gemm_work *work, cudaStream_t stream) {
+  int n_clusters = plan->split > 1 ? work->n_pairs : plan->n_sms * (plan->n <= 64 ? 2 : 1) / plan->pair;
+  if (n_clusters > work->n_pairs) n_clusters = work->n_pairs;
+  switch (format) {
+    case QTR_LINEAR_W8A8: return launch_format<QTR_LINEAR_W8A8>(plan, n_clusters, work, stream);
+    case QTR_LINEAR_W4A8: return launch_format<QTR_LINEAR_W4A8>(plan, n_clusters, work, stream);
+    case QTR_LINEAR_W4A8_G128: return launch_format<QTR_LINEAR_W4A8_G128>(plan, n_clusters, work, stream);
     default: return cudaErrorInvalidValue;
   }
 }

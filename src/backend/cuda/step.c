@@ -54,7 +54,8 @@ struct shape {
   int32_t n_tokens, n_seqs, n_rows, max_blocks; /* padded */
   int32_t choosing;                             /* 0, 1 greedy rows only, 2 others too */
   int32_t reserved;                             /* shapes are compared as bytes: no padding */
-  size_t token, position, token_seq, q_start, kv_len, block_table, logit_row, inv_freq, choose, plan, total;
+  size_t token, position, token_seq, q_start, kv_len, block_table, logit_row, inv_freq, choose, plan, adjust; /* of the last,
+                                        whose length varies and no launch depends on */
 };
 
 struct graph {
@@ -90,6 +91,8 @@ struct qtr_cuda_step {
   struct qtr_choose_result *result_host, *result; /* (result_rows) pinned, device */
   void *choose_scratch;
   size_t result_rows, choose_bytes;
+  float *original; /* device (original_bytes / 4) logits that adjustments replaced */
+  size_t original_bytes;
 
   struct graph graph[MAX_GRAPHS];
   size_t n_graphs;
@@ -136,7 +139,7 @@ void qtr_cuda_step_free(struct qtr_cuda *c) {
   }
   if (s->host) (void)cudaFreeHost(s->host);
   if (s->result_host) (void)cudaFreeHost(s->result_host);
-  void *const memory[] = {s->device, s->cos, s->sin, s->scratch, s->result, s->choose_scratch};
+  void *const memory[] = {s->device, s->cos, s->sin, s->scratch, s->result, s->choose_scratch, s->original};
   for (size_t i = 0; i < sizeof memory / sizeof memory[0]; i++) qtr_cuda_release(memory[i]);
   free(s->op);
   free(s);
@@ -186,15 +189,16 @@ static struct shape shape_make(const struct qtr_batch *b, size_t half_dim) {
     s.max_blocks = power_of_two(b->max_blocks);
   }
   size_t tokens = (size_t)s.n_tokens * 4, seqs = (size_t)s.n_seqs * 4;
-  s.token = place(&s.total, tokens);
-  s.position = place(&s.total, tokens);
-  s.token_seq = place(&s.total, tokens);
-  s.q_start = place(&s.total, seqs + 4);
-  s.kv_len = place(&s.total, seqs);
-  s.block_table = place(&s.total, seqs * (size_t)s.max_blocks);
-  s.logit_row = place(&s.total, (size_t)s.n_rows * 4);
-  s.inv_freq = place(&s.total, half_dim * 4);
-  s.choose = s.plan = s.total;
+  size_t total = 0;
+  s.token = place(&total, tokens);
+  s.position = place(&total, tokens);
+  s.token_seq = place(&total, tokens);
+  s.q_start = place(&total, seqs + 4);
+  s.kv_len = place(&total, seqs);
+  s.block_table = place(&total, seqs * (size_t)s.max_blocks);
+  s.logit_row = place(&total, (size_t)s.n_rows * 4);
+  s.inv_freq = place(&total, half_dim * 4);
+  s.choose = s.plan = s.adjust = total;
   return s;
 }
 
@@ -293,9 +297,12 @@ static bool batch_upload(struct qtr_cuda *c) {
               "partial results of attention"))
       return false;
   }
-  z->total = at;
-  if (z->total > s->block_bytes) {
-    size_t n = qtr_round_up(z->total * 2, 4096), have = 0;
+  z->adjust = at;
+  size_t n_adjust = s->has_choose ? (size_t)s->choose.n_adjust : 0, total = at;
+  (void)place(&total, n_adjust * sizeof(struct qtr_choose_adjust));
+  if (!grow(c, (void **)&s->original, &s->original_bytes, n_adjust * 2 * sizeof(float), "adjusted logits")) return false;
+  if (total > s->block_bytes) {
+    size_t n = qtr_round_up(total * 2, 4096), have = 0;
     if (!grow(c, (void **)&s->device, &have, n, "the arrays of a batch")) return false;
     if (s->host) (void)cudaFreeHost(s->host);
     s->host = NULL;
@@ -325,14 +332,16 @@ static bool batch_upload(struct qtr_cuda *c) {
                              qtr_cuda_choose_scratch_bytes(rows, (size_t)s->choose.vocab_size), "sampling"))
     return false;
   block_fill(s, spare_page);
-  if (s->has_choose) choose_fill(s);
+  if (s->has_choose) {
+    choose_fill(s);
+    if (n_adjust) memcpy(s->host + z->adjust, s->choose.adjust, n_adjust * sizeof *s->choose.adjust);
+  }
   if (s->has_plan) {
     struct qtr_batch padded = padded_batch(s);
     qtr_cuda_attention_plan(&s->plan_config, &padded, s->host + z->plan);
   }
   s->uploaded = true;
-  return qtr_cuda_ok(c, cudaMemcpyAsync(s->device, s->host, z->total, cudaMemcpyHostToDevice, c->stream),
-                     "uploading a batch");
+  return qtr_cuda_ok(c, cudaMemcpyAsync(s->device, s->host, total, cudaMemcpyHostToDevice, c->stream), "uploading a batch");
 }
 
 /* ---- running ------------------------------------------------------------------------------------- */
@@ -370,10 +379,13 @@ static cudaError_t run_stamp(struct qtr_cuda *c) {
 
 static cudaError_t run_choose(struct qtr_cuda *c, const struct qtr_choose_args *a) {
   struct qtr_cuda_step *s = c->step;
-  size_t rows = (size_t)s->shape.n_rows, n_bytes = rows * sizeof *s->result;
-  cudaError_t error =
-      qtr_cuda_rows_choose(a->logits, (const struct qtr_choose_row *)(const void *)(s->device + s->shape.choose), s->result,
-                           rows, (size_t)a->vocab_size, s->shape.choosing == 2, s->choose_scratch, c->stream);
+  const struct shape *z = &s->shape;
+  const struct qtr_choose_row *row = (const struct qtr_choose_row *)(const void *)(s->device + z->choose);
+  const struct qtr_cuda_adjust adjust = {.adjust = (const struct qtr_choose_adjust *)(const void *)(s->device + z->adjust),
+                                         .original = s->original};
+  size_t rows = (size_t)z->n_rows, n_bytes = rows * sizeof *s->result;
+  cudaError_t error = qtr_cuda_rows_choose(a->logits, row, s->result, rows, (size_t)a->vocab_size, z->choosing == 2, &adjust,
+                                           s->choose_scratch, c->stream);
   return error ? error : cudaMemcpyAsync(s->result_host, s->result, n_bytes, cudaMemcpyDeviceToHost, c->stream);
 }
 
@@ -689,7 +701,7 @@ void qtr_cuda_choose(struct qtr_backend *b, const struct qtr_choose_args *args) 
   s->shape.choosing = 1;
   for (int32_t i = 0; i < args->n_rows; i++) {
     const struct qtr_choose_row *row = &args->row[i];
-    if (!row->skip && (row->temperature > 0 || row->n_top >= 0)) s->shape.choosing = 2;
+    if (!row->skip && (row->temperature > 0 || row->n_top >= 0 || row->n_adjust > 0)) s->shape.choosing = 2;
   }
 }
 

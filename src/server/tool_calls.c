@@ -110,6 +110,7 @@ static void feed_tags(struct qtr_tool_parser *p, bool last, struct qtr_buffer *c
       return;
     }
     size_t n = last ? h->len : h->len - tag_prefix(h, open_tag);
+    if (n <= n_space) return; /* space, and perhaps the next call */
     qtr_buffer_put(content, h->data, n);
     drop(h, n);
     return;

@@ -14,11 +14,11 @@ says "$T/err" "did you mean generate"
 run 2 xyzzy
 grep -q "did you mean" "$T/err" && fail "a far-fetched suggestion: $(cat "$T/err")"
 
-for command in generate chat bench "eval ppl" tokenize info quantize; do
+for command in generate chat serve bench "eval ppl" tokenize info quantize; do
   run 0 $command --help
   [ -s "$T/err" ] && fail "$command --help writes to stderr"
   says "$T/out" "^Usage: quattuor $command"
-  says "$T/out" "^  --json|^  --system"
+  says "$T/out" "^  --json|^  --system|^  --port"
   grep -oE '^  --[a-z0-9-]+' "$T/out" | while read -r option; do
     grep -qF -- "$option" "$SRC/docs/cli.md" || echo "docs/cli.md does not name $option of $command"
     grep -qF -- "${option//-/\\-}" "$SRC/man/quattuor.1" || echo "man/quattuor.1 does not name $option of $command"

@@ -1,0 +1,135 @@
+# test_serve.sh - quattuor serve with nothing but a shell: requests by hand, hostile bytes, the end by signal. What OpenAI's own
+# client thinks is oracle_openai.py's question; it runs at the end where that client is installed.
+. "$(dirname "$0")/lib.sh"
+need_model
+
+"$Q" serve --model "$MODEL" --port 0 --served-model-name demo --max-body 64K --ping 1 2>"$T/log" &
+server=$!
+trap 'kill -9 $server 2>/dev/null; rm -rf "$T"' EXIT
+for _ in $(seq 300); do
+  port=$(sed -nE 's|.*at http://127.0.0.1:([0-9]+)/v1.*|\1|p' "$T/log")
+  [ -n "$port" ] && break
+  kill -0 $server 2>/dev/null || break
+  sleep 0.1
+done
+[ -n "$port" ] || { cat "$T/log" >&2; fail "no address"; finish; }
+
+# ask TEXT: sends bytes (printf escapes), reads until the server closes or 5 s have gone; the answer is in $T/out.
+ask() {
+  exec 9<>"/dev/tcp/127.0.0.1/$port" || { fail "cannot connect"; return; }
+  printf "$1" >&9
+  timeout 5 cat <&9 >"$T/out"
+  exec 9<&- 9>&-
+}
+C='Connection: close\r\nHost: x\r\n'
+# post PATH JSON: a POST with this body.
+post() { ask "POST $1 HTTP/1.1\r\n${C}Content-Type: application/json\r\nContent-Length: ${#2}\r\n\r\n${2//%/%%}"; }
+
+ask "GET /health HTTP/1.1\r\n$C\r\n"
+says "$T/out" '^HTTP/1.1 200 OK'
+says "$T/out" '"status":"ok"'
+ask "HEAD /v1/models HTTP/1.1\r\n$C\r\n"
+says "$T/out" '^Content-Length: [1-9]'
+grep -q '"data"' "$T/out" && fail "HEAD has a body"
+
+"$Q" generate --model "$MODEL" --prompt "The old man" --max-tokens 12 --json >"$T/wanted" 2>"$T/err"
+wanted=$(field text <"$T/wanted")
+body='{"prompt":"The old man","max_tokens":12,"temperature":0,"top_p":1}'
+post /v1/completions "$body"
+same "$(tail -1 "$T/out" | field text)" "$wanted" "a completion"
+# the body in chunks, after an Expect, in HTTP/1.0, and two requests at once on one connection
+ask "POST /v1/completions HTTP/1.1\r\n${C}Transfer-Encoding: chunked\r\n\r\n5\r\n${body:0:5}\r\n$(printf %x $((${#body} - 5)))\r\n${body:5}\r\n0\r\n\r\n"
+same "$(tail -1 "$T/out" | field text)" "$wanted" "a chunked body"
+ask "POST /v1/completions HTTP/1.0\r\nContent-Length: ${#body}\r\n\r\n$body"
+same "$(tail -1 "$T/out" | field text)" "$wanted" "HTTP/1.0"
+ask "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: ${#body}\r\n\r\n${body}GET /version HTTP/1.1\r\nHost: x\r\n\r\nGET /health HTTP/1.1\r\n$C\r\n"
+same "$(grep -o 'HTTP/1.1 200' "$T/out" | wc -l | tr -d ' ')" 3 "answers to three pipelined requests"
+says "$T/out" '"version"'
+stream='{"prompt":"The old man","max_tokens":12,"temperature":0,"top_p":1,"stream":true}'
+post /v1/completions "$stream"
+says "$T/out" '^data: \[DONE\]'
+same "\"$(grep -o '"text":"[^"]*"' "$T/out" | cut -d'"' -f4 | tr -d '\n')\"" "$wanted" "a stream"
+ask "POST /v1/completions HTTP/1.0\r\nContent-Length: ${#stream}\r\n\r\n$stream"
+says "$T/out" '^data: \[DONE\]'
+grep -q chunked "$T/out" && fail "HTTP/1.0 got chunks"
+
+# errors in OpenAI's shape
+post /v1/completions '{"prompt":"x","temperature":-3}'
+says "$T/out" '^HTTP/1.1 400'
+says "$T/out" '"type":"invalid_request_error","param":"temperature"'
+post /v1/chat/completions 'not json'
+says "$T/out" '^HTTP/1.1 400'
+post /v1/embeddings '{}'
+says "$T/out" '^HTTP/1.1 501'
+ask "GET /v1/nothing HTTP/1.1\r\n$C\r\n"
+says "$T/out" '^HTTP/1.1 404'
+ask "DELETE /v1/models HTTP/1.1\r\n$C\r\n"
+says "$T/out" '^Allow: GET'
+
+# hostile bytes
+ask 'nonsense\r\n'
+says "$T/out" '^HTTP/1.1 400'
+ask '\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n'
+says "$T/out" '^HTTP/1.1 400'
+ask 'PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n'
+says "$T/out" '^HTTP/1.1 505'
+ask "GET /$(head -c 5000 /dev/zero | tr '\0' a) HTTP/1.1\r\n\r\n"
+says "$T/out" '^HTTP/1.1 414'
+ask "GET / HTTP/1.1\r\nX: $(head -c 100000 /dev/zero | tr '\0' a)\r\n\r\n"
+says "$T/out" '^HTTP/1.1 431'
+ask "POST /v1/completions HTTP/1.1\r\n${C}Content-Length: 104857600\r\n\r\n"
+says "$T/out" '^HTTP/1.1 413'
+ask "POST /v1/completions HTTP/1.1\r\n${C}Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+says "$T/out" '^HTTP/1.1 400'
+{ # a hundred megabytes, announced by nothing
+  exec 9<>"/dev/tcp/127.0.0.1/$port"
+  printf "POST /v1/completions HTTP/1.1\r\n${C}Transfer-Encoding: chunked\r\n\r\n6400000\r\n" >&9
+  head -c 104857600 /dev/zero >&9
+  timeout 5 cat <&9 >"$T/out"
+  exec 9<&- 9>&-
+} 2>/dev/null
+says "$T/out" '^HTTP/1.1 413'
+deep=$(head -c 60000 /dev/zero | tr '\0' '[')
+post /v1/completions "$deep"
+says "$T/out" 'nested deeper'
+printf -v stops '"s",%.0s' $(seq 3000)
+post /v1/completions "{\"prompt\":\"x\",\"stop\":[${stops%,}]}"
+says "$T/out" '"param":"stop"'
+for n in 1e400 -1e400 99999999999999999999 -9223372036854775809 1e-400 0.1e; do
+  post /v1/completions "{\"prompt\":\"x\",\"max_tokens\":$n}"
+  says "$T/out" '^HTTP/1.1 400'
+done
+kill -0 $server 2>/dev/null || fail "the server has died: $(tail -3 "$T/log")"
+
+# connections that only hang around do not stop others
+for i in $(seq 20); do eval "exec $((20 + i))<>/dev/tcp/127.0.0.1/$port"; printf 'POST /v1/comp' >&$((20 + i)); done
+post /v1/completions "$body"
+same "$(tail -1 "$T/out" | field text)" "$wanted" "a completion beside twenty half-open connections"
+for i in $(seq 20); do eval "exec $((20 + i))<&-"; done
+
+says "$T/log" '"POST /v1/completions" 200 [0-9.]+s req-[0-9a-f]+ prompt=4 cached=[0-9]+ output=12 finish=length first='
+start=$SECONDS
+kill -TERM $server
+wait $server
+same $? 0 "exit code after SIGTERM"
+[ $((SECONDS - start)) -lt 10 ] || fail "the idle server took $((SECONDS - start)) s to end"
+says "$T/log" 'stopped'
+
+# the command line
+run 1 serve --model "$MODEL" --port 0 --api-key "$T/none"
+says "$T/err" 'none'
+: >"$T/empty"
+run 1 serve --model "$MODEL" --port 0 --api-key "$T/empty"
+says "$T/err" 'no key'
+run 1 serve --model "$MODEL" --host 999.1.1.1
+says "$T/err" '999.1.1.1'
+run 2 serve --port 99999
+run 2 serve --max-body 1
+
+python=${QUATTUOR_PYTHON:-python3}
+if "$python" -c 'import openai' 2>/dev/null; then
+  "$python" "$SRC/tests/e2e/oracle_openai.py" "$Q" "$MODEL" || fail "the openai client disagrees"
+else
+  echo "the openai client is not installed: oracle_openai.py is left out" >&2
+fi
+finish

@@ -1,0 +1,478 @@
+/* attention_decode.cu - attention of sequences with one new token over their pages (spec C.5), head_dim 64 and 128. Must be
+ * bound by the bytes of K and V.
+ *
+ * A block of four warps takes the entries of the plan (attention_plan.h) in turn, one KV head at a time. Within a segment
+ * warp w takes pages w, w + 4, ...: every warp has a ring of slots in shared memory that bulk copies fill, one block of K or
+ * V (64 tokens of one head) a slot, and runs ahead over the borders of segments and entries. The codes lie in the order of
+ * mma fragments (kv_layout.h), so that a 16-byte read gives a lane whole A operands: S^T = K Q^T has tokens as rows and up
+ * to 8 query heads of the group as columns, O^T = V^T P^T dims as rows. Scales and zeros stay outside
+ * (attention_common.cuh).
+ *
+ * Bits: a warp's pages, the order of warps and of segments are fixed by the sequence, so no other sequence matters. */
+#include "backend/cuda/attention_kernels.h"
+
+namespace {
+
+constexpr int WARPS = 4, THREADS = WARPS * 32;
+
+/* ---- PTX ----------------------------------------------------------------------------------------- */
+
+__device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+/* 8 x 8 halves: what lane l holds of row l / 4 becomes what it holds of column l / 4. */
+__device__ __forceinline__ uint32_t transpose(uint32_t x) {
+  uint32_t y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n .reg .pred p;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+      " @!p bra again;\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+__device__ __forceinline__ void copy_bulk(uint32_t to, const void *from, uint32_t n_bytes, uint32_t barrier) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(n_bytes) : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(n_bytes), "r"(barrier)
+               : "memory");
+}
+
+/* ---- walking over the plan ----------------------------------------------------------------------- */
+
+struct unit { /* a segment of an entry for one KV head (and one part of its group) */
+  struct qtr_decode_entry e;
+  int round, kv_head, head_block, segment, tile, tile_end;
+};
+
+/* Block b takes items b, 2 g - 1 - b, 2 g + b, ...: items come longest first. */
+__device__ __forceinline__ bool unit_advance(const struct attention_params &p, int n_items, int pairs, int warp, unit &u) {
+  if (u.round >= 0 && u.segment + 1 < u.e.segment + u.e.n_segments) {
+    u.segment++;
+  } else {
+    u.round++;
+    int g = (int)gridDim.x, b = (int)blockIdx.x, item = u.round * g + (u.round & 1 ? g - 1 - b : b);
+    if (u.round * g >= n_items) return false;
+    if (item >= n_items) { /* the last, incomplete round */
+      u.e.n_segments = 0;
+      u.segment = u.e.segment;
+      u.tile = u.tile_end = 0;
+      return false;
+    }
+    int pair = item % pairs;
+    const int4 *from = (const int4 *)(p.plan + sizeof(struct qtr_attention_plan)) + (size_t)(item / pairs) * 2;
+    int4 x = __ldg(from), y = __ldg(from + 1);
+    u.e = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
+    u.kv_head = pair % p.n_kv_heads;
+    u.head_block = pair / p.n_kv_heads;
+    u.segment = u.e.segment;
+  }
+  int first = u.segment * u.e.segment_tiles, n_tiles = (u.e.n_tokens + QTR_PAGE_TOKENS - 1) / QTR_PAGE_TOKENS;
+  u.tile = first + warp;
+  u.tile_end = min(first + u.e.segment_tiles, n_tiles);
+  return true;
+}
+
+/* ---- shared memory ------------------------------------------------------------------------------- */
+
+template <int FORMAT, int DIM>
+struct shape {
+  static constexpr int code_bytes = DIM * QTR_PAGE_TOKENS * (FORMAT == QTR_KV_F16 ? 4 : FORMAT == QTR_KV_INT4 ? 1 : 2) / 2;
+  static constexpr int block_bytes = code_bytes + (kv_traits<FORMAT>::has_params ? QTR_PAGE_TOKENS * 4 : 0);
+  static constexpr int slots = block_bytes > 10000 ? 3 : block_bytes > 6000 ? 3 : 6;
+  static constexpr int ring_bytes = WARPS * slots * block_bytes;
+  static constexpr int head_floats = DIM + 4; /* a row of results; + 4: no bank conflicts */
+};
+
+struct total { /* of one head */
+  float max, sum;
+};
+
+/* Adds a later part to an earlier one: maxima are log2. */
+template <int N>
+__device__ __forceinline__ void merge(struct total &t, float (&sum)[N], struct total u, const float (&more)[N]) {
+  float m = fmaxf(t.max, u.max), f = fast_exp2(t.max - m), g = fast_exp2(u.max - m);
+  t.sum = __fmaf_rn(t.sum, f, __fmul_rn(u.sum, g));
+#pragma unroll
+  for (int i = 0; i < N; i++) sum[i] = __fmaf_rn(sum[i], f, __fmul_rn(more[i], g));
+  t.max = m;
+}
+
+template <int FORMAT, int DIM, int COLUMNS>
+__global__ void __launch_bounds__(THREADS) k_attention_decode(const __grid_constant__ struct attention_params p) {
+  using traits = kv_traits<FORMAT>;
+  using S = shape<FORMAT, DIM>;
+  constexpr int K_STEPS = DIM / 16, HEADS = 8 * COLUMNS, PER_CHUNK = traits::fragments, SLOTS = S::slots;
+  constexpr int OUTPUTS = (HEADS * DIM / 4 + THREADS - 1) / THREADS; /* float4 of results a thread merges */
+  extern __shared__ __align__(128) uint8_t shared[];
+  __shared__ __align__(8) uint64_t barriers[WARPS][SLOTS];
+  __shared__ struct total totals[WARPS][HEADS];
+  __shared__ int is_last;
+  float *results = (float *)(shared + S::ring_bytes); /* (WARPS, heads, head_floats) */
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4 * 2;
+  uint32_t ring = shared_address(shared) + (uint32_t)(warp * SLOTS * S::block_bytes);
+  const uint8_t *ring_at = shared + warp * SLOTS * S::block_bytes;
+  uint32_t barrier = shared_address(&barriers[warp][0]);
+  if (lane == 0) {
+    for (int i = 0; i < SLOTS; i++) barrier_init(barrier + 8 * i);
+    asm volatile("fence.mbarrier_init.release.cluster;\n fence.proxy.async.shared::cta;" ::: "memory");
+  }
+  __syncwarp();
+
+  int head_blocks = COLUMNS == 1 ? 1 : (p.group + HEADS - 1) / HEADS, pairs = p.n_kv_heads * head_blocks;
+  int n_items = *(const int *)p.plan * pairs, head_stride = min(p.group, HEADS);
+  float log2_scale = p.scale * LOG2_E;
+
+  /* The copying side of the warp. */
+  unit ahead;
+  ahead.round = -1, ahead.tile = ahead.tile_end = 0;
+  bool more = true, next_is_v = false;
+  int pages = 0, ahead_first = 0, filled = 0; /* slot to fill next */
+  size_t ahead_at = 0;
+  auto copy_next = [&]() {
+    if (!next_is_v) {
+      while (more && ahead.tile >= ahead.tile_end) {
+        more = unit_advance(p, n_items, pairs, warp, ahead);
+        ahead_first = ahead.tile;
+      }
+      if (!more) return;
+      int k = (ahead.tile - ahead_first) / WARPS;
+      if (k % 32 == 0) {
+        int tile = ahead.tile + lane * WARPS;
+        pages = tile < ahead.tile_end ? __ldg(p.block_table + (size_t)ahead.e.seq * p.max_blocks + tile) : 0;
+      }
+      ahead_at = (size_t)__shfl_sync(~0u, pages, k % 32) * p.page_bytes + (size_t)ahead.kv_head * S::block_bytes;
+    }
+    if (lane == 0) {
+      copy_bulk(ring + (uint32_t)(filled * S::block_bytes), (next_is_v ? p.v : p.k) + ahead_at, S::block_bytes,
+                barrier + 8 * filled);
+    }
+    if (next_is_v) ahead.tile += WARPS;
+    next_is_v = !next_is_v;
+    filled = filled + 1 == SLOTS ? 0 : filled + 1;
+  };
+#pragma unroll 1
+  for (int i = 0; i < SLOTS; i++) copy_next();
+
+  unit u;
+  u.round = -1;
+  int slot = 0;
+  uint32_t parity = 0;
+  auto slot_next = [&]() {
+    if (++slot == SLOTS) slot = 0, parity ^= 1;
+  };
+  uint32_t q[COLUMNS][K_STEPS][2];
+  float q_sum[COLUMNS][2];
+  struct total running[OUTPUTS];
+  float running_sum[OUTPUTS][4];
+
+#pragma unroll 1
+  while (unit_advance(p, n_items, pairs, warp, u)) {
+    int first_head = u.kv_head * p.group + u.head_block * HEADS, n_heads = min(HEADS, p.group - u.head_block * HEADS);
+    if (u.segment == u.e.segment) { /* a new entry: its queries as B operands, their sums */
+#pragma unroll
+      for (int n = 0; n < COLUMNS; n++) {
+        int head = n * 8 + row;
+        const __half *from = p.qkv + (size_t)u.e.token * p.width + (size_t)(first_head + head) * DIM + column;
+        float sum = 0;
+#pragma unroll
+        for (int k = 0; k < K_STEPS; k++) {
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            uint32_t x = head < n_heads ? __ldg((const unsigned *)(from + k * 16 + h * 8)) : 0;
+            q[n][k][h] = x = q_scale<FORMAT>(x, h);
+            float2 y = __half22float2(*(__half2 *)&x);
+            sum += (y.x + y.y) * (1 / (h ? traits::q_high : traits::q_low));
+          }
+        }
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        q_sum[n][0] = __shfl_sync(~0u, sum, column * 4);
+        q_sum[n][1] = __shfl_sync(~0u, sum, column * 4 + 4);
+      }
+#pragma unroll
+      for (int i = 0; i < OUTPUTS; i++) {
+        running[i] = {-INFINITY, 0};
+#pragma unroll
+        for (int j = 0; j < 4; j++) running_sum[i][j] = 0;
+      }
+    }
+    float o[COLUMNS][K_STEPS][4], max[COLUMNS][2], sum[COLUMNS][2], zeros[COLUMNS][2];
+#pragma unroll
+    for (int n = 0; n < COLUMNS; n++) {
+#pragma unroll
+      for (int k = 0; k < K_STEPS; k++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) o[n][k][i] = 0;
+      }
+#pragma unroll
+      for (int i = 0; i < 2; i++) max[n][i] = -INFINITY, sum[n][i] = zeros[n][i] = 0;
+    }
+#pragma unroll 1
+    for (; u.tile < u.tile_end; u.tile += WARPS) {
+      float s[COLUMNS][4][4];
+      uint32_t k_pair[4][2], v_pair[4][2];
+      const uint8_t *at = ring_at + slot * S::block_bytes;
+      barrier_wait(barrier + 8 * slot, parity);
+#pragma unroll
+      for (int m = 0; m < 4; m++) {
+#pragma unroll
+        for (int n = 0; n < COLUMNS; n++) s[n][m][0] = s[n][m][1] = s[n][m][2] = s[n][m][3] = 0;
+#pragma unroll
+        for (int k = 0; k < K_STEPS; k += PER_CHUNK) {
+          uint4 x = *(const uint4 *)(at + ((m * K_STEPS + k) / PER_CHUNK * 32 + lane) * 16);
+          uint32_t chunk[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+          for (int i = 0; i < PER_CHUNK; i++) {
+            uint32_t a[4];
+            fragment_expand<FORMAT, false>(chunk, i, a);
+#pragma unroll
+            for (int n = 0; n < COLUMNS; n++) mma(s[n][m], a, q[n][k + i]);
+          }
+        }
+        if (traits::has_params) {
+          k_pair[m][0] = *(const uint32_t *)(at + S::code_bytes + (m * 16 + row) * 4);
+          k_pair[m][1] = *(const uint32_t *)(at + S::code_bytes + (m * 16 + row + 8) * 4);
+        }
+      }
+      slot_next();
+      __syncwarp();
+      copy_next();
+      at = ring_at + slot * S::block_bytes;
+      barrier_wait(barrier + 8 * slot, parity);
+#pragma unroll
+      for (int m = 0; m < 4 && traits::has_params; m++) {
+        v_pair[m][0] = *(const uint32_t *)(at + S::code_bytes + (m * 16 + row) * 4);
+        v_pair[m][1] = *(const uint32_t *)(at + S::code_bytes + (m * 16 + row + 8) * 4);
+      }
+      /* Scores of tokens 16 m + row + 8 h, then weights. */
+      int left = u.e.n_tokens - u.tile * QTR_PAGE_TOKENS;
+      float inv_s[4][2], zero[4][2], top[COLUMNS][2];
+#pragma unroll
+      for (int n = 0; n < COLUMNS; n++) top[n][0] = top[n][1] = -INFINITY;
+#pragma unroll
+      for (int m = 0; m < 4; m++) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          struct token_params t =
+              token_make<FORMAT>(k_pair[m][h], v_pair[m][h], log2_scale, p.k_scale, p.v_scale, m * 16 + h * 8 + row < left);
+          inv_s[m][h] = t.inv_s, zero[m][h] = t.zero;
+#pragma unroll
+          for (int n = 0; n < COLUMNS; n++) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+              float x = __fmaf_rn(s[n][m][h * 2 + i], t.a, __fmaf_rn(-q_sum[n][i], t.b, t.log_s));
+              s[n][m][h * 2 + i] = x;
+              top[n][i] = fmaxf(top[n][i], x);
+            }
+          }
+        }
+      }
+      bool grown = false;
+      float factor[COLUMNS][2];
+#pragma unroll
+      for (int n = 0; n < COLUMNS; n++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          float x = top[n][i];
+          x = fmaxf(x, __shfl_xor_sync(~0u, x, 4));
+          x = fmaxf(x, __shfl_xor_sync(~0u, x, 8));
+          x = fmaxf(x, __shfl_xor_sync(~0u, x, 16));
+          x = fmaxf(max[n][i], x - WEIGHT_BITS);
+          factor[n][i] = fast_exp2(max[n][i] - x);
+          grown |= x != max[n][i];
+          max[n][i] = x;
+        }
+      }
+      if (__any_sync(~0u, grown)) {
+#pragma unroll
+        for (int n = 0; n < COLUMNS; n++) {
+#pragma unroll
+          for (int i = 0; i < 2; i++) sum[n][i] *= factor[n][i], zeros[n][i] *= factor[n][i];
+#pragma unroll
+          for (int k = 0; k < K_STEPS; k++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) o[n][k][i] *= factor[n][i % 2];
+          }
+        }
+      }
+      uint32_t w[COLUMNS][4][2];
+#pragma unroll
+      for (int m = 0; m < 4; m++) {
+#pragma unroll
+        for (int n = 0; n < COLUMNS; n++) {
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            float x = fast_exp2(s[n][m][h * 2] - max[n][0]), y = fast_exp2(s[n][m][h * 2 + 1] - max[n][1]);
+            __half2 xy = __floats2half2_rn(x, y);
+            float2 r = __half22float2(xy); /* sums see the rounded weights: a mean with slightly other weights */
+            if (traits::has_params) {
+              sum[n][0] = __fmaf_rn(r.x, inv_s[m][h], sum[n][0]), sum[n][1] = __fmaf_rn(r.y, inv_s[m][h], sum[n][1]);
+            } else {
+              sum[n][0] += r.x, sum[n][1] += r.y;
+            }
+            if (traits::is_int) {
+              zeros[n][0] = __fmaf_rn(r.x, zero[m][h], zeros[n][0]), zeros[n][1] = __fmaf_rn(r.y, zero[m][h], zeros[n][1]);
+            }
+            w[n][m][h] = transpose(*(uint32_t *)&xy);
+          }
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < 4; m++) {
+#pragma unroll
+        for (int k = 0; k < K_STEPS; k += PER_CHUNK) {
+          uint4 x = *(const uint4 *)(at + ((m * K_STEPS + k) / PER_CHUNK * 32 + lane) * 16);
+          uint32_t chunk[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+          for (int i = 0; i < PER_CHUNK; i++) {
+            uint32_t a[4];
+            fragment_expand<FORMAT, true>(chunk, i, a);
+#pragma unroll
+            for (int n = 0; n < COLUMNS; n++) mma(o[n][k + i], a, w[n][m]);
+          }
+        }
+      }
+      slot_next();
+      __syncwarp();
+      copy_next();
+    }
+    /* The segment's result: warps in order. */
+#pragma unroll
+    for (int n = 0; n < COLUMNS; n++) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+#pragma unroll
+        for (int j = 4; j < 32; j *= 2) {
+          sum[n][i] += __shfl_xor_sync(~0u, sum[n][i], j);
+          zeros[n][i] += __shfl_xor_sync(~0u, zeros[n][i], j);
+        }
+        int head = n * 8 + column + i;
+        if (head >= n_heads) continue;
+        if (row == 0) totals[warp][head] = {max[n][i], sum[n][i]};
+        float *to = results + (size_t)(warp * head_stride + head) * S::head_floats + row;
+#pragma unroll
+        for (int k = 0; k < K_STEPS; k++) {
+          to[k * 16] = __fmaf_rn(o[n][k][i], traits::out_low, -zeros[n][i]);
+          to[k * 16 + 8] = __fmaf_rn(o[n][k][i + 2], traits::out_high, -zeros[n][i]);
+        }
+      }
+    }
+    __syncthreads();
+    bool ends = u.segment + 1 == u.e.segment + u.e.n_segments;
+    float result_scale = FORMAT == QTR_KV_INT8_STATIC ? p.v_scale : 1.0f;
+#pragma unroll
+    for (int k = 0; k < OUTPUTS; k++) {
+      int i = (int)threadIdx.x + k * THREADS, head = i / (DIM / 4), d = i % (DIM / 4) * 4;
+      if (head >= n_heads) continue;
+      struct total t = {-INFINITY, 0};
+      float all[4] = {0, 0, 0, 0};
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) t.max = fmaxf(t.max, totals[w][head].max);
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) {
+        float f = fast_exp2(totals[w][head].max - t.max);
+        float4 x = *(const float4 *)(results + (size_t)(w * head_stride + head) * S::head_floats + d);
+        t.sum = __fmaf_rn(totals[w][head].sum, f, t.sum);
+        all[0] = __fmaf_rn(x.x, f, all[0]), all[1] = __fmaf_rn(x.y, f, all[1]);
+        all[2] = __fmaf_rn(x.z, f, all[2]), all[3] = __fmaf_rn(x.w, f, all[3]);
+      }
+      if (u.e.slot >= 0) {
+        float *to = (float *)(p.scratch + QTR_COUNTER_BYTES) +
+                    ((size_t)(u.e.slot + u.segment) * p.n_heads + first_head + head) * (DIM + 4);
+        *(float4 *)(to + d) = make_float4(all[0], all[1], all[2], all[3]);
+        if (d == 0) to[DIM] = t.max, to[DIM + 1] = t.sum;
+        continue;
+      }
+      merge(running[k], running_sum[k], t, all);
+      if (!ends) continue;
+      float f = result_scale / running[k].sum;
+      __half2 x = __floats2half2_rn(running_sum[k][0] * f, running_sum[k][1] * f);
+      __half2 y = __floats2half2_rn(running_sum[k][2] * f, running_sum[k][3] * f);
+      *(uint2 *)(p.out + ((size_t)u.e.token * p.n_heads + first_head + head) * DIM + d) =
+          make_uint2(*(uint32_t *)&x, *(uint32_t *)&y);
+    }
+    if (u.e.slot >= 0) { /* the last of the segments merges all */
+      int *counter = (int *)p.scratch + (size_t)u.e.slot * QTR_MAX_SPLIT_HEADS + u.kv_head * head_blocks + u.head_block;
+      __threadfence();
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        is_last = atomicAdd(counter, 1) == u.e.all_segments - 1;
+        if (is_last) *counter = 0;
+      }
+      __syncthreads();
+      if (is_last) {
+        __threadfence();
+#pragma unroll
+        for (int k = 0; k < OUTPUTS; k++) {
+          int i = (int)threadIdx.x + k * THREADS, head = i / (DIM / 4), d = i % (DIM / 4) * 4;
+          if (head >= n_heads) continue;
+          struct total t = {-INFINITY, 0};
+          float all[4] = {0, 0, 0, 0};
+#pragma unroll 4
+          for (int j = 0; j < u.e.all_segments; j++) {
+            const float *from = (const float *)(p.scratch + QTR_COUNTER_BYTES) +
+                                ((size_t)(u.e.slot + j) * p.n_heads + first_head + head) * (DIM + 4);
+            float4 x = __ldcg((const float4 *)(from + d));
+            float2 y = __ldcg((const float2 *)(from + DIM));
+            float part[4] = {x.x, x.y, x.z, x.w};
+            merge(t, all, total{y.x, y.y}, part);
+          }
+          float f = result_scale / t.sum;
+          __half2 x = __floats2half2_rn(all[0] * f, all[1] * f), y = __floats2half2_rn(all[2] * f, all[3] * f);
+          *(uint2 *)(p.out + ((size_t)u.e.token * p.n_heads + first_head + head) * DIM + d) =
+              make_uint2(*(uint32_t *)&x, *(uint32_t *)&y);
+        }
+      }
+    }
+    __syncthreads(); /* results, totals and is_last are used again */
+  }
+}
+
+template <int FORMAT, int DIM, int COLUMNS>
+cudaError_t launch(const struct attention_params &p, cudaStream_t stream) {
+  using S = shape<FORMAT, DIM>;
+  int heads = p.group < 8 * COLUMNS ? p.group : 8 * COLUMNS;
+  size_t n_shared = (size_t)S::ring_bytes + (size_t)WARPS * (size_t)heads * S::head_floats * sizeof(float);
+  auto kernel = k_attention_decode<FORMAT, DIM, COLUMNS>;
+  int device, n_sms, per_sm;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)n_shared);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, THREADS, n_shared);
+  if (error != cudaSuccess) return error;
+  size_t most = (size_t)n_sms * (size_t)per_sm;
+  size_t items = (size_t)p.n_seqs * (size_t)p.n_kv_heads * (size_t)qtr_decode_head_blocks(p.group) * QTR_MAX_SEGMENTS;
+  kernel<<<(unsigned)(items < most ? items : most), THREADS, n_shared, stream>>>(p);
+  return cudaGetLastError();
+}
+
+template <int FORMAT>
+cudaError_t launch_shape(const struct attention_params &p, cudaStream_t stream) {
+  bool one = qtr_decode_columns(p.group) == 1;
+  if (p.dim == 128) return one ? launch<FORMAT, 128, 1>(p, stream) : launch<FORMAT, 128, 2>(p, stream);
+  return one ? launch<FORMAT, 64, 1>(p, stream) : launch<FORMAT, 64, 2>(p, stream);
+}
+
+}  // namespace
+
+cudaError_t qtr_cuda_attention_decode(const struct attention_params *p, int format, cudaStream_t stream) {
+  switch (format) {
+    case QTR_KV_F16: return launch_shape<QTR_KV_F16>(*p, stream);
+    case QTR_KV_INT8: return launch_shape<QTR_KV_INT8>(*p, stream);
+    case QTR_KV_INT4: return launch_shape<QTR_KV_INT4>(*p, stream);
+    default: return launch_shape<QTR_KV_INT8_STATIC>(*p, stream);
+  }
+}

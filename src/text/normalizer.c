@@ -46,9 +46,11 @@ static enum qtr_status decompose(const char *text, size_t len, bool compatibilit
   utf8proc_option_t options = UTF8PROC_STABLE | UTF8PROC_DECOMPOSE | (compatibility ? UTF8PROC_COMPAT : 0);
   for (size_t i = 0, n_bytes; i < len; i += n_bytes) {
     if (out->capacity - out->n < 32) {
-      size_t capacity = QTR_MAX(len + 64, out->capacity + out->capacity / 2);
-      utf8proc_int32_t *data = realloc(out->data, capacity * sizeof *data);
-      if (!data) return qtr_fail_memory(err, "normalisation", capacity * sizeof *data);
+      size_t capacity = QTR_MAX(len + 64, out->capacity + out->capacity / 2),
+             n_data; /* never 0, unlike what the analyzer says */
+      if (qtr_mul_overflow(capacity, sizeof *out->data, &n_data)) return qtr_fail_memory(err, "normalisation", SIZE_MAX);
+      utf8proc_int32_t *data = realloc(out->data, n_data);
+      if (!data) return qtr_fail_memory(err, "normalisation", n_data);
       out->data = data;
       out->capacity = capacity;
     }

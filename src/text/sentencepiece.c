@@ -231,7 +231,7 @@ static int by_score(const void *a, const void *b) {
 }
 
 static enum qtr_status add_merges(const struct model *model, struct qtr_tokenizer *t, struct qtr_error *err) {
-  struct ranked *order = malloc(model->n_pieces * sizeof *order);
+  struct ranked *order = malloc(model->n_pieces * sizeof *order); /* one piece at least, see read_model */
   if (!order) return qtr_fail_memory(err, "merges", model->n_pieces * sizeof *order);
   size_t n = 0;
   uint64_t work = 0;

@@ -32,7 +32,7 @@ void qtr_tpl_write(struct eval *ev, struct output *out, const char *data, size_t
     } else {
       grown = qtr_tpl_alloc(ev, capacity + 1);
       if (!grown) return;
-      if (out->len) memcpy(grown, out->data, out->len);
+      if (out->data) memcpy(grown, out->data, out->len);
     }
     out->data = grown;
     out->capacity = capacity;
@@ -594,7 +594,7 @@ enum qtr_status qtr_template_render(const struct qtr_template *tpl, const json_t
     if (!out.data) (void)qtr_tpl_fail(&ev, QTR_ERR_MEMORY, "no memory for the text");
   }
   qtr_tpl_arena_free(&ev.arena);
-  if (ev.failed) {
+  if (ev.failed || !out.data) {
     free(out.data);
     if (err) *err = local;
     return local.status;

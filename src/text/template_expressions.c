@@ -434,7 +434,7 @@ static struct node *parse_compare(struct parser *p) {
       if (!n) return NULL;
       n->a = first;
     }
-    if (n->items.n == capacity) {
+    if (!ops || n->items.n == capacity) {
       uint8_t *grown = qtr_tpl_parser_alloc(p, capacity * 2 + 4);
       if (!grown) return NULL;
       if (capacity) memcpy(grown, ops, capacity);

@@ -357,7 +357,7 @@ FILTER(filter_join) { /* d='', attribute=none */
 }
 
 static struct value map_items(struct eval *ev, struct value in, const struct args *raw) {
-  struct value *items, list = {0};
+  struct value *items;
   size_t n;
   const struct qtr_error *pending = NULL;
   if (!qtr_tpl_truth(in)) return qtr_tpl_iterator(ev, "generator", qtr_tpl_list(ev, V_LIST, 0), NULL);
@@ -384,7 +384,7 @@ static struct value map_items(struct eval *ev, struct value in, const struct arg
     if (!filter) return qtr_tpl_fail(ev, QTR_ERR_UNSUPPORTED, "map: there is no such filter");
     rest = (struct args){raw->positional + 1, raw->n_positional - 1, raw->keyword, raw->n_keyword};
   }
-  list = qtr_tpl_list(ev, V_LIST, n);
+  struct value list = qtr_tpl_list(ev, V_LIST, n);
   if (ev->failed) return list;
   if (ev->depth >= TPL_MAX_EVAL_DEPTH) return qtr_tpl_fail(ev, QTR_ERR_LIMIT, "filters are nested too deeply");
   ev->depth++; /* map('map', 'map', …) recurses */

@@ -14,7 +14,7 @@
 size_t qtr_tpl_float_repr(double f, char text[TPL_FLOAT_CHARS]) {
   if (isnan(f)) return (size_t)snprintf(text, TPL_FLOAT_CHARS, "nan");
   if (isinf(f)) return (size_t)snprintf(text, TPL_FLOAT_CHARS, f < 0 ? "-inf" : "inf");
-  char tried[TPL_FLOAT_CHARS + 8], digits[24];
+  char tried[TPL_FLOAT_CHARS + 8], digits[24] = "0";
   for (int precision = 0; precision < 17; precision++) {
     (void)snprintf(tried, sizeof tried, "%.*e", precision, fabs(f));
     if (precision == 16 || strtod(tried, NULL) == fabs(f)) break;

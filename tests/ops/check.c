@@ -265,7 +265,7 @@ static void compare_rows(const struct op_check *c, void *dev, const float *ref, 
   op_download(&c->dev, dev, c->dev.caps.act_dtype, n + 1, got);
   double tolerance = c->dev.caps.act_dtype == QTR_DTYPE_F32 ? 0 : 0x1p-11;
   for (size_t i = 0; i < n; i++)
-    op_compare(diff, (double)got[i], (double)ref[i], tolerance * fabs((double)ref[i]), "value", i, 0);
+    op_compare(diff, (double)got[i], (double)ref[i], tolerance * (fabs((double)ref[i]) + 0x1p-14), "value", i, 0);
   if (!isnan(got[n])) op_bad(diff, "wrote past the end of the output");
   free(got);
   c->dev.ops->free(c->dev.b, dev);

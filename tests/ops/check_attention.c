@@ -321,8 +321,8 @@ static void compare_attention(const struct op_check *c, const struct cache *k, e
         const float *want = expected + token * row + h * dim;
         for (size_t t = 0; t < n; t++) rounding += head.weight[t] * head.v_max[t];
         for (size_t j = 0; j < dim; j++) {
-          tolerance[j] =
-              (EPS * (4 + (double)n / 4) + 2 * split) * rounding + 1e-20 * head.v_all + act * fabs((double)want[j]) + 1e-37;
+          tolerance[j] = (EPS * (4 + (double)n / 4) + 2 * split) * rounding + 1e-20 * head.v_all +
+                         act * (fabs((double)want[j]) + 0x1p-14) + 1e-37;
         }
         for (size_t t = 0; t < n; t++) {
           double share = head.weight[t] * (head.error[t] + mean_error + 8 * EPS + split);

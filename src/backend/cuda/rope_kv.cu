@@ -146,7 +146,8 @@ __global__ static void __launch_bounds__(ROPE_WARPS * 32) k_rope_kv(const struct
       for (int j = 0; j < NJ; j++) {
         int i = lane + 32 * j;
         if (i >= half) continue;
-        __half u = __float2half_rn(a[j] * cos[j] - b[j] * sin[j]), w = __float2half_rn(b[j] * cos[j] + a[j] * sin[j]);
+        __half u = __float2half_rn(kv_sane(a[j] * cos[j] - b[j] * sin[j])); /* finite, whatever comes */
+        __half w = __float2half_rn(kv_sane(b[j] * cos[j] + a[j] * sin[j]));
         x[i] = u;
         x[half + i] = w;
         a[j] = __half2float(u);

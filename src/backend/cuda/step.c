@@ -68,7 +68,7 @@ struct graph {
 
 struct qtr_cuda_step {
   /* the running step */
-  bool open, uploaded, single; /* single: nothing was flushed before the end */
+  bool open, single, capturing; /* single: nothing was flushed before the end */
   struct qtr_batch batch;
   const float *inv_freq;
   size_t half_dim;
@@ -340,7 +340,6 @@ static bool batch_upload(struct qtr_cuda *c) {
     struct qtr_batch padded = padded_batch(s);
     qtr_cuda_attention_plan(&s->plan_config, &padded, s->host + z->plan);
   }
-  s->uploaded = true;
   return qtr_cuda_ok(c, cudaMemcpyAsync(s->device, s->host, total, cudaMemcpyHostToDevice, c->stream), "uploading a batch");
 }
 
@@ -374,7 +373,8 @@ static cudaError_t run_stamp(struct qtr_cuda *c) {
     if (error) return error;
     s->n_events++;
   }
-  return cudaEventRecord(s->stamp[s->n_stamps++], c->stream);
+  /* Inside a graph the record is a node of its own, so that each launch records anew. */
+  return cudaEventRecordWithFlags(s->stamp[s->n_stamps++], c->stream, s->capturing ? cudaEventRecordExternal : 0);
 }
 
 static cudaError_t run_choose(struct qtr_cuda *c, const struct qtr_choose_args *a) {
@@ -496,7 +496,9 @@ static struct graph *graph_find(struct qtr_cuda *c) {
 static void graph_capture(struct qtr_cuda *c, struct graph *g) {
   cudaGraph_t graph = NULL;
   if (!qtr_cuda_ok(c, cudaStreamBeginCapture(c->stream, cudaStreamCaptureModeThreadLocal), "beginning a graph")) return;
+  c->step->capturing = true;
   run_record(c);
+  c->step->capturing = false;
   bool ended = qtr_cuda_ok(c, cudaStreamEndCapture(c->stream, &graph), "ending a graph");
   if (ended && c->error == cudaSuccess) (void)qtr_cuda_ok(c, cudaGraphInstantiate(&g->exec, graph, 0), "making a graph");
   if (graph) (void)cudaGraphDestroy(graph);

@@ -5,9 +5,13 @@
  * columns: N rows of activations (TMA, 128-byte swizzle) and one block of repacked weights (bulk copy). A consumer loads its
  * codes from shared memory, makes int8 fragments of the next stage while the tensor cores work on this one (two sets of
  * fragments in rotation), and nothing dequantised returns to memory. With a cluster of two, both blocks work on the same
- * tokens: each loads half of the activations and multicasts it. Persistent grid: whole tiles first, then tiles cut over
- * blocks (gemm_internal.h): int32 partial sums are added in L2, in any order, and whoever comes last does the epilogue. The
- * epilogue turns the transposed tile round by stmatrix through shared memory, so that global rows are 16-byte writes. */
+ * tokens: each loads half of the activations and multicasts it.
+ *
+ * Few tokens: a cluster of 2, 4 or 8 blocks divides the columns of one tile; the int32 partial sums, exact in any order,
+ * meet in the shared memory of the blocks that own the tile's tokens. Otherwise a persistent grid walks whole tiles.
+ *
+ * The epilogue turns the transposed tile round by stmatrix through shared memory; the copy engine writes it out, clips what
+ * lies outside, and adds the residual in L2. */
 #include <cuda.h>
 #include <string.h>
 
@@ -73,7 +77,7 @@ static __device__ __forceinline__ void load_bulk(uint32_t to, const void *from, 
 template <int PAIR>
 static __device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap *map, int32_t k, int32_t token,
                                                  uint32_t bar) {
-  if (CLUSTER == 1) {
+  if (PAIR == 1) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
             to),
@@ -121,54 +125,30 @@ static __device__ __forceinline__ uint32_t pack_half(float low, float high) {
 
 /* ---- shapes -------------------------------------------------------------------------------------- */
 
-template <int FORMAT, int N>
+template <int FORMAT, int N, int SPLIT>
 struct shape {
+  static constexpr int CTAS = N <= 64 ? 2 : 1;                                      /* blocks of an SM */
+  static constexpr int OWNERS = SPLIT < N / 8 ? SPLIT : N / 8, TOKENS = N / OWNERS; /* of a split tile; TOKENS each */
   static constexpr int W_BYTES = FORMAT == QTR_LINEAR_W8A8 ? 16384 : FORMAT == QTR_LINEAR_W4A8 ? 8192 : 8448;
   static constexpr int X_BYTES = N * QTR_TILE_K;
-  static constexpr int CHUNK = N < 64 ? N : 64; /* tokens of the epilogue's buffer, one for each consumer */
-  static constexpr int FIXED = CONSUMERS * (CHUNK * CHUNK_PITCH + 2 * N * 4) + 512;
-  static constexpr int FIT = (SHARED_MAX - FIXED) / (X_BYTES + W_BYTES);
+  static constexpr int CHUNK = TOKENS < 32 ? TOKENS : 32; /* tokens of an epilogue buffer; two for each consumer */
+  static constexpr int BUFFER = CHUNK * 128;
+  static constexpr int ROOM = CTAS == 1 ? SHARED_MAX : (SHARED_MAX + 1024) / 2 - 1024;
+  static constexpr int FIXED = CONSUMERS * (2 * BUFFER + 2 * TOKENS * 4) + 256;
+  static constexpr int FIT = (ROOM - FIXED) / (X_BYTES + W_BYTES);
   static constexpr int STAGES = FIT < 16 ? FIT : 16;
-  static constexpr int W_AT = STAGES * X_BYTES, CHUNK_AT = W_AT + STAGES * W_BYTES;
-  static constexpr int TOKEN_AT = CHUNK_AT + CONSUMERS * CHUNK * CHUNK_PITCH; /* [consumer][scale, sum][N] */
-  static constexpr int BAR_AT = TOKEN_AT + CONSUMERS * 2 * N * 4;             /* full[STAGES], empty[STAGES], flags */
-  static constexpr int SHARED = BAR_AT + 16 * STAGES + 16;
-  static_assert(STAGES >= 3 && SHARED <= SHARED_MAX, "a stage is too large");
+  static constexpr int BUFFER_AT = STAGES * X_BYTES, W_AT = BUFFER_AT + CONSUMERS * 2 * BUFFER;
+  static constexpr int TOKEN_AT = W_AT + STAGES * W_BYTES;             /* [consumer][scale, sum][TOKENS] */
+  static constexpr int BAR_AT = TOKEN_AT + CONSUMERS * 2 * TOKENS * 4; /* full[STAGES], empty[STAGES] */
+  static constexpr int SHARED = BAR_AT + 16 * STAGES;
+  static constexpr int SUMS = (SPLIT - 1) * TOKENS * 512; /* what an owner receives */
+  static constexpr int SUMS_AT = SUMS <= STAGES * X_BYTES ? 0 : W_AT;
+  static_assert(STAGES >= 3 && SHARED <= ROOM, "a stage is too large");
+  static_assert(BUFFER_AT % 1024 == 0 && SUMS_AT + SUMS <= TOKEN_AT, "the sums must not meet the epilogue's buffers");
 };
 
 /* ---- the walk over the work ---------------------------------------------------------------------- */
 
-struct walk {
-  int32_t tile, step;    /* next whole tile */
-  uint32_t unit, n_unit; /* next and past the last unit of the cut tiles */
-};
-struct item {
-  int32_t tile, k0, k1;
-};
-
-/* Cluster i of n takes units [i * total / n, (i + 1) * total / n). */
-static __device__ __forceinline__ struct walk walk_begin(const struct qtr_gemm_work &p, uint32_t cluster, uint32_t n) {
-  uint32_t total = (uint32_t)(p.n_pairs - p.n_whole) * (uint32_t)p.k_steps;
-  return {(int32_t)cluster, (int32_t)n, cluster * total / n, (cluster + 1) * total / n};
-}
-static __device__ __forceinline__ bool walk_next(const struct qtr_gemm_work &p, struct walk *w, struct item *it) {
-  if (w->tile < p.n_whole) {
-    *it = {w->tile, 0, p.k_steps};
-    w->tile += w->step;
-    return true;
-  }
-  if (w->unit >= w->n_unit) return false;
-  uint32_t steps = (uint32_t)p.k_steps, t = w->unit / steps, k0 = w->unit - t * steps;
-  uint32_t k1 = min(steps, k0 + (w->n_unit - w->unit));
-  *it = {p.n_whole + (int32_t)t, (int32_t)k0, (int32_t)k1};
-  w->unit += k1 - k0;
-  return true;
-}
-/* The cluster that has the first unit of a cut tile: it alone owns this place in `partial`. */
-static __device__ __forceinline__ uint32_t tile_owner(const struct qtr_gemm_work &p, int32_t tile, uint32_t n) {
-  uint32_t total = (uint32_t)(p.n_pairs - p.n_whole) * (uint32_t)p.k_steps;
-  return (((uint32_t)(tile - p.n_whole) * (uint32_t)p.k_steps + 1) * n - 1) / total;
-}
 /* Bands of p.raster token tiles; within a band rows outermost. */
 static __device__ __forceinline__ void tile_place(const struct qtr_gemm_work &p, int32_t tile, int32_t m_groups, int32_t *m,
                                                   int32_t *n) {
@@ -241,22 +221,22 @@ static __device__ __forceinline__ void ring_advance(struct ring *r) {
   if (++r->stage == STAGES) r->stage = 0, r->phase ^= 1u;
 }
 
-template <int CLUSTER>
+template <int PAIR>
 static __device__ __forceinline__ void stage_release(uint32_t empty) {
   __syncwarp();
   uint32_t lane = threadIdx.x % 32;
-  if (CLUSTER == 1) {
+  if (PAIR == 1) {
     if (lane == 0) barrier_arrive(empty);
-  } else if (lane < CLUSTER) {
+  } else if (lane < PAIR) {
     barrier_arrive_at(empty, lane);
   }
 }
 
 /* acc = the product over n stages of the ring. */
-template <int FORMAT, int N, int CLUSTER>
+template <int FORMAT, int N, int PAIR, int SPLIT>
 static __device__ __forceinline__ void consume(int32_t (&acc)[N / 2], uint32_t shared, uint32_t half, int32_t n,
                                                struct ring *r) {
-  using S = shape<FORMAT, N>;
+  using S = shape<FORMAT, N, SPLIT>;
   constexpr int HALF = FORMAT == QTR_LINEAR_W8A8 ? 8192 : 4096;
   uint32_t full = shared + S::BAR_AT, empty = full + 8 * S::STAGES;
   uint32_t a0[16], a1[16];
@@ -268,14 +248,14 @@ static __device__ __forceinline__ void consume(int32_t (&acc)[N / 2], uint32_t s
     uint32_t w_ = shared + S::W_AT + r->stage * S::W_BYTES;                  \
     load_fragments<FORMAT>(w_ + half * HALF, w_ + 2 * HALF + half * 128, a); \
   }
-#define STAGE_STEP(a, next, first)                             \
-  now = r->stage;                                              \
-  multiply<N>(acc, a, shared + now * S::X_BYTES, !(first));    \
-  ring_advance<S::STAGES>(r);                                  \
-  wgmma_wait<1>();                                             \
-  if (before >= 0) stage_release<CLUSTER>(empty + 8 * before); \
-  before = now;                                                \
-  if (--n == 0) break;                                         \
+#define STAGE_STEP(a, next, first)                          \
+  now = r->stage;                                           \
+  multiply<N>(acc, a, shared + now * S::X_BYTES, !(first)); \
+  ring_advance<S::STAGES>(r);                               \
+  wgmma_wait<1>();                                          \
+  if (before >= 0) stage_release<PAIR>(empty + 8 * before); \
+  before = now;                                             \
+  if (--n == 0) break;                                      \
   STAGE_LOAD(next)
 
   STAGE_LOAD(a0)
@@ -288,282 +268,9 @@ static __device__ __forceinline__ void consume(int32_t (&acc)[N / 2], uint32_t s
   wgmma_wait<0>();
 #pragma unroll
   for (int i = 0; i < N / 2; i++) asm volatile("" : "+r"(acc[i])::"memory");
-  stage_release<CLUSTER>(empty + 8 * before);
+  stage_release<PAIR>(empty + 8 * before);
 }
 
-/* Adds acc to the tile's sum in L2. True for the one who completes it: acc is then the whole sum, and the place zero again.
- */
-template <int N>
-static __device__ __forceinline__ bool combine(int32_t (&acc)[N / 2], const struct qtr_gemm_work &p, uint32_t place,
-                                               uint32_t steps, uint32_t flag, int bar) {
-  uint32_t t = threadIdx.x % 128;
-  int32_t *sum = p.partial + (size_t)place * (N / 2) * 128 + t;
-#pragma unroll
-  for (int i = 0; i < N / 2; i++) atomicAdd(sum + i * 128, acc[i]);
-  __threadfence();
-  group_sync(bar);
-  if (t == 0) {
-    uint32_t done = atomicAdd(p.counter + place, steps) + steps;
-    if (done == (uint32_t)p.k_steps) p.counter[place] = 0;
-    asm volatile("st.shared.b32 [%0], %1;" ::"r"(flag), "r"(done) : "memory");
-  }
-  group_sync(bar);
-  if (shared_load4(flag) != (uint32_t)p.k_steps) return false;
-  __threadfence();
-#pragma unroll
-  for (int i = 0; i < N / 2; i++) {
-    acc[i] = __ldcg(sum + i * 128);
-    __stcg(sum + i * 128, 0);
-  }
-  return true;
-}
-
-/* Rows row0 + 64 * half ... of the tile's result for tokens token0 ... */
-template <int FORMAT, int N>
-static __device__ __forceinline__ void epilogue(int32_t (&acc)[N / 2], const struct qtr_gemm_work &p, uint32_t shared,
-                                                uint32_t half, int32_t row0, int32_t token0) {
-  using S = shape<FORMAT, N>;
-  constexpr bool ZERO = FORMAT == QTR_LINEAR_W4A8;
-  const uint32_t t = threadIdx.x % 128, warp = t / 32, lane = t % 32, g = lane / 4, c = lane % 4;
-  const int bar = 1 + (int)half;
-  const uint32_t chunk = shared + S::CHUNK_AT + half * S::CHUNK * CHUNK_PITCH;
-  const uint32_t scales = shared + S::TOKEN_AT + half * 2 * N * 4, sums = scales + N * 4;
-
-  struct row_params row[2];
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    int32_t r = row0 + 64 * (int32_t)half + 16 * (int32_t)warp + (int32_t)g + 8 * i;
-    row[i].scale = p.scale[r];
-    row[i].szero = ZERO ? p.szero[r] : 0;
-    row[i].bias = p.bias ? p.bias[r] : 0;
-  }
-  group_sync(bar); /* the last tile's readers are gone */
-  for (int i = (int)t; i < N; i += 128) {
-    bool in = token0 + i < p.n_tokens;
-    shared_store_float(scales + 4 * i, in ? p.x_scale[token0 + i] : 0);
-    if (ZERO) shared_store_float(sums + 4 * i, in ? p.x_sum[token0 + i] : 0);
-  }
-  group_sync(bar);
-
-  if (p.epilogue == QTR_EPILOGUE_LOGITS) { /* eight lanes write 32 consecutive bytes */
-    float *out = (float *)p.out;
-#pragma unroll
-    for (int i = 0; i < N / 2; i++) {
-      int32_t token = 8 * (i / 4) + 2 * (int32_t)c + i % 2;
-      int32_t r = row0 + 64 * (int32_t)half + 16 * (int32_t)warp + (int32_t)g + 8 * (i / 2 % 2);
-      float x_scale = __uint_as_float(shared_load4(scales + 4 * token)),
-            x_sum = ZERO ? __uint_as_float(shared_load4(sums + 4 * token)) : 0;
-      float y = gemm_value<ZERO>(acc[i], row[i / 2 % 2], x_scale, x_sum);
-      if (token0 + token < p.n_tokens && r < p.n_out) out[(size_t)(token0 + token) * p.n_out + r] = y;
-    }
-    return;
-  }
-
-  const bool silu = p.epilogue == QTR_EPILOGUE_SILU_MUL, add = p.epilogue == QTR_EPILOGUE_ADD;
-  const int32_t n_rows = silu ? 32 : 64; /* values of a token in the buffer */
-  const int32_t out_row = (silu ? row0 / 2 : row0) + n_rows * (int32_t)half;
-  const int32_t vectors = n_rows / 8;
-  /* This lane's place for a block of eight tokens: lanes 0...7 the first matrix (rows g), 8...15 the second (rows g + 8). */
-  const uint32_t place = chunk + lane % 8 * CHUNK_PITCH + (silu ? warp * 16 : warp * 32 + lane / 8 % 2 * 16);
-  __half *out = (__half *)p.out;
-
-#pragma unroll
-  for (int c0 = 0; c0 < N; c0 += S::CHUNK) {
-    if (token0 + c0 >= p.n_tokens) break;
-    if (c0) group_sync(bar);
-    if (add) {
-      for (int32_t i = (int32_t)t; i < S::CHUNK * vectors; i += 128) {
-        int32_t token = token0 + c0 + i / vectors, r = out_row + i % vectors * 8;
-        uint4 v = {0, 0, 0, 0};
-        const __half *from = out + (size_t)token * p.n_out + r;
-        if (token < p.n_tokens && r < p.n_out) {
-          if (p.vector) {
-            v = *(const uint4 *)from;
-          } else {
-            __half h[8];
-            for (int j = 0; j < 8; j++) h[j] = r + j < p.n_out ? from[j] : __half(0);
-            memcpy(&v, h, 16);
-          }
-        }
-        shared_store16(chunk + i / vectors * CHUNK_PITCH + i % vectors * 16, v);
-      }
-      group_sync(bar);
-    }
-#pragma unroll
-    for (int j = 0; j < S::CHUNK / 8; j++) {
-      const int32_t *a = acc + 4 * (c0 / 8 + j);
-      uint32_t token = c0 + 8 * j + 2 * c, at = place + 8 * j * CHUNK_PITCH;
-      float2 xs = shared_load_float2(scales + 4 * token),
-             sum = ZERO ? shared_load_float2(sums + 4 * token) : make_float2(0, 0);
-      float y0 = gemm_value<ZERO>(a[0], row[0], xs.x, sum.x), y1 = gemm_value<ZERO>(a[1], row[0], xs.y, sum.y);
-      float z0 = gemm_value<ZERO>(a[2], row[1], xs.x, sum.x), z1 = gemm_value<ZERO>(a[3], row[1], xs.y, sum.y);
-      if (silu) {
-        matrix_store1(at, pack_half(gemm_silu_mul(y0, z0), gemm_silu_mul(y1, z1)));
-        continue;
-      }
-      if (add) {
-        uint32_t h[2];
-        matrix_load2(at, &h[0], &h[1]);
-        float2 r0 = __half22float2(*(__half2 *)&h[0]), r1 = __half22float2(*(__half2 *)&h[1]);
-        y0 = __fadd_rn(r0.x, y0), y1 = __fadd_rn(r0.y, y1), z0 = __fadd_rn(r1.x, z0), z1 = __fadd_rn(r1.y, z1);
-        __syncwarp();
-      }
-      matrix_store2(at, pack_half(y0, y1), pack_half(z0, z1));
-    }
-    group_sync(bar);
-    for (int32_t i = (int32_t)t; i < S::CHUNK * vectors; i += 128) {
-      int32_t token = token0 + c0 + i / vectors, r = out_row + i % vectors * 8;
-      if (token >= p.n_tokens || r >= p.n_out) continue;
-      uint4 v = shared_load16(chunk + i / vectors * CHUNK_PITCH + i % vectors * 16);
-      __half *to = out + (size_t)token * p.n_out + r;
-      if (p.vector) {
-        *(uint4 *)to = v;
-      } else {
-        __half h[8];
-        memcpy(h, &v, 16);
-        for (int k = 0; k < 8; k++) {
-          if (r + k < p.n_out) to[k] = h[k];
-        }
-      }
-    }
-  }
-}
-
-template <int FORMAT, int N, int CLUSTER>
-__global__ void __launch_bounds__(THREADS, 1)
-    k_gemm_sm90(const __grid_constant__ struct qtr_gemm_work p, const __grid_constant__ CUtensorMap map) {
-#ifdef HAVE_SM90A
-  using S = shape<FORMAT, N>;
-  extern __shared__ __align__(1024) uint8_t memory[];
-  const uint32_t shared = shared_address(memory), full = shared + S::BAR_AT, empty = full + 8 * S::STAGES;
-  const uint32_t rank = CLUSTER == 1 ? 0 : cluster_rank(), cluster = blockIdx.x / CLUSTER, n_clusters = gridDim.x / CLUSTER;
-  const int32_t m_groups = (p.m_tiles + CLUSTER - 1) / CLUSTER;
-
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < S::STAGES; i++) {
-      barrier_init(full + 8 * i, 1);
-      barrier_init(empty + 8 * i, 4 * CONSUMERS * CLUSTER);
-    }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  }
-  if (CLUSTER == 1) {
-    __syncthreads();
-  } else {
-    cluster_sync();
-  }
-
-  struct walk w = walk_begin(p, cluster, n_clusters);
-  struct item it;
-  struct ring r = {0, 0};
-  const uint32_t group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0); /* known to be one for a warp */
-  if (group == 0) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (threadIdx.x == 0) {
-      while (walk_next(p, &w, &it)) {
-        int32_t m, n;
-        tile_place(p, it.tile, m_groups, &m, &n);
-        m = min(m * CLUSTER + (int32_t)rank, p.m_tiles - 1);
-        const uint8_t *code = p.code + ((size_t)m * p.k_steps + it.k0) * S::W_BYTES;
-        for (int32_t k = it.k0; k < it.k1; k++, code += S::W_BYTES) {
-          uint32_t bar = full + 8 * r.stage, x = shared + r.stage * S::X_BYTES;
-          barrier_wait(empty + 8 * r.stage, r.phase ^ 1u);
-          barrier_expect(bar, S::X_BYTES + S::W_BYTES);
-          load_bulk(shared + S::W_AT + r.stage * S::W_BYTES, code, S::W_BYTES, bar);
-          load_tile<CLUSTER>(x + rank * (S::X_BYTES / CLUSTER), &map, k * QTR_TILE_K, n * N + (int32_t)rank * (N / CLUSTER),
-                             bar);
-          ring_advance<S::STAGES>(&r);
-        }
-      }
-    }
-  } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    const uint32_t half = group - 1;
-    int32_t acc[N / 2];
-    while (walk_next(p, &w, &it)) {
-      int32_t m, n;
-      tile_place(p, it.tile, m_groups, &m, &n);
-      m = m * CLUSTER + (int32_t)rank;
-      consume<FORMAT, N, CLUSTER>(acc, shared, half, it.k1 - it.k0, &r);
-      if (m >= p.m_tiles) continue;
-      if (it.k1 - it.k0 < p.k_steps) {
-        uint32_t place = (tile_owner(p, it.tile, n_clusters) * CLUSTER + rank) * 2 + half;
-        if (!combine<N>(acc, p, place, (uint32_t)(it.k1 - it.k0), empty + 8 * S::STAGES + 4 * half, 1 + (int)half)) continue;
-      }
-      epilogue<FORMAT, N>(acc, p, shared, half, m * QTR_TILE_M, n * N);
-    }
-  }
-  if (CLUSTER > 1) cluster_sync(); /* nobody leaves while the other may still write here */
-#endif
-}
-
-/* ---- launch -------------------------------------------------------------------------------------- */
-
-typedef CUresult (*encode_function)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
-                                    const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
-                                    CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-static cudaError_t make_map(CUtensorMap *map, const struct qtr_gemm_work *p, int rows) {
-  void *f = NULL;
-  enum cudaDriverEntryPointQueryResult found;
-  cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found);
-  if (e != cudaSuccess) return e;
-  if (!f || found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-  cuuint64_t dims[2] = {(cuuint64_t)p->x_stride, (cuuint64_t)p->n_tokens}, strides[1] = {(cuuint64_t)p->x_stride};
-  cuuint32_t box[2] = {QTR_TILE_K, (cuuint32_t)rows}, step[2] = {1, 1};
-  CUresult r = ((encode_function)f)(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, (void *)(uintptr_t)p->x, dims, strides, box, step,
-                                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
-template <int FORMAT, int N, int CLUSTER>
-static cudaError_t launch(int n_clusters, const struct qtr_gemm_work *p, cudaStream_t stream) {
-  using S = shape<FORMAT, N>;
-  CUtensorMap map;
-  cudaError_t e = make_map(&map, p, N / CLUSTER);
-  if (e == cudaSuccess) {
-    e = cudaFuncSetAttribute((const void *)k_gemm_sm90<FORMAT, N, CLUSTER>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             S::SHARED);
-  }
-  if (e != cudaSuccess) return e;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = CLUSTER;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((unsigned)(n_clusters * CLUSTER));
-  config.blockDim = dim3(THREADS);
-  config.dynamicSmemBytes = S::SHARED;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = CLUSTER > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, k_gemm_sm90<FORMAT, N, CLUSTER>, *p, map);
-}
-
-template <int FORMAT>
-static cudaError_t launch_format(int n, int cluster, int n_clusters, const struct qtr_gemm_work *p, cudaStream_t s) {
-  switch (n * cluster) {
-    case 8: return launch<FORMAT, 8, 1>(n_clusters, p, s);
-    case 16: return launch<FORMAT, 16, 1>(n_clusters, p, s);
-    case 32: return launch<FORMAT, 32, 1>(n_clusters, p, s);
-    case 64: return launch<FORMAT, 64, 1>(n_clusters, p, s);
-    case 128: return launch<FORMAT, 128, 1>(n_clusters, p, s);
-    case 256: return launch<FORMAT, 256, 1>(n_clusters, p, s);
-    case 512: return launch<FORMAT, 256, 2>(n_clusters, p, s);
-    default: return cudaErrorInvalidValue;
-  }
-}
-
-cudaError_t qtr_gemm_launch_sm90(enum qtr_linear_format format, int n, int cluster, int n_clusters,
-                                 const struct qtr_gemm_work *work, cudaStream_t stream) {
-  switch (format) {
-    case QTR_LINEAR_W8A8: return launch_format<QTR_LINEAR_W8A8>(n, cluster, n_clusters, work, stream);
-    case QTR_LINEAR_W4A8: return launch_format<QTR_LINEAR_W4A8>(n, cluster, n_clusters, work, stream);
-    case QTR_LINEAR_W4A8_G128: return launch_format<QTR_LINEAR_W4A8_G128>(n, cluster, n_clusters, work, stream);
-    default: return cudaErrorInvalidValue;
-  }
-}
 /* A split tile: every block gives each owner the partial sums of the owner's tokens; mine = the whole sums of this block's
  * tokens, if it is an owner. The stages' memory is free by now, and receives: [block][half][four tokens][128 threads][16].
  */
@@ -572,7 +279,7 @@ static __device__ __forceinline__ void combine(int32_t (&acc)[N / 2], int32_t (&
                                                uint32_t shared, uint32_t half, uint32_t rank) {
   using S = shape<FORMAT, N, SPLIT>;
   constexpr int R = S::TOKENS / 2;
-  const uint32_t at = shared + (half * (R / 4) * 128 + threadIdx.x % 128) * 16;
+  const uint32_t at = shared + S::SUMS_AT + (half * (R / 4) * 128 + threadIdx.x % 128) * 16;
   cluster_sync(); /* nobody reads stages any more */
 #pragma unroll
   for (int o = 0; o < S::OWNERS; o++) {
@@ -768,7 +475,7 @@ __global__ void __launch_bounds__(THREADS, (shape<FORMAT, N, SPLIT>::CTAS))
     if (S::CTAS == 1) {
       asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     } else {
-      asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
+      asm volatile("setmaxnreg.inc.sync.aligned.u32 96;");
     }
     const uint32_t half = group - 1;
     const uint32_t buffers = shared + S::BUFFER_AT + half * 2 * S::BUFFER,

@@ -139,6 +139,9 @@ static enum qtr_status size_pool(struct qtr_engine *e, const struct qtr_engine_o
   int32_t from_environment = 0;
   size_t whole = qtr_ceil_div((size_t)e->max_model_len, QTR_PAGE_TOKENS), n = 0; /* pages of a full-length sequence */
   const char *from;
+  /* Mapped weights may not be resident yet and still count as free: what the machine has bounds the pool too. */
+  size_t fixed = e->model->weight_bytes + qtr_workspace_bytes(e->workspace);
+  size_t most = caps.memory_total > fixed ? caps.memory_total - fixed : 0;
   enum qtr_status status = read_environment(&from_environment, err);
   if (status) return status;
   if (o->kv_pages > 0) {
@@ -151,15 +154,21 @@ static enum qtr_status size_pool(struct qtr_engine *e, const struct qtr_engine_o
     n = (size_t)from_environment;
     from = "the environment";
   } else {
-    /* Mapped weights may not be resident yet and still count as free: what the machine has bounds it too. */
-    size_t fixed = e->model->weight_bytes + qtr_workspace_bytes(e->workspace);
-    size_t room = caps.memory_total > fixed ? QTR_MIN(caps.memory_total - fixed, caps.memory_free) : 0;
+    size_t room = QTR_MIN(most, caps.memory_free);
     double share = caps.memory_share > 0 ? (double)caps.memory_share : MEMORY_SHARE;
     n = (size_t)(share * (double)room) / e->kv_page_bytes;
     n = QTR_MIN(n, whole * (size_t)e->max_num_seqs);
     from = "free memory";
   }
   n = QTR_MIN(n, (size_t)INT32_MAX);
+  /* Memory is given out page by page as it is touched: a wish beyond what there is would end the process in the middle. */
+  if (n > most / e->kv_page_bytes) {
+    return qtr_fail(
+        err, QTR_ERR_LIMIT,
+        "the KV pool (from %s) has %zu pages of %zu bytes, but %s has %zu bytes, and %zu of them go to weights and "
+        "workspace: at most %zu pages fit",
+        from, n, e->kv_page_bytes, e->device, caps.memory_total, fixed, most / e->kv_page_bytes);
+  }
   if (n < whole) {
     if (n < 1 || o->max_model_len > 0) {
       return qtr_fail(
@@ -288,7 +297,7 @@ enum qtr_status qtr_engine_open_model(struct qtr_model *model, struct qtr_tokeni
   describe(e, kv_format);
   e->model_dir = strdup(o->model_dir ? o->model_dir : "");
   if (!e->model_dir) {
-    status = qtr_fail_memory(err, "a path", strlen(o->model_dir));
+    status = qtr_fail_memory(err, "a path", o->model_dir ? strlen(o->model_dir) : 0);
     goto done;
   }
   status = qtr_workspace_create(model, (size_t)e->max_num_batched_tokens, (size_t)e->max_num_seqs, &e->workspace, err);

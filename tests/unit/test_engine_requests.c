@@ -186,6 +186,8 @@ static void test_refused_options(void **unused) {
   open_refused(QTR_LINEAR_F32, &(struct qtr_engine_options){.kv_pages = 3, .max_model_len = 200}, QTR_ERR_LIMIT, "3 pages");
   open_refused(QTR_LINEAR_F32, &(struct qtr_engine_options){.kv_bytes = 100}, QTR_ERR_LIMIT, "0 pages");
   open_refused(QTR_LINEAR_F32, &(struct qtr_engine_options){.kv_pages = -1}, QTR_ERR_ARGUMENT, "kv_pages is -1");
+  open_refused(QTR_LINEAR_F32, &(struct qtr_engine_options){.kv_pages = INT32_MAX}, QTR_ERR_LIMIT, "pages fit");
+  open_refused(QTR_LINEAR_F32, &(struct qtr_engine_options){.kv_bytes = (size_t)1 << 50}, QTR_ERR_LIMIT, "(from kv_bytes)");
   open_refused(QTR_LINEAR_F32, &(struct qtr_engine_options){.max_num_seqs = 1 << 20}, QTR_ERR_ARGUMENT, "max_num_seqs");
   open_refused(QTR_LINEAR_F32, &(struct qtr_engine_options){.max_model_len = 4096}, QTR_ERR_ARGUMENT, "1024");
   open_refused(QTR_LINEAR_F32, &(struct qtr_engine_options){.precision = "w4a8kv4"}, QTR_ERR_ARGUMENT, "4-bit weights");

@@ -32,22 +32,36 @@ bool qtr_api_fail(struct qtr_api_error *err, int http, const char *param, const 
   return false;
 }
 
-/* vsnprintf may have cut a character in two. */
-static size_t whole_characters(const char *text) {
-  size_t n = strlen(text), back = 0;
-  while (back < 3 && back < n && ((unsigned char)text[n - 1 - back] & 0xC0) == 0x80) back++;
-  if (back == n) return n;
-  unsigned char lead = (unsigned char)text[n - 1 - back];
-  size_t needs = lead >= 0xF0 ? 4 : lead >= 0xE0 ? 3 : lead >= 0xC0 ? 2 : 1;
-  return needs > back + 1 ? n - back - 1 : n;
+/* Length of the UTF-8 character at s (n bytes are left), 0 when there is none. */
+static size_t character(const unsigned char *s, size_t n) {
+  size_t len = s[0] < 0x80 ? 1 : s[0] < 0xC2 ? 0 : s[0] < 0xE0 ? 2 : s[0] < 0xF0 ? 3 : s[0] < 0xF5 ? 4 : 0;
+  if (len == 0 || len > n) return 0;
+  for (size_t i = 1; i < len; i++) {
+    if ((s[i] & 0xC0) != 0x80) return 0;
+  }
+  bool bad = (s[0] == 0xE0 && s[1] < 0xA0) || (s[0] == 0xED && s[1] > 0x9F) || (s[0] == 0xF0 && s[1] < 0x90) ||
+             (s[0] == 0xF4 && s[1] > 0x8F);
+  return bad ? 0 : len;
+}
+
+/* A message as a JSON string. It may quote what a client sent, and vsnprintf may have cut a character in two: what is no
+ * UTF-8 becomes '?'. */
+static void put_message(struct qtr_buffer *out, char *text) {
+  size_t n = strlen(text);
+  for (size_t i = 0, len; i < n; i += len) {
+    len = character((const unsigned char *)text + i, n - i);
+    if (len == 0) text[i] = '?', len = 1;
+  }
+  qtr_buffer_string(out, text, n);
 }
 
 void qtr_api_error_write(const struct qtr_api_error *err, struct qtr_buffer *out) {
+  struct qtr_api_error e = *err;
   qtr_buffer_puts(out, "{\"error\":{\"message\":");
-  qtr_buffer_string(out, err->message, whole_characters(err->message));
+  put_message(out, e.message);
   qtr_buffer_printf(out, ",\"type\":\"%s\",\"param\":", err->type);
   if (err->param[0])
-    qtr_buffer_string(out, err->param, whole_characters(err->param));
+    put_message(out, e.param);
   else
     qtr_buffer_puts(out, "null");
   qtr_buffer_puts(out, ",\"code\":");

@@ -3,6 +3,7 @@
 . "$(dirname "$0")/lib.sh"
 need_model
 
+: >"$T/log"
 "$Q" serve --model "$MODEL" --port 0 --served-model-name demo --max-body 64K --ping 1 2>"$T/log" &
 server=$!
 trap 'kill -9 $server 2>/dev/null; rm -rf "$T"' EXIT

@@ -188,8 +188,8 @@ void op_check_kv_write(struct op_check *c, const struct op_entry *e, enum qtr_kv
     for (size_t j = 0; j < n; j++) { /* q and k turned, v as it was */
       size_t row = j / dim * dim, in = j % dim, pair = row + (in + dim / 2) % dim;
       bool is_v = j % width >= rotated;
-      double terms = is_v ? 0 : fabs((double)before[j]) + fabs((double)before[pair]);
-      op_compare(diff, (double)k.qkv[j], (double)expected[j], (EPS + act) * terms, op_patterns[i].name, j / width,
+      double terms = is_v ? 0 : fabs((double)before[j]) + fabs((double)before[pair]), tiny = is_v ? 0 : act * 0x1p-14;
+      op_compare(diff, (double)k.qkv[j], (double)expected[j], (EPS + act) * terms + tiny, op_patterns[i].name, j / width,
                  j % width);
     }
     compare_cache(c, &k, diff);

@@ -247,33 +247,57 @@ static size_t make_prompt(int i, int32_t *prompt) {
 
 static struct answer alone[MOST], together[MOST];
 
+/* 512 greedy tokens of the CPU for each of four prompts; then the GPU is asked for the one token that follows each of the
+ * 2,048 contexts. Where it chooses another, the two are nearly equal on both: fp16 against fp32 activations move log-
+ * probabilities of this small model by a few hundredths (quantised activations amplify the last bits: see
+ * test_engine_greedy.c), so a choice may be lost by twice that and no more. */
+#define NEAR_TIE 0.25f
 static void test_greedy_as_on_the_cpu(void **unused) {
   (void)unused;
   enum { N = 4 };
-  int32_t prompt[400];
-  const char *const device[2] = {"cpu", "cuda"};
-  for (int d = 0; d < 2; d++) {
-    struct qtr_engine *e = open_engine(device[d], 64, 8);
-    for (int i = 0; i < N; i++) {
-      size_t n = make_prompt(i, prompt);
-      add(e, prompt, n, LONGEST, 2, 0, d ? &together[i] : &alone[i]);
-    }
-    run(e);
-    qtr_engine_close(e);
-  }
+  static const char *const text[N] = {"The old man", "It was a dark night, and the captain of the ship",
+                                      "She looked at the letter for a long time before she",
+                                      "Can you find me a flight from New York to Los Angeles?"};
+  static int32_t context[N][64 + LONGEST];
+  static struct answer step[LONGEST];
+  size_t n_prompt[N];
+  struct qtr_error err = {0};
+  struct qtr_engine *e = open_engine("cpu", 64, 8);
   for (int i = 0; i < N; i++) {
-    int k = 0;
-    while (k < LONGEST && alone[i].token[k] == together[i].token[k]) k++;
-    assert_int_equal(together[i].n, LONGEST);
-    if (k == LONGEST) {
-      print_message("prompt %d: %d tokens equal\n", i, k);
-      continue;
-    }
-    /* fp16 against fp32 activations: the model's two best tokens were nearly equal, on both devices the other one */
-    print_message("prompt %d: equal up to token %d, where the two best are %.4f apart\n", i, k, (double)alone[i].gap[k]);
-    assert_true(alone[i].gap[k] < 0.1f);
-    assert_int_equal(together[i].token[k], alone[i].second[k]);
+    int32_t *token;
+    if (qtr_engine_tokenize(e, text[i], strlen(text[i]), true, false, &token, &n_prompt[i], &err))
+      fail_msg("%s", err.message);
+    assert_in_range(n_prompt[i], 1, 64);
+    memcpy(context[i], token, n_prompt[i] * sizeof *token);
+    add(e, token, n_prompt[i], LONGEST, 2, 0, &alone[i]);
+    free(token);
   }
+  run(e);
+  qtr_engine_close(e);
+  e = open_engine("cuda", 1024, 256);
+  int n_other = 0, n_equal_first = 0;
+  for (int i = 0; i < N; i++) {
+    assert_int_equal(alone[i].n, LONGEST);
+    memcpy(context[i] + n_prompt[i], alone[i].token, LONGEST * sizeof *alone[i].token);
+    for (int k = 0; k < LONGEST; k++) add(e, context[i], n_prompt[i] + (size_t)k, 1, 2, 0, &step[k]);
+    run(e);
+    bool same = true;
+    for (int k = 0; k < LONGEST; k++) {
+      assert_int_equal(step[k].n, 1);
+      same = same && step[k].token[0] == alone[i].token[k];
+      n_equal_first += same;
+      if (step[k].token[0] == alone[i].token[k]) continue;
+      n_other++;
+      if (!(alone[i].gap[k] < NEAR_TIE) || !(step[k].gap[0] < NEAR_TIE)) {
+        fail_msg("prompt %d, token %d: %d on the CPU, %d on the GPU; gaps %.3f and %.3f are no near tie", i, k,
+                 alone[i].token[k], step[k].token[0], (double)alone[i].gap[k], (double)step[k].gap[0]);
+      }
+    }
+  }
+  qtr_engine_close(e);
+  print_message("%d of %d tokens are near ties that the GPU decides otherwise; %d equal before the first of them\n", n_other,
+                N * LONGEST, n_equal_first);
+  assert_true(n_other < N * LONGEST / 50);
 }
 
 static void test_alone_and_among_255_others(void **unused) {

@@ -39,7 +39,13 @@ __device__ __forceinline__ static float fast_exp2(float x) {
 }
 __device__ __forceinline__ static float fast_log2(float x) {
   float y;
-  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ static float fast_inverse(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
@@ -97,7 +103,7 @@ __device__ __forceinline__ static struct token_params token_make(uint32_t k_pair
     t.a = s * kv_traits<FORMAT>::unit;
     t.b = s * k.y;
     t.log_s = fast_log2(v.x);
-    t.inv_s = __frcp_rn(v.x);
+    t.inv_s = fast_inverse(v.x);
     t.zero = v.y;
   } else if (FORMAT == QTR_KV_INT8_STATIC) {
     float s = k_static * log2_scale;

@@ -20,7 +20,7 @@ constexpr int WARPS = 4, THREADS = WARPS * 32;
 __device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
@@ -230,22 +230,27 @@ __global__ void __launch_bounds__(THREADS) k_attention_decode(const __grid_const
       for (int m = 0; m < 4; m++) {
 #pragma unroll
         for (int n = 0; n < COLUMNS; n++) s[n][m][0] = s[n][m][1] = s[n][m][2] = s[n][m][3] = 0;
+      }
 #pragma unroll
-        for (int k = 0; k < K_STEPS; k += PER_CHUNK) {
-          uint4 x = *(const uint4 *)(at + ((m * K_STEPS + k) / PER_CHUNK * 32 + lane) * 16);
-          uint32_t chunk[4] = {x.x, x.y, x.z, x.w};
+      for (int k = 0; k < K_STEPS; k += PER_CHUNK) { /* the four chains of sums side by side: each waits for itself */
+        uint4 x[4];
 #pragma unroll
-          for (int i = 0; i < PER_CHUNK; i++) {
-            uint32_t a[4];
+        for (int m = 0; m < 4; m++) x[m] = *(const uint4 *)(at + ((m * K_STEPS + k) / PER_CHUNK * 32 + lane) * 16);
+#pragma unroll
+        for (int i = 0; i < PER_CHUNK; i++) {
+#pragma unroll
+          for (int m = 0; m < 4; m++) {
+            uint32_t chunk[4] = {x[m].x, x[m].y, x[m].z, x[m].w}, a[4];
             fragment_expand<FORMAT, false>(chunk, i, a);
 #pragma unroll
             for (int n = 0; n < COLUMNS; n++) mma(s[n][m], a, q[n][k + i]);
           }
         }
-        if (traits::has_params) {
-          k_pair[m][0] = *(const uint32_t *)(at + S::code_bytes + (m * 16 + row) * 4);
-          k_pair[m][1] = *(const uint32_t *)(at + S::code_bytes + (m * 16 + row + 8) * 4);
-        }
+      }
+#pragma unroll
+      for (int m = 0; m < 4 && traits::has_params; m++) {
+        k_pair[m][0] = *(const uint32_t *)(at + S::code_bytes + (m * 16 + row) * 4);
+        k_pair[m][1] = *(const uint32_t *)(at + S::code_bytes + (m * 16 + row + 8) * 4);
       }
       slot_next();
       __syncwarp();

@@ -57,7 +57,8 @@ void qtr_cuda_attention_plan(const struct qtr_cuda_plan_config *config, const st
   size_t share = all / ((size_t)config->n_sms * BLOCKS_PER_SM) / 2; /* longer entries would leave blocks without work */
   for (int32_t s = 0; s < batch->n_seqs; s++) {
     if (batch->q_start[s + 1] - batch->q_start[s] != 1) continue;
-    int32_t n_tokens = batch->kv_len[s] + 1, n_tiles = tiles(n_tokens), segment_tiles = QTR_SEGMENT_TILES;
+    int32_t n_tokens = batch->kv_len[s] + 1, n_tiles = tiles(n_tokens),
+            segment_tiles = n_tiles <= QTR_WHOLE_TILES ? QTR_WHOLE_TILES : QTR_SEGMENT_TILES;
     while ((n_tiles + segment_tiles - 1) / segment_tiles > QTR_MAX_SEGMENTS) segment_tiles *= 2;
     int32_t n_segments = (n_tiles + segment_tiles - 1) / segment_tiles;
     bool split = n_segments > 1 && (size_t)n_tiles > share && (size_t)(p->n_slots + n_segments) <= n_slots;

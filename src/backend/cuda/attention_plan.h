@@ -1,17 +1,18 @@
 /* attention_plan.h - the plan of a step's attention as host and kernels see it: one header, then the entries of decode, then
  * those of prefill. Private to attention_*.
  *
- * What decides the bits of a result is the sequence alone: decode cuts it into segments of QTR_SEGMENT_TILES pages from its
- * beginning, always the same, computes each from nothing and merges them in order; whether one block does this (an entry
- * over all segments) or several (one entry a segment, results through scratch) does not matter. Prefill walks the pages from
- * the first to the last that a row may see. */
+ * What decides the bits of a result is the sequence alone: decode cuts it into segments of equal numbers of pages
+ * (one up to QTR_WHOLE_TILES pages, else of QTR_SEGMENT_TILES pages or more), computes each from nothing and merges them in
+ * order; whether one block does this (an entry over all segments) or several (one entry a segment, results through scratch)
+ * does not matter. Prefill walks the pages from the first to the last that a row may see. */
 #ifndef QTR_BACKEND_CUDA_ATTENTION_PLAN_H
 #define QTR_BACKEND_CUDA_ATTENTION_PLAN_H
 
 #include "backend/cuda/attention.h"
 
 enum {
-  QTR_SEGMENT_TILES = 32, /* pages of a segment; doubled until a sequence has at most QTR_MAX_SEGMENTS */
+  QTR_WHOLE_TILES = 24,   /* longer sequences have several segments */
+  QTR_SEGMENT_TILES = 16, /* pages of a segment; doubled until a sequence has at most QTR_MAX_SEGMENTS */
   QTR_MAX_SEGMENTS = 64,
   QTR_MAX_SLOTS = 1024,      /* partial results (segments of split sequences) in a step */
   QTR_MAX_SPLIT_HEADS = 128, /* sequences are split if there are at most so many query heads */

@@ -1,6 +1,543 @@
+/* attention_prefill.cu - attention of sequences with several new tokens, causal, over their pages (spec C.5), head_dim 64
+ * and 128, wgmma of sm_90a. Other GPUs take the generic kernel.
+ *
+ * A block takes entries of the plan in turn: 128 rows (token, query head of one KV head's group), so that a group shares K
+ * and V and any group size fits. One warpgroup unpacks a page of K and V a time into fp16 tiles in shared memory (codes as
+ * subnormals: an AND and a store, attention_common.cuh) and runs ahead by STAGES pages; two warpgroups of 64 rows each
+ * multiply: S = Q K^T with Q in registers, O += P V with P in registers, the next page's S issued before this page's O.
+ *
+ * Order inside a tile: the wgmma operands sum over dims (K) and tokens (V) in any order that both sides share, so rows and
+ * columns are permuted such that a lane's 16-byte stores are what its chunk of a page holds (kv_layout.h):
+ *   dim   16 (2 i + h) + 2 c + {0, 1} + 8 u   at   64 (i / 2) + 16 c + 8 (i % 2) + 4 h + 2 u + {0, 1}
+ *   token 16 t + 2 c + {0, 1} + 8 u           at   16 c + 4 t + 2 u + {0, 1}
+ * Tiles have rows of 128 bytes with the 128-byte swizzle; 8 lanes of a store touch all banks.
+ *
+ * Bits: a row walks its pages from the first; pages and columns behind it change nothing. So results do not depend on the
+ * batch or on how a prompt is cut into chunks (of two tokens or more: one token is attention_decode.cu's). */
 #include "backend/cuda/attention_kernels.h"
+
+namespace {
+
+constexpr int THREADS = 384, STAGES = 4, PAGE = QTR_PAGE_TOKENS;
+
+/* ---- PTX ----------------------------------------------------------------------------------------- */
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+// clang-format off
+__device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int add) {
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.b32 p, %37, 0;\n"
+      " wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
+        "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),
+        "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),
+        "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+__device__ __forceinline__ void wgmma(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int add) {
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.b32 p, %69, 0;\n"
+      " wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "
+      "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
+      "%62, %63}, "
+      "{%64, %65, %66, %67}, %68, p, 1, 1, 0;\n}"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
+        "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),
+        "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),
+        "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]),
+        "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]),
+        "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]),
+        "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]),
+        "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+// clang-format on
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+/* Registers that an instruction in flight reads or writes: the compiler must not move them across. */
+template <int N>
+__device__ __forceinline__ void hold(float (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+f"(x[i])::"memory");
+}
+template <int N>
+__device__ __forceinline__ void hold(uint32_t (&x)[N][4]) {
+#pragma unroll
+  for (int i = 0; i < N * 4; i++) asm volatile("" : "+r"(x[i / 4][i % 4])::"memory");
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+/* K-major, 128-byte swizzle, 8 rows = 1,024 bytes. */
+__device__ __forceinline__ uint64_t descriptor(uint32_t address) {
+  return (uint64_t)(address >> 4) | (uint64_t)1 << 16 | (uint64_t)64 << 32 | (uint64_t)1 << 62;
+}
+__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t n) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(n) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n .reg .pred p;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+      " @!p bra again;\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+/* ---- shared memory ------------------------------------------------------------------------------- */
+
+template <int DIM>
+struct stage {
+  uint8_t k[PAGE * DIM * 2]; /* (dims / 64) of (64 tokens, 64 dims) */
+  uint8_t v[DIM * PAGE * 2]; /* (dims, 64 tokens) */
+};
+struct columns { /* of a page's tokens, in the tile's order: struct token_params */
+  float2 ab[PAGE], log_inv[PAGE];
+  float zero[PAGE];
+};
+
+/* ---- the producing warpgroup --------------------------------------------------------------------- */
+
+template <int N>
+__device__ __forceinline__ void load_words(const uint8_t *from, uint32_t *to) {
+  if (N == 1) {
+    to[0] = __ldg((const uint32_t *)from);
+  } else if (N == 2) {
+    uint2 x = __ldg((const uint2 *)from);
+    to[0] = x.x, to[1] = x.y;
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      uint4 x = __ldg((const uint4 *)(from + i / 4 * 512)); /* chunks of a lane are 32 x 16 bytes apart */
+      to[i] = x.x, to[i + 1] = x.y, to[i + 2] = x.z, to[i + 3] = x.w;
+    }
+  }
+}
+
+/* Fragment i of consecutive ones in words as load_words left them. */
+template <int FORMAT, bool IS_V>
+__device__ __forceinline__ void words_expand(const uint32_t *words, int i, uint32_t (&a)[4]) {
+  constexpr int N = 4 / kv_traits<FORMAT>::fragments;
+  uint32_t chunk[4];
+#pragma unroll
+  for (int j = 0; j < 4; j++) chunk[j] = j < N ? words[i * N + j] : 0;
+  fragment_expand<FORMAT, IS_V>(chunk, 0, a);
+}
+
+template <int FORMAT, int DIM>
+__device__ __forceinline__ void unpack_k(const uint32_t *words, uint8_t *tile, int warp, int lane) {
+  int g = lane / 4, c = lane % 4;
+#pragma unroll
+  for (int i = 0; i < DIM / 32; i++) {
+    uint32_t a[2][4];
+    words_expand<FORMAT, false>(words, 2 * i, a[0]);
+    words_expand<FORMAT, false>(words, 2 * i + 1, a[1]);
+#pragma unroll
+    for (int h = 0; h < 2; h++) { /* token 16 warp + g + 8 h */
+      int row = g / 2 * 16 + warp * 4 + h * 2 + g % 2, unit = c * 2 + i % 2;
+      *(uint4 *)(tile + i / 2 * (PAGE * 128) + row * 128 + (unit ^ row % 8) * 16) =
+          make_uint4(a[0][h], a[0][h + 2], a[1][h], a[1][h + 2]);
+    }
+  }
+}
+
+template <int FORMAT, int DIM>
+__device__ __forceinline__ void unpack_v(const uint32_t (*words)[DIM / 16 / kv_traits<FORMAT>::fragments], uint8_t *tile,
+                                         int warp, int lane) {
+  int g = lane / 4, c = lane % 4;
+#pragma unroll
+  for (int m = 0; m < DIM / 64; m++) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      uint32_t a[2][4];
+      words_expand<FORMAT, true>(words[2 * i], m, a[0]);
+      words_expand<FORMAT, true>(words[2 * i + 1], m, a[1]);
+#pragma unroll
+      for (int h = 0; h < 2; h++) { /* dim 16 (warp * DIM / 64 + m) + g + 8 h */
+        int row = (warp * (DIM / 64) + m) * 16 + h * 8 + g, unit = c * 2 + i;
+        *(uint4 *)(tile + row * 128 + (unit ^ g) * 16) = make_uint4(a[0][h], a[0][h + 2], a[1][h], a[1][h + 2]);
+      }
+    }
+  }
+}
+
+/* What of a page a thread of the producer holds on the way. */
+template <int FORMAT, int DIM>
+struct raw {
+  static constexpr int per_fragment = 4 / kv_traits<FORMAT>::fragments; /* words of a lane */
+  static constexpr int k_words = DIM / 16 * per_fragment, v_words = DIM / 64 * per_fragment;
+  uint32_t k[k_words], v[4][v_words], k_pair, v_pair;
+};
+
+template <int FORMAT, int DIM>
+__device__ __forceinline__ void load_page(const uint8_t *k, const uint8_t *v, raw<FORMAT, DIM> &r, int warp, int lane) {
+  using R = raw<FORMAT, DIM>;
+  constexpr int N = R::per_fragment, CODES = DIM * PAGE * (FORMAT == QTR_KV_F16 ? 4 : FORMAT == QTR_KV_INT4 ? 1 : 2) / 2;
+  int first = warp * (DIM / 16); /* K: fragments of 16 tokens */
+  load_words<R::k_words>(k + (first * N / 4 * 32 + lane) * 16, r.k);
+#pragma unroll
+  for (int t = 0; t < 4; t++) { /* V: DIM / 64 fragments of each 16 tokens */
+    int f = t * (DIM / 16) + warp * (DIM / 64);
+    load_words<R::v_words>(v + (f * N / 4 * 32 + lane) * 16 + f * N % 4 * 4, r.v[t]);
+  }
+  int token = warp * 32 + lane;
+  if (kv_traits<FORMAT>::has_params && token < PAGE) {
+    r.k_pair = __ldg((const uint32_t *)(k + CODES + token * 4));
+    r.v_pair = __ldg((const uint32_t *)(v + CODES + token * 4));
+  }
+}
+
+struct entry { /* of the plan, for one KV head */
+  struct qtr_prefill_entry e;
+  int kv_head;
+};
+__device__ __forceinline__ bool entry_load(const struct attention_params &p, int round, entry &x) {
+  int n_items = ((const int *)p.plan)[1] * p.n_kv_heads, g = (int)gridDim.x, b = (int)blockIdx.x;
+  int item = round * g + (round & 1 ? g - 1 - b : b);
+  if (item >= n_items) return false; /* in the last round only */
+  const int4 *from = (const int4 *)(p.plan + ((const int *)p.plan)[3]) + (size_t)(item / p.n_kv_heads) * 2;
+  int4 y = __ldg(from), z = __ldg(from + 1);
+  x.e = {y.x, y.y, y.z, y.w, z.x, z.y, {0, 0}};
+  x.kv_head = item % p.n_kv_heads;
+  return true;
+}
+
+template <int FORMAT, int DIM>
+__device__ __forceinline__ void produce(const struct attention_params &p, stage<DIM> *stages, columns *params, uint32_t full,
+                                        uint32_t empty) {
+  int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, s = 0;
+  uint32_t parity = 1;
+  constexpr size_t BLOCK = (size_t)DIM * PAGE *
+                               (FORMAT == QTR_KV_F16    ? 4
+                                : FORMAT == QTR_KV_INT4 ? 1
+                                                        : 2) /
+                               2 +
+                           (kv_traits<FORMAT>::has_params ? PAGE * 4 : 0);
+  entry x;
+  for (int round = 0; entry_load(p, round, x); round++) {
+    const int32_t *table = p.block_table + (size_t)x.e.seq * p.max_blocks;
+    int n_tokens = x.e.kv_len + (x.e.row + x.e.n_rows - 1) / p.group + 1; /* that the last row sees */
+    for (int tile = 0; tile < x.e.n_tiles; tile++) {
+      size_t at = (size_t)__ldg(table + tile) * p.page_bytes + x.kv_head * BLOCK;
+      raw<FORMAT, DIM> r;
+      load_page<FORMAT, DIM>(p.k + at, p.v + at, r, warp, lane);
+      barrier_wait(empty + 8 * s, parity);
+      unpack_k<FORMAT, DIM>(r.k, stages[s].k, warp, lane);
+      unpack_v<FORMAT, DIM>(r.v, stages[s].v, warp, lane);
+      if (thread < PAGE) {
+        int t = thread, n = t % 8 / 2 * 16 + t / 16 * 4 + t / 8 % 2 * 2 + t % 2;
+        struct token_params y =
+            token_make<FORMAT>(r.k_pair, r.v_pair, p.scale * LOG2_E, p.k_scale, p.v_scale, tile * PAGE + t < n_tokens);
+        params[s].ab[n] = make_float2(y.a, y.b);
+        params[s].log_inv[n] = make_float2(y.log_s, y.inv_s);
+        params[s].zero[n] = y.zero;
+      }
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      barrier_arrive(full + 8 * s);
+      if (++s == STAGES) s = 0, parity ^= 1;
+    }
+  }
+}
+
+/* ---- the multiplying warpgroups ------------------------------------------------------------------ */
+
+template <int FORMAT, int DIM>
+struct rows { /* of a thread: two rows, l / 4 and + 8 of its warp's 16 */
+  using traits = kv_traits<FORMAT>;
+  uint32_t q[DIM / 16][4], p[4][4];
+  float o[DIM / 2], s[PAGE / 2], max[2], sum[2], zeros[2], q_sum[2];
+  int last[2]; /* the last token that each sees */
+
+  /* Scores in s to weights (log2 domain); the factors for what was summed up before. */
+  __device__ __forceinline__ void weigh(const columns &c, int tile, bool masked, float (&factor)[2]) {
+    int pair = threadIdx.x % 4;
+    float top[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      float4 ab = *(const float4 *)&c.ab[8 * i + 2 * pair];
+      float a[2] = {ab.x, ab.z}, b[2] = {ab.y, ab.w}, log_s[2] = {0, 0};
+      if (traits::has_params) {
+        float4 l = *(const float4 *)&c.log_inv[8 * i + 2 * pair];
+        log_s[0] = l.x, log_s[1] = l.z;
+      }
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        int r = j / 2, l = j % 2;
+        float t = traits::is_int ? __fmaf_rn(s[4 * i + j], a[l], __fmaf_rn(-q_sum[r], b[l], log_s[l])) : s[4 * i + j] * a[l];
+        s[4 * i + j] = t;
+      }
+    }
+    if (masked) {
+      int token = tile * PAGE + pair / 2 * 16 + pair % 2 * 8;
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          if (token + i % 2 * 32 + i / 2 * 2 + j % 2 > last[j / 2]) s[4 * i + j] = -INFINITY;
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+#pragma unroll
+      for (int j = 0; j < 4; j++) top[j / 2] = fmaxf(top[j / 2], s[4 * i + j]);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      float x = top[r];
+      x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+      x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+      x = fmaxf(max[r], x - WEIGHT_BITS);
+      factor[r] = fast_exp2(max[r] - x);
+      max[r] = x;
+      sum[r] *= factor[r];
+      zeros[r] *= factor[r];
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      float inv_s[2] = {1, 1}, zero[2] = {0, 0};
+      if (traits::has_params) {
+        float4 l = *(const float4 *)&c.log_inv[8 * i + 2 * pair];
+        float2 z = *(const float2 *)&c.zero[8 * i + 2 * pair];
+        inv_s[0] = l.y, inv_s[1] = l.w, zero[0] = z.x, zero[1] = z.y;
+      }
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        int r = j / 2, l = j % 2;
+        float w = fast_exp2(s[4 * i + j] - max[r]);
+        s[4 * i + j] = w;
+        if (traits::has_params) {
+          sum[r] = __fmaf_rn(w, inv_s[l], sum[r]);
+          zeros[r] = __fmaf_rn(w, zero[l], zeros[r]);
+        } else {
+          sum[r] += w;
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void pack() {
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        __half2 x = __floats2half2_rn(s[8 * k + 2 * i], s[8 * k + 2 * i + 1]);
+        p[k][i] = *(uint32_t *)&x;
+      }
+    }
+  }
+};
+
+template <int FORMAT, int DIM>
+__device__ __forceinline__ void consume(const struct attention_params &p, stage<DIM> *stages, const columns *params,
+                                        uint32_t full, uint32_t empty) {
+  using traits = kv_traits<FORMAT>;
+  constexpr int K_STEPS = DIM / 16;
+  int part = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, pair = lane % 4, s = 0;
+  uint32_t parity = 0;
+  rows<FORMAT, DIM> x;
+  entry y;
+  auto release = [&](int i) {
+    __syncwarp();
+    if (lane == 0) barrier_arrive(empty + 8 * i);
+  };
+  auto scores = [&](int i) {
+    uint32_t k = shared_address(stages[i].k);
+#pragma unroll
+    for (int j = 0; j < K_STEPS; j++) wgmma(x.s, x.q[j], descriptor(k + j / 4 * (PAGE * 128) + j % 4 * 32), j > 0);
+    wgmma_commit();
+  };
+  auto results = [&](int i) {
+    uint32_t v = shared_address(stages[i].v);
+#pragma unroll
+    for (int j = 0; j < 4; j++) wgmma(x.o, x.p[j], descriptor(v + j * 32), 1);
+    wgmma_commit();
+  };
+  for (int round = 0; entry_load(p, round, y); round++) {
+    size_t to[2];
+    bool exists[2];
+    int row = y.e.row + part * 64 + warp * 16 + lane / 4, end = y.e.row + y.e.n_rows;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      exists[r] = row + 8 * r < end;
+      int at = min(row + 8 * r, end - 1), token = at / p.group, head = y.kv_head * p.group + at % p.group;
+      x.last[r] = y.e.kv_len + token;
+      token += y.e.first_token;
+      to[r] = ((size_t)token * p.n_heads + head) * DIM;
+      const __half *q = p.qkv + (size_t)token * p.width + (size_t)head * DIM + 8 * (pair % 2);
+      float sum = 0;
+#pragma unroll
+      for (int j = 0; j < K_STEPS; j++) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          int step = 2 * (j / 4 * 2 + h); /* + pair / 2: which 16 dims */
+          uint32_t z = __ldg((const uint32_t *)(q + 16 * (step + pair / 2) + 2 * (j % 4)));
+          if (FORMAT == QTR_KV_INT4) {
+            __half2 f = __float2half2_rn(pair % 2 ? traits::q_high : traits::q_low), limit = __float2half2_rn(65504.0f);
+            __half2 w = __hmax2(__hmin2(__hmul2(*(__half2 *)&z, f), limit), __hneg2(limit));
+            z = *(uint32_t *)&w;
+          }
+          x.q[j][r + 2 * h] = z;
+          float2 w = __half22float2(*(__half2 *)&z);
+          sum += w.x + w.y;
+        }
+      }
+      if (FORMAT == QTR_KV_INT4) sum *= pair % 2 ? 1 / traits::q_high : 1 / traits::q_low;
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      x.q_sum[r] = sum;
+      x.max[r] = -INFINITY;
+      x.sum[r] = x.zeros[r] = 0;
+    }
+    /* Pages that this warpgroup's last row sees; those that its first row does not see whole. */
+    int first_row = min(y.e.row + part * 64, end - 1), last_row = min(y.e.row + part * 64 + 63, end - 1);
+    int n = (y.e.kv_len + last_row / p.group) / PAGE + 1, whole = (y.e.kv_len + first_row / p.group + 1) / PAGE;
+#pragma unroll
+    for (int i = 0; i < DIM / 2; i++) x.o[i] = 0;
+    auto advance = [&]() {
+      if (++s == STAGES) s = 0, parity ^= 1;
+    };
+    float factor[2];
+    barrier_wait(full + 8 * s, parity);
+    hold(x.q);
+    wgmma_fence();
+    scores(s);
+    wgmma_wait<0>();
+    hold(x.s);
+    x.weigh(params[s], 0, whole == 0, factor);
+    x.pack();
+    for (int tile = 1; tile < n; tile++) {
+      int before = s;
+      advance();
+      barrier_wait(full + 8 * s, parity);
+      hold(x.s);
+      hold(x.o);
+      hold(x.p);
+      wgmma_fence();
+      scores(s);
+      results(before);
+      wgmma_wait<1>();
+      hold(x.s);
+      x.weigh(params[s], tile, tile >= whole, factor);
+      wgmma_wait<0>();
+      hold(x.o);
+      hold(x.p);
+      release(before);
+#pragma unroll
+      for (int i = 0; i < DIM / 2; i++) x.o[i] *= factor[i / 2 % 2];
+      x.pack();
+    }
+    hold(x.o);
+    hold(x.p);
+    wgmma_fence();
+    results(s);
+    wgmma_wait<0>();
+    hold(x.o);
+    release(s);
+    advance();
+    for (int tile = n; tile < y.e.n_tiles; tile++) { /* the other warpgroup's */
+      barrier_wait(full + 8 * s, parity);
+      release(s);
+      advance();
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+#pragma unroll
+      for (int j = 1; j < 4; j *= 2) {
+        x.sum[r] += __shfl_xor_sync(~0u, x.sum[r], j);
+        x.zeros[r] += __shfl_xor_sync(~0u, x.zeros[r], j);
+      }
+      if (FORMAT == QTR_KV_INT8_STATIC) x.zeros[r] = 128 * x.sum[r];
+      if (!exists[r]) continue;
+      float f = (FORMAT == QTR_KV_INT8_STATIC ? p.v_scale : 1.0f) / x.sum[r];
+#pragma unroll
+      for (int i = 0; i < DIM / 8; i++) {
+        float unit = i % 2 ? traits::out_high : traits::out_low;
+        float a = __fmaf_rn(x.o[4 * i + 2 * r], unit, -x.zeros[r]) * f;
+        float b = __fmaf_rn(x.o[4 * i + 2 * r + 1], unit, -x.zeros[r]) * f;
+        *(__half2 *)(p.out + to[r] + 8 * i + 2 * pair) = __floats2half2_rn(a, b);
+      }
+    }
+  }
+}
+#endif
+
+template <int DIM>
+constexpr size_t shared_bytes() {
+  return (size_t)STAGES * (DIM * PAGE * 4 + 1280) + 1024;
+}
+
+template <int FORMAT, int DIM>
+__global__ void __launch_bounds__(THREADS, 1) k_attention_prefill(const __grid_constant__ struct attention_params p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ uint8_t shared[];
+  __shared__ __align__(8) uint64_t barriers[2 * STAGES];
+  stage<DIM> *stages = (stage<DIM> *)((uintptr_t)(shared + 1023) & ~(uintptr_t)1023);
+  columns *params = (columns *)(stages + STAGES);
+  uint32_t full = shared_address(&barriers[0]), empty = shared_address(&barriers[STAGES]);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; i++) {
+      barrier_init(full + 8 * i, 128);
+      barrier_init(empty + 8 * i, 8);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;\n fence.proxy.async.shared::cta;" ::: "memory");
+  }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
+    produce<FORMAT, DIM>(p, stages, params, full, empty);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
+    consume<FORMAT, DIM>(p, stages, params, full, empty);
+  }
+#else
+  (void)p;
+#endif
+}
+
+template <int FORMAT, int DIM>
+cudaError_t launch(const struct attention_params &p, const struct qtr_attention_plan *plan, int n_sms, cudaStream_t stream) {
+  auto kernel = k_attention_prefill<FORMAT, DIM>;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes<DIM>());
+  if (error != cudaSuccess) return error;
+  long items = (long)plan->n_prefill * p.n_kv_heads;
+  kernel<<<(unsigned)(items < n_sms ? items : n_sms), THREADS, shared_bytes<DIM>(), stream>>>(p);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
 cudaError_t qtr_cuda_attention_prefill(const struct attention_params *p, int format, const struct qtr_attention_plan *plan,
                                        cudaStream_t stream) {
-  (void)plan;
-  return qtr_cuda_attention_generic(p, format, stream);
+  int device, n_sms, major;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error != cudaSuccess) return error;
+  if (major != 9)
+    return qtr_cuda_attention_generic(p, format, stream); /* one-token sequences too: decode writes them again */
+  bool large = p->dim == 128;
+  switch (format) {
+    case QTR_KV_F16:
+      return large ? launch<QTR_KV_F16, 128>(*p, plan, n_sms, stream) : launch<QTR_KV_F16, 64>(*p, plan, n_sms, stream);
+    case QTR_KV_INT8:
+      return large ? launch<QTR_KV_INT8, 128>(*p, plan, n_sms, stream) : launch<QTR_KV_INT8, 64>(*p, plan, n_sms, stream);
+    case QTR_KV_INT4:
+      return large ? launch<QTR_KV_INT4, 128>(*p, plan, n_sms, stream) : launch<QTR_KV_INT4, 64>(*p, plan, n_sms, stream);
+    default:
+      return large ? launch<QTR_KV_INT8_STATIC, 128>(*p, plan, n_sms, stream)
+                   : launch<QTR_KV_INT8_STATIC, 64>(*p, plan, n_sms, stream);
+  }
 }

@@ -9,6 +9,8 @@
  * the same sums at temperature 1. */
 #include "backend/cuda/choose.h"
 
+#include "backend/cuda/launch.cuh"
+
 #include <float.h>
 
 enum { THREADS = 512, WARPS = THREADS / 32, BLOCK = 512, LANES = 8, CANDIDATES = 1024, MAX_TOP = 20 };
@@ -265,6 +267,7 @@ __device__ static float adjusted(float x, const qtr_choose_row &p, const qtr_cho
 
 __global__ void __launch_bounds__(THREADS) k_choose(float *logits, const qtr_choose_row *rows, qtr_choose_result *results,
                                                     int32_t n, qtr_cuda_adjust adjust, double *scratch) {
+  qtr_begin();
   __shared__ uint64_t list[CANDIDATES];
   __shared__ int32_t token;
   const qtr_choose_row p = rows[blockIdx.x];
@@ -336,6 +339,7 @@ __global__ void __launch_bounds__(THREADS) k_choose(float *logits, const qtr_cho
 
 __global__ void __launch_bounds__(THREADS)
     k_choose_greedy(const float *logits, const qtr_choose_row *rows, qtr_choose_result *results, int32_t n) {
+  qtr_begin();
   best b = {-INFINITY, QTR_CHOOSE_UNDECIDED};
   if (!rows[blockIdx.x].skip) b = row_best(logits + blockIdx.x * (size_t)n, n);
   if (threadIdx.x == 0) {
@@ -353,10 +357,8 @@ cudaError_t qtr_cuda_rows_choose(float *logits, const qtr_choose_row *row, qtr_c
                                  size_t vocab_size, bool drawing, const qtr_cuda_adjust *adjust, void *scratch,
                                  cudaStream_t stream) {
   if (n_rows == 0) return cudaSuccess;
-  if (drawing) {
-    k_choose<<<(unsigned)n_rows, THREADS, 0, stream>>>(logits, row, result, (int32_t)vocab_size, *adjust, (double *)scratch);
-  } else {
-    k_choose_greedy<<<(unsigned)n_rows, THREADS, 0, stream>>>(logits, row, result, (int32_t)vocab_size);
-  }
-  return cudaGetLastError();
+  if (!drawing)
+    return qtr_launch(k_choose_greedy, (unsigned)n_rows, THREADS, 0, stream, logits, row, result, (int32_t)vocab_size);
+  return qtr_launch(k_choose, (unsigned)n_rows, THREADS, 0, stream, logits, row, result, (int32_t)vocab_size, *adjust,
+                    (double *)scratch);
 }

@@ -4,6 +4,8 @@
  * Sums over a row are added in one order that depends on the row's length only, so a row has the same bits in any batch. */
 #include "backend/cuda/rows.h"
 
+#include "backend/cuda/launch.cuh"
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -68,6 +70,7 @@ __device__ static eight load_eight(const __half *x) {
 template <int NV>
 __global__ void __launch_bounds__(THREADS)
     k_quant_rows(const __half *x, const __half *weight, float eps, size_t dim, qtr_cuda_rows_out out) {
+  qtr_begin();
   size_t row = blockIdx.x;
   const __half *from = x + row * dim;
   eight e[NV];
@@ -132,6 +135,7 @@ __global__ void __launch_bounds__(THREADS)
 /* The same for any row: values are read again instead of kept. */
 __global__ void __launch_bounds__(THREADS)
     k_quant_rows_any(const __half *x, const __half *weight, float eps, size_t dim, qtr_cuda_rows_out out) {
+  qtr_begin();
   size_t row = blockIdx.x;
   const __half *from = x + row * dim;
   float rstd = 1, squares = 0, amax = 0, sum = 0;
@@ -163,6 +167,7 @@ __global__ void __launch_bounds__(THREADS)
 /* B.7: the mean subtracted, the maximum and the sums of fp16-rounded values, a thread's sum accumulated in fp16. */
 __global__ void __launch_bounds__(QSERVE_THREADS)
     k_norm_qserve(const __half *x, const __half *weight, float eps, size_t dim, qtr_cuda_rows_out out) {
+  qtr_begin();
   size_t row = blockIdx.x;
   int n_warps = blockDim.x / 32;
   const __half *from = x + row * dim;
@@ -198,6 +203,7 @@ __global__ void __launch_bounds__(QSERVE_THREADS)
 
 __global__ void __launch_bounds__(THREADS)
     k_norm_rows(const __half *x, const __half *weight, float eps, size_t dim, __half *out) {
+  qtr_begin();
   size_t row = blockIdx.x;
   const __half *from = x + row * dim;
   float squares = 0;
@@ -216,18 +222,17 @@ static cudaError_t quant_rows(const void *x, const void *weight, float eps, size
   if (n_tokens == 0) return cudaSuccess;
   unsigned grid = (unsigned)n_tokens;
   if (!aligned)
-    k_quant_rows_any<<<grid, THREADS, 0, stream>>>(from, w, eps, dim, *out);
+    return qtr_launch(k_quant_rows_any, grid, THREADS, 0, stream, from, w, eps, dim, *out);
   else if (out->stride <= each)
-    k_quant_rows<1><<<grid, THREADS, 0, stream>>>(from, w, eps, dim, *out);
+    return qtr_launch(k_quant_rows<1>, grid, THREADS, 0, stream, from, w, eps, dim, *out);
   else if (out->stride <= 2 * each)
-    k_quant_rows<2><<<grid, THREADS, 0, stream>>>(from, w, eps, dim, *out);
+    return qtr_launch(k_quant_rows<2>, grid, THREADS, 0, stream, from, w, eps, dim, *out);
   else if (out->stride <= 4 * each)
-    k_quant_rows<4><<<grid, THREADS, 0, stream>>>(from, w, eps, dim, *out);
+    return qtr_launch(k_quant_rows<4>, grid, THREADS, 0, stream, from, w, eps, dim, *out);
   else if (out->stride <= 7 * each)
-    k_quant_rows<7><<<grid, THREADS, 0, stream>>>(from, w, eps, dim, *out);
+    return qtr_launch(k_quant_rows<7>, grid, THREADS, 0, stream, from, w, eps, dim, *out);
   else
-    k_quant_rows<16><<<grid, THREADS, 0, stream>>>(from, w, eps, dim, *out);
-  return cudaGetLastError();
+    return qtr_launch(k_quant_rows<16>, grid, THREADS, 0, stream, from, w, eps, dim, *out);
 }
 
 cudaError_t qtr_cuda_rows_quant(const void *x, size_t n_tokens, size_t dim, const qtr_cuda_rows_out *out,
@@ -240,16 +245,15 @@ cudaError_t qtr_cuda_rows_norm_quant(const void *x, const void *weight, float ep
   if (!qserve) return quant_rows(x, weight, eps, n_tokens, dim, out, stream);
   if (n_tokens == 0) return cudaSuccess;
   unsigned threads = dim >= QSERVE_THREADS ? (unsigned)QSERVE_THREADS : (unsigned)((dim + 31) / 32 * 32);
-  k_norm_qserve<<<(unsigned)n_tokens, threads, 0, stream>>>((const __half *)x, (const __half *)weight, eps, dim, *out);
-  return cudaGetLastError();
+  return qtr_launch(k_norm_qserve, (unsigned)n_tokens, threads, 0, stream, (const __half *)x, (const __half *)weight, eps,
+                    dim, *out);
 }
 
 cudaError_t qtr_cuda_rows_norm(const void *x, const void *weight, float eps, size_t n_tokens, size_t dim, void *out,
                                cudaStream_t stream) {
   if (n_tokens == 0) return cudaSuccess;
-  k_norm_rows<<<(unsigned)n_tokens, THREADS, 0, stream>>>((const __half *)x, (const __half *)weight, eps, dim,
-                                                          (__half *)out);
-  return cudaGetLastError();
+  return qtr_launch(k_norm_rows, (unsigned)n_tokens, THREADS, 0, stream, (const __half *)x, (const __half *)weight, eps, dim,
+                    (__half *)out);
 }
 
 /* ---- rows from tables ---------------------------------------------------------------------------- */
@@ -267,6 +271,7 @@ __device__ static __half to_half(float x) { return __float2half_rn(fminf(fmaxf(x
 
 __global__ void __launch_bounds__(THREADS) k_embed(qtr_dtype dtype, const void *data, const float *scale, size_t n_rows,
                                                    size_t dim, const int32_t *token, __half *out) {
+  qtr_begin();
   int32_t t = token[blockIdx.x];
   size_t row = t >= 0 && (size_t)t < n_rows ? (size_t)t : 0;
   float s = scale ? scale[row] : 1.0f;
@@ -278,11 +283,11 @@ __global__ void __launch_bounds__(THREADS) k_embed(qtr_dtype dtype, const void *
 cudaError_t qtr_cuda_rows_embed(qtr_dtype dtype, const void *data, const float *scale, size_t n_rows, size_t dim,
                                 const int32_t *token, size_t n_tokens, void *out, cudaStream_t stream) {
   if (n_tokens == 0) return cudaSuccess;
-  k_embed<<<(unsigned)n_tokens, THREADS, 0, stream>>>(dtype, data, scale, n_rows, dim, token, (__half *)out);
-  return cudaGetLastError();
+  return qtr_launch(k_embed, (unsigned)n_tokens, THREADS, 0, stream, dtype, data, scale, n_rows, dim, token, (__half *)out);
 }
 
 __global__ void __launch_bounds__(THREADS) k_gather(const __half *x, const int32_t *row, size_t dim, __half *out) {
+  qtr_begin();
   size_t from = (size_t)row[blockIdx.x];
   for (size_t i = threadIdx.x; i < dim; i += THREADS) out[blockIdx.x * dim + i] = x[from * dim + i];
 }
@@ -290,8 +295,7 @@ __global__ void __launch_bounds__(THREADS) k_gather(const __half *x, const int32
 cudaError_t qtr_cuda_rows_gather(const void *x, const int32_t *row, size_t n_rows, size_t dim, void *out,
                                  cudaStream_t stream) {
   if (n_rows == 0) return cudaSuccess;
-  k_gather<<<(unsigned)n_rows, THREADS, 0, stream>>>((const __half *)x, row, dim, (__half *)out);
-  return cudaGetLastError();
+  return qtr_launch(k_gather, (unsigned)n_rows, THREADS, 0, stream, (const __half *)x, row, dim, (__half *)out);
 }
 
 /* ---- floating-point matrices --------------------------------------------------------------------- */
@@ -299,6 +303,7 @@ cudaError_t qtr_cuda_rows_gather(const void *x, const int32_t *row, size_t n_row
 /* A warp an output; lanes stride over the inputs, so a row's sum has one order. */
 __global__ void __launch_bounds__(THREADS)
     k_product(const __half *x, const void *weight, bool f32, size_t n_tokens, size_t n_in, size_t n_out, float *out) {
+  qtr_begin();
   size_t n = blockIdx.x * (size_t)WARPS + threadIdx.x / 32;
   if (n >= n_out) return;
   for (size_t t = blockIdx.y; t < n_tokens; t += gridDim.y) {
@@ -316,12 +321,12 @@ cudaError_t qtr_cuda_rows_product(const void *x, const void *weight, bool weight
                                   size_t n_out, float *out, cudaStream_t stream) {
   if (n_tokens == 0) return cudaSuccess;
   dim3 grid((unsigned)((n_out + WARPS - 1) / WARPS), (unsigned)(n_tokens < 65535 ? n_tokens : 65535));
-  k_product<<<grid, THREADS, 0, stream>>>((const __half *)x, weight, weight_f32, n_tokens, n_in, n_out, out);
-  return cudaGetLastError();
+  return qtr_launch(k_product, grid, THREADS, 0, stream, (const __half *)x, weight, weight_f32, n_tokens, n_in, n_out, out);
 }
 
 __global__ void __launch_bounds__(THREADS)
     k_finish(const float *y, const float *bias, qtr_epilogue epilogue, size_t n_out, size_t width, size_t n, void *out) {
+  qtr_begin();
   for (size_t i = blockIdx.x * (size_t)THREADS + threadIdx.x; i < n; i += (size_t)gridDim.x * THREADS) {
     size_t t = i / width, c = i % width;
     const float *row = y + t * n_out;
@@ -345,11 +350,12 @@ cudaError_t qtr_cuda_rows_finish(const float *y, const float *bias, qtr_epilogue
   size_t width = epilogue == QTR_EPILOGUE_SILU_MUL ? n_out / 2 : n_out, n = n_tokens * width;
   if (n == 0) return cudaSuccess;
   size_t blocks = (n + THREADS - 1) / THREADS;
-  k_finish<<<(unsigned)(blocks < 8192 ? blocks : 8192), THREADS, 0, stream>>>(y, bias, epilogue, n_out, width, n, out);
-  return cudaGetLastError();
+  return qtr_launch(k_finish, (unsigned)(blocks < 8192 ? blocks : 8192), THREADS, 0, stream, y, bias, epilogue, n_out, width,
+                    n, out);
 }
 
 __global__ void __launch_bounds__(THREADS) k_convert(qtr_dtype dtype, const void *x, size_t n, __half *out, int32_t *n_bad) {
+  qtr_begin();
   for (size_t i = blockIdx.x * (size_t)THREADS + threadIdx.x; i < n; i += (size_t)gridDim.x * THREADS) {
     float v = value_at(dtype, x, i);
     if (fabsf(v) > 65504.0f && isfinite(v)) atomicAdd(n_bad, 1);
@@ -360,6 +366,6 @@ __global__ void __launch_bounds__(THREADS) k_convert(qtr_dtype dtype, const void
 cudaError_t qtr_cuda_rows_convert(qtr_dtype dtype, const void *x, size_t n, void *out, int32_t *n_bad, cudaStream_t stream) {
   if (n == 0) return cudaSuccess;
   size_t blocks = (n + THREADS - 1) / THREADS;
-  k_convert<<<(unsigned)(blocks < 8192 ? blocks : 8192), THREADS, 0, stream>>>(dtype, x, n, (__half *)out, n_bad);
-  return cudaGetLastError();
+  return qtr_launch(k_convert, (unsigned)(blocks < 8192 ? blocks : 8192), THREADS, 0, stream, dtype, x, n, (__half *)out,
+                    n_bad);
 }

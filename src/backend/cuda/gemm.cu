@@ -4,7 +4,7 @@
 size_t qtr_cuda_gemm_workspace(void) { return 256; }
 
 struct qtr_gemm_plan qtr_gemm_choose(enum qtr_linear_format format, size_t n_rows, size_t n_in, size_t n_tokens, int n_sms) {
-  struct qtr_gemm_plan plan = {256, 1, 1, 8, n_sms};
+  struct qtr_gemm_plan plan = {256, 1, 1, 8, n_sms, false};
   (void)format;
   size_t m_tiles = (n_rows + QTR_TILE_M - 1) / QTR_TILE_M, k_steps = (n_in + QTR_TILE_K - 1) / QTR_TILE_K;
   for (int n = 8; n < 256; n *= 2) {
@@ -49,8 +49,17 @@ cudaError_t qtr_cuda_gemm_planned(const struct qtr_cuda_gemm_args *a, const stru
   p.n_pairs = (int32_t)pairs, p.raster = plan->raster;
   p.epilogue = (int32_t)a->epilogue;
   p.vector = n_out % 8 == 0 && (uintptr_t)a->out % 16 == 0;
-  if (w->path == QTR_CUDA_SM90) return qtr_gemm_launch_sm90(w->format, plan, &p, stream);
-  return cudaErrorNotSupported;
+  if (w->path == QTR_CUDA_SM80) return qtr_gemm_launch_sm80(w->format, &p, stream);
+  return qtr_gemm_built_sm90() ? qtr_gemm_launch_sm90(w->format, plan, &p, stream) : cudaErrorNotSupported;
+}
+
+cudaError_t qtr_cuda_gemm_path(enum qtr_cuda_path *path) {
+  int device = 0, major = 0;
+  cudaError_t e = cudaGetDevice(&device);
+  if (e == cudaSuccess) e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (e != cudaSuccess) return e;
+  *path = major == 9 && qtr_gemm_built_sm90() ? QTR_CUDA_SM90 : QTR_CUDA_SM80;
+  return major >= 8 ? cudaSuccess : cudaErrorNotSupported;
 }
 
 cudaError_t qtr_cuda_gemm(const struct qtr_cuda_gemm_args *args, cudaStream_t stream) {

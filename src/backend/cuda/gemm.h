@@ -19,6 +19,9 @@ extern "C" {
 /* Which kernels: wgmma of sm_90a, or mma.m16n8k32 of sm_80 and later. A matrix is repacked for one of them. */
 enum qtr_cuda_path { QTR_CUDA_SM80, QTR_CUDA_SM90 };
 
+/* The better path of the current device; cudaErrorNotSupported below sm_80. */
+cudaError_t qtr_cuda_gemm_path(enum qtr_cuda_path *path);
+
 /* A repacked matrix in device memory; all pointers are device, owned by whoever allocated them. */
 struct qtr_cuda_matrix {
   enum qtr_cuda_path path;

@@ -46,14 +46,15 @@ struct qtr_gemm_plan {
   int32_t pair;  /* blocks that share activations: 1, or 2 with n = 256 */
   int32_t split; /* blocks that divide the columns of a tile: 1, 2, 4; 8 up to n = 64 */
   int32_t raster, n_sms;
+  bool spread; /* one block an SM although two would fit */
 };
+bool qtr_gemm_built_sm90(void); /* the running GPU has code for the Hopper kernels in this binary */
 struct qtr_gemm_plan qtr_gemm_choose(enum qtr_linear_format format, size_t n_rows, size_t n_in, size_t n_tokens, int n_sms);
 cudaError_t qtr_cuda_gemm_planned(const struct qtr_cuda_gemm_args *args, const struct qtr_gemm_plan *plan,
                                   cudaStream_t stream);
 cudaError_t qtr_gemm_launch_sm90(enum qtr_linear_format format, const struct qtr_gemm_plan *plan,
                                  const struct qtr_gemm_work *work, cudaStream_t stream);
-cudaError_t qtr_gemm_launch_sm80(enum qtr_linear_format format, const struct qtr_gemm_plan *plan,
-                                 const struct qtr_gemm_work *work, cudaStream_t stream);
+cudaError_t qtr_gemm_launch_sm80(enum qtr_linear_format format, const struct qtr_gemm_work *work, cudaStream_t stream);
 
 #ifdef __CUDACC__
 
@@ -68,6 +69,15 @@ static __device__ __forceinline__ float gemm_value(int32_t acc, const struct row
   float a = __int2float_rn(acc);
   if (ZERO) return __fmaf_rn(-r.szero, x_sum, __fmaf_rn(__fmul_rn(a, r.scale), x_scale, r.bias));
   return __fmaf_rn(a, __fmul_rn(r.scale, x_scale), r.bias);
+}
+
+/* Tile -> place: bands of `raster` token tiles; within a band rows outermost, so that neighbours share activations in L2. */
+static __device__ __forceinline__ void qtr_tile_place(int32_t raster, int32_t n_tiles, int32_t m_tiles, int32_t tile,
+                                                      int32_t *m, int32_t *n) {
+  int32_t band = tile / (raster * m_tiles), first = band * raster, wide = min(raster, n_tiles - first);
+  int32_t rest = tile - band * raster * m_tiles;
+  *m = rest / wide;
+  *n = first + rest % wide;
 }
 
 static __device__ __forceinline__ float gemm_silu_mul(float gate, float up) { /* B.9 */

@@ -131,13 +131,14 @@ struct shape {
   static constexpr int OWNERS = SPLIT < N / 8 ? SPLIT : N / 8, TOKENS = N / OWNERS; /* of a split tile; TOKENS each */
   static constexpr int W_BYTES = FORMAT == QTR_LINEAR_W8A8 ? 16384 : FORMAT == QTR_LINEAR_W4A8 ? 8192 : 8448;
   static constexpr int X_BYTES = N * QTR_TILE_K;
-  static constexpr int CHUNK = TOKENS < 32 ? TOKENS : 32; /* tokens of an epilogue buffer; two for each consumer */
+  static constexpr int CHUNK = TOKENS < 32 ? TOKENS : 32, CHUNKS = TOKENS / CHUNK; /* tokens of an epilogue buffer */
+  static constexpr int BUFFERS = N < 256 ? CHUNKS : W_BYTES > 16000 ? 3 : 7;       /* of a consumer; a store takes a while */
   static constexpr int BUFFER = CHUNK * 128;
   static constexpr int ROOM = CTAS == 1 ? SHARED_MAX : (SHARED_MAX + 1024) / 2 - 1024;
-  static constexpr int FIXED = CONSUMERS * (2 * BUFFER + 2 * TOKENS * 4) + 256;
+  static constexpr int FIXED = CONSUMERS * (BUFFERS * BUFFER + 2 * TOKENS * 4) + 256;
   static constexpr int FIT = (ROOM - FIXED) / (X_BYTES + W_BYTES);
   static constexpr int STAGES = FIT < 16 ? FIT : 16;
-  static constexpr int BUFFER_AT = STAGES * X_BYTES, W_AT = BUFFER_AT + CONSUMERS * 2 * BUFFER;
+  static constexpr int BUFFER_AT = STAGES * X_BYTES, W_AT = BUFFER_AT + CONSUMERS * BUFFERS * BUFFER;
   static constexpr int TOKEN_AT = W_AT + STAGES * W_BYTES;             /* [consumer][scale, sum][TOKENS] */
   static constexpr int BAR_AT = TOKEN_AT + CONSUMERS * 2 * TOKENS * 4; /* full[STAGES], empty[STAGES] */
   static constexpr int SHARED = BAR_AT + 16 * STAGES;
@@ -146,17 +147,6 @@ struct shape {
   static_assert(STAGES >= 3 && SHARED <= ROOM, "a stage is too large");
   static_assert(BUFFER_AT % 1024 == 0 && SUMS_AT + SUMS <= TOKEN_AT, "the sums must not meet the epilogue's buffers");
 };
-
-/* ---- the walk over the work ---------------------------------------------------------------------- */
-
-/* Bands of p.raster token tiles; within a band rows outermost. */
-static __device__ __forceinline__ void tile_place(const struct qtr_gemm_work &p, int32_t tile, int32_t m_groups, int32_t *m,
-                                                  int32_t *n) {
-  int32_t band = tile / (p.raster * m_groups), first = band * p.raster, wide = min(p.raster, p.n_tiles - first);
-  int32_t rest = tile - band * p.raster * m_groups;
-  *m = rest / wide;
-  *n = first + rest % wide;
-}
 
 /* ---- consumer ------------------------------------------------------------------------------------ */
 
@@ -334,8 +324,9 @@ static __device__ __forceinline__ struct scales<T> load_scales(const struct qtr_
   return s;
 }
 
-/* acc: 64 rows (from row0) x T tokens. buffers: two of CHUNK tokens x 64 fp16 (SILU_MUL: 32), swizzled as the map says. */
-template <bool ZERO, int T, int CHUNK>
+/* acc: 64 rows (from row0) x T tokens. buffers: BUFFERS of CHUNK tokens x 64 fp16 (SILU_MUL: 32), swizzled as the map says.
+ */
+template <bool ZERO, int T, int CHUNK, int BUFFERS>
 static __device__ __forceinline__ void epilogue(const int32_t (&acc)[T / 2], const struct scales<T> &s,
                                                 const struct qtr_gemm_work &p, const CUtensorMap *map, uint32_t buffers,
                                                 uint32_t tokens, int bar, int32_t row0, int32_t token0) {
@@ -380,7 +371,7 @@ static __device__ __forceinline__ void epilogue(const int32_t (&acc)[T / 2], con
 #pragma unroll
   for (int c0 = 0; c0 < T; c0 += CHUNK) {
     if (token0 + c0 >= p.n_tokens) break;
-    const uint32_t buffer = buffers + c0 / CHUNK % 2 * (CHUNK * 128);
+    const uint32_t buffer = buffers + c0 / CHUNK % BUFFERS * (CHUNK * 128);
 #pragma unroll
     for (int j = 0; j < CHUNK / 8; j++) {
       const int32_t *a = acc + 4 * (c0 / 8 + j);
@@ -398,7 +389,9 @@ static __device__ __forceinline__ void epilogue(const int32_t (&acc)[T / 2], con
       }
     }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    if (t == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); /* the other buffer is free for the next */
+    if (t == 0 && c0 / CHUNK + 1 >= BUFFERS && c0 + CHUNK < T) { /* the next buffer is free again */
+      asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(BUFFERS > 2 ? BUFFERS - 2 : 0) : "memory");
+    }
     group_sync(bar);
     if (t == 0) {
       if (inside && add) {
@@ -456,7 +449,7 @@ __global__ void __launch_bounds__(THREADS, (shape<FORMAT, N, SPLIT>::CTAS))
     if (threadIdx.x == 0) {
       for (int32_t tile = first; tile < p.n_pairs; tile += step) {
         int32_t m, n;
-        tile_place(p, tile, m_groups, &m, &n);
+        qtr_tile_place(p.raster, p.n_tiles, m_groups, tile, &m, &n);
         m = min(m * PAIR + (PAIR > 1 ? (int32_t)rank : 0), p.m_tiles - 1);
         const uint8_t *code = p.code + ((size_t)m * p.k_steps + k0) * S::W_BYTES;
         for (int32_t k = k0; k < k1; k++, code += S::W_BYTES) {
@@ -478,12 +471,12 @@ __global__ void __launch_bounds__(THREADS, (shape<FORMAT, N, SPLIT>::CTAS))
       asm volatile("setmaxnreg.inc.sync.aligned.u32 96;");
     }
     const uint32_t half = group - 1;
-    const uint32_t buffers = shared + S::BUFFER_AT + half * 2 * S::BUFFER,
+    const uint32_t buffers = shared + S::BUFFER_AT + half * S::BUFFERS * S::BUFFER,
                    tokens = shared + S::TOKEN_AT + half * 2 * S::TOKENS * 4;
     int32_t acc[N / 2];
     for (int32_t tile = first; tile < p.n_pairs; tile += step) {
       int32_t m, n;
-      tile_place(p, tile, m_groups, &m, &n);
+      qtr_tile_place(p.raster, p.n_tiles, m_groups, tile, &m, &n);
       if (PAIR > 1) m = m * PAIR + (int32_t)rank;
       const int32_t row0 = m * QTR_TILE_M + 64 * (int32_t)half, token0 = n * N + (SPLIT > 1 ? (int32_t)rank * S::TOKENS : 0);
       struct scales<S::TOKENS> s = {};
@@ -493,10 +486,11 @@ __global__ void __launch_bounds__(THREADS, (shape<FORMAT, N, SPLIT>::CTAS))
         int32_t mine[S::TOKENS / 2];
         combine<FORMAT, N, SPLIT>(acc, mine, shared, half, rank);
         if (rank < (uint32_t)S::OWNERS) {
-          epilogue<ZERO, S::TOKENS, S::CHUNK>(mine, s, p, &out_map, buffers, tokens, 1 + (int)half, row0, token0);
+          epilogue<ZERO, S::TOKENS, S::CHUNK, S::BUFFERS>(mine, s, p, &out_map, buffers, tokens, 1 + (int)half, row0,
+                                                          token0);
         }
       } else if (m < p.m_tiles) {
-        epilogue<ZERO, N, S::CHUNK>(acc, s, p, &out_map, buffers, tokens, 1 + (int)half, row0, token0);
+        epilogue<ZERO, N, S::CHUNK, S::BUFFERS>(acc, s, p, &out_map, buffers, tokens, 1 + (int)half, row0, token0);
       }
     }
     if (threadIdx.x % 128 == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
@@ -528,7 +522,7 @@ static cudaError_t make_map(CUtensorMap *map, CUtensorMapDataType type, size_t b
 }
 
 template <int FORMAT, int N, int PAIR, int SPLIT>
-static cudaError_t launch(int n_clusters, const struct qtr_gemm_work *p, cudaStream_t stream) {
+static cudaError_t launch(const struct qtr_gemm_plan *plan, const struct qtr_gemm_work *p, cudaStream_t stream) {
   using S = shape<FORMAT, N, SPLIT>;
   CUtensorMap x_map, out_map;
   memset(&out_map, 0, sizeof out_map);
@@ -541,9 +535,12 @@ static cudaError_t launch(int n_clusters, const struct qtr_gemm_work *p, cudaStr
   }
   if (e == cudaSuccess) {
     e = cudaFuncSetAttribute((const void *)k_gemm_sm90<FORMAT, N, PAIR, SPLIT>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             S::SHARED);
+                             SHARED_MAX);
   }
   if (e != cudaSuccess) return e;
+  /* A split launch has one cluster a tile; otherwise the grid is what fits on the GPU, or less. */
+  int ctas = plan->spread ? 1 : S::CTAS, n_clusters = SPLIT > 1 ? p->n_pairs : plan->n_sms * ctas / PAIR;
+  if (n_clusters > p->n_pairs) n_clusters = p->n_pairs;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = PAIR * SPLIT;
@@ -551,7 +548,7 @@ static cudaError_t launch(int n_clusters, const struct qtr_gemm_work *p, cudaStr
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3((unsigned)(n_clusters * PAIR * SPLIT));
   config.blockDim = dim3(THREADS);
-  config.dynamicSmemBytes = S::SHARED;
+  config.dynamicSmemBytes = plan->spread && S::SHARED <= SHARED_MAX / 2 ? SHARED_MAX / 2 + 1024 : S::SHARED;
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = PAIR * SPLIT > 1 ? 1 : 0;
@@ -560,11 +557,10 @@ static cudaError_t launch(int n_clusters, const struct qtr_gemm_work *p, cudaStr
 
 #define KEY(n, pair, split) ((n)*100 + (pair)*10 + (split))
 #define CASE(n, pair, split) \
-  case KEY(n, pair, split): return launch<FORMAT, n, pair, split>(n_clusters, p, s)
+  case KEY(n, pair, split): return launch<FORMAT, n, pair, split>(plan, p, s)
 
 template <int FORMAT>
-static cudaError_t launch_format(const struct qtr_gemm_plan *plan, int n_clusters, const struct qtr_gemm_work *p,
-                                 cudaStream_t s) {
+static cudaError_t launch_format(const struct qtr_gemm_plan *plan, const struct qtr_gemm_work *p, cudaStream_t s) {
   switch (KEY(plan->n, plan->pair, plan->split)) {
     CASE(8, 1, 1);
     CASE(8, 1, 2);
@@ -591,15 +587,17 @@ static cudaError_t launch_format(const struct qtr_gemm_plan *plan, int n_cluster
   }
 }
 
-/* A split launch has one cluster a tile; otherwise the grid is what fits on the GPU, or less. */
+bool qtr_gemm_built_sm90(void) {
+  struct cudaFuncAttributes a;
+  return cudaFuncGetAttributes(&a, (const void *)k_gemm_sm90<QTR_LINEAR_W4A8, 8, 1, 1>) == cudaSuccess && a.ptxVersion >= 90;
+}
+
 cudaError_t qtr_gemm_launch_sm90(enum qtr_linear_format format, const struct qtr_gemm_plan *plan,
                                  const struct qtr_gemm_work *work, cudaStream_t stream) {
-  int n_clusters = plan->split > 1 ? work->n_pairs : plan->n_sms * (plan->n <= 64 ? 2 : 1) / plan->pair;
-  if (n_clusters > work->n_pairs) n_clusters = work->n_pairs;
   switch (format) {
-    case QTR_LINEAR_W8A8: return launch_format<QTR_LINEAR_W8A8>(plan, n_clusters, work, stream);
-    case QTR_LINEAR_W4A8: return launch_format<QTR_LINEAR_W4A8>(plan, n_clusters, work, stream);
-    case QTR_LINEAR_W4A8_G128: return launch_format<QTR_LINEAR_W4A8_G128>(plan, n_clusters, work, stream);
+    case QTR_LINEAR_W8A8: return launch_format<QTR_LINEAR_W8A8>(plan, work, stream);
+    case QTR_LINEAR_W4A8: return launch_format<QTR_LINEAR_W4A8>(plan, work, stream);
+    case QTR_LINEAR_W4A8_G128: return launch_format<QTR_LINEAR_W4A8_G128>(plan, work, stream);
     default: return cudaErrorInvalidValue;
   }
 }

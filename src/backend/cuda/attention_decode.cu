@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr int WARPS = 4, THREADS = WARPS * 32;
+constexpr int WARPS = 4, THREADS = WARPS * 32, MAX_SLOTS = 8;
 
 /* ---- PTX ----------------------------------------------------------------------------------------- */
 
@@ -21,8 +21,8 @@ __device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint
 
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 /* 8 x 8 halves: what lane l holds of row l / 4 becomes what it holds of column l / 4. */
@@ -91,8 +91,6 @@ template <int FORMAT, int DIM>
 struct shape {
   static constexpr int code_bytes = DIM * QTR_PAGE_TOKENS * (FORMAT == QTR_KV_F16 ? 4 : FORMAT == QTR_KV_INT4 ? 1 : 2) / 2;
   static constexpr int block_bytes = code_bytes + (kv_traits<FORMAT>::has_params ? QTR_PAGE_TOKENS * 4 : 0);
-  static constexpr int slots = block_bytes > 10000 ? 3 : block_bytes > 6000 ? 3 : 6;
-  static constexpr int ring_bytes = WARPS * slots * block_bytes;
   static constexpr int head_floats = DIM + 4; /* a row of results; + 4: no bank conflicts */
 };
 
@@ -110,23 +108,27 @@ __device__ __forceinline__ void merge(struct total &t, float (&sum)[N], struct t
   t.max = m;
 }
 
+/* slots: of a warp's ring. */
 template <int FORMAT, int DIM, int COLUMNS>
-__global__ void __launch_bounds__(THREADS) k_attention_decode(const __grid_constant__ struct attention_params p) {
+__global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
+                                           : DIM == 64  ? 4
+                                                        : 3)
+    k_attention_decode(const __grid_constant__ struct attention_params p, const int slots) {
   using traits = kv_traits<FORMAT>;
   using S = shape<FORMAT, DIM>;
-  constexpr int K_STEPS = DIM / 16, HEADS = 8 * COLUMNS, PER_CHUNK = traits::fragments, SLOTS = S::slots;
+  constexpr int K_STEPS = DIM / 16, HEADS = 8 * COLUMNS, PER_CHUNK = traits::fragments;
   constexpr int OUTPUTS = (HEADS * DIM / 4 + THREADS - 1) / THREADS; /* float4 of results a thread merges */
   extern __shared__ __align__(128) uint8_t shared[];
-  __shared__ __align__(8) uint64_t barriers[WARPS][SLOTS];
+  __shared__ __align__(8) uint64_t barriers[WARPS][MAX_SLOTS];
   __shared__ struct total totals[WARPS][HEADS];
   __shared__ int is_last;
-  float *results = (float *)(shared + S::ring_bytes); /* (WARPS, heads, head_floats) */
+  float *results = (float *)(shared + WARPS * slots * S::block_bytes); /* (WARPS, heads, head_floats) */
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4 * 2;
-  uint32_t ring = shared_address(shared) + (uint32_t)(warp * SLOTS * S::block_bytes);
-  const uint8_t *ring_at = shared + warp * SLOTS * S::block_bytes;
+  uint32_t ring = shared_address(shared) + (uint32_t)(warp * slots * S::block_bytes);
+  const uint8_t *ring_at = shared + warp * slots * S::block_bytes;
   uint32_t barrier = shared_address(&barriers[warp][0]);
   if (lane == 0) {
-    for (int i = 0; i < SLOTS; i++) barrier_init(barrier + 8 * i);
+    for (int i = 0; i < slots; i++) barrier_init(barrier + 8 * i);
     asm volatile("fence.mbarrier_init.release.cluster;\n fence.proxy.async.shared::cta;" ::: "memory");
   }
   __syncwarp();
@@ -161,17 +163,17 @@ __global__ void __launch_bounds__(THREADS) k_attention_decode(const __grid_const
     }
     if (next_is_v) ahead.tile += WARPS;
     next_is_v = !next_is_v;
-    filled = filled + 1 == SLOTS ? 0 : filled + 1;
+    filled = filled + 1 == slots ? 0 : filled + 1;
   };
 #pragma unroll 1
-  for (int i = 0; i < SLOTS; i++) copy_next();
+  for (int i = 0; i < slots; i++) copy_next();
 
   unit u;
   u.round = -1;
   int slot = 0;
   uint32_t parity = 0;
   auto slot_next = [&]() {
-    if (++slot == SLOTS) slot = 0, parity ^= 1;
+    if (++slot == slots) slot = 0, parity ^= 1;
   };
   uint32_t q[COLUMNS][K_STEPS][2];
   float q_sum[COLUMNS][2];
@@ -446,21 +448,38 @@ __global__ void __launch_bounds__(THREADS) k_attention_decode(const __grid_const
   }
 }
 
+/* As many blocks an SM as registers allow, if each warp can have three slots; the more warps, the less the chain of
+ * operations of a page matters. */
 template <int FORMAT, int DIM, int COLUMNS>
 cudaError_t launch(const struct attention_params &p, cudaStream_t stream) {
   using S = shape<FORMAT, DIM>;
-  int heads = p.group < 8 * COLUMNS ? p.group : 8 * COLUMNS;
-  size_t n_shared = (size_t)S::ring_bytes + (size_t)WARPS * (size_t)heads * S::head_floats * sizeof(float);
   auto kernel = k_attention_decode<FORMAT, DIM, COLUMNS>;
-  int device, n_sms, per_sm;
+  int device, n_sms, per_sm = 0, most, block_most, reserved, slots;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)n_shared);
-  if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, THREADS, n_shared);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&block_most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device);
   if (error != cudaSuccess) return error;
-  size_t most = (size_t)n_sms * (size_t)per_sm;
+  int heads = p.group < 8 * COLUMNS ? p.group : 8 * COLUMNS;
+  int results = WARPS * heads * S::head_floats * (int)sizeof(float),
+      fixed = reserved + 1024 + results; /* static: below 1 KB */
+  int blocks = COLUMNS == 2 ? 2 : DIM == 64 ? 4 : 3;
+  for (;; blocks--) {
+    int room = most / blocks < block_most ? most / blocks : block_most;
+    slots = (room - fixed) / (WARPS * S::block_bytes);
+    if (slots >= 3 || blocks == 1) break;
+  }
+  if (slots > MAX_SLOTS) slots = MAX_SLOTS;
+  if (slots < 1) return cudaErrorInvalidConfiguration;
+  int n_shared = WARPS * slots * S::block_bytes + results;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, n_shared);
+  if (error == cudaSuccess)
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, THREADS, (size_t)n_shared);
+  if (error != cudaSuccess) return error;
+  size_t grid = (size_t)n_sms * (size_t)per_sm;
   size_t items = (size_t)p.n_seqs * (size_t)p.n_kv_heads * (size_t)qtr_decode_head_blocks(p.group) * QTR_MAX_SEGMENTS;
-  kernel<<<(unsigned)(items < most ? items : most), THREADS, n_shared, stream>>>(p);
+  kernel<<<(unsigned)(items < grid ? items : grid), THREADS, (size_t)n_shared, stream>>>(p, slots);
   return cudaGetLastError();
 }
 

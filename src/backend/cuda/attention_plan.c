@@ -7,7 +7,7 @@
 
 #include "base/checked.h"
 
-enum { BLOCKS_PER_SM = 2 };
+enum { BLOCKS_PER_SM = 3 };
 
 static size_t slots_most(const struct qtr_cuda_plan_config *config, size_t n_seqs) {
   if (config->n_heads > QTR_MAX_SPLIT_HEADS) return 0;
@@ -49,12 +49,16 @@ void qtr_cuda_attention_plan(const struct qtr_cuda_plan_config *config, const st
   memset(p, 0, sizeof *p);
   struct qtr_decode_entry *decode = (struct qtr_decode_entry *)(p + 1);
   int32_t group = (int32_t)group_of(config);
-  size_t pairs = (size_t)config->n_kv_heads * (size_t)qtr_decode_head_blocks(group), all = 0;
+  size_t pairs = (size_t)config->n_kv_heads * (size_t)qtr_decode_head_blocks(group), all = 0, n_whole = 0;
   size_t n_slots = slots_most(config, (size_t)batch->n_seqs);
   for (int32_t s = 0; s < batch->n_seqs; s++) {
-    if (batch->q_start[s + 1] - batch->q_start[s] == 1) all += (size_t)tiles(batch->kv_len[s] + 1) * pairs;
+    if (batch->q_start[s + 1] - batch->q_start[s] != 1) continue;
+    all += (size_t)tiles(batch->kv_len[s] + 1) * pairs;
+    n_whole++;
   }
-  size_t share = all / ((size_t)config->n_sms * BLOCKS_PER_SM) / 2; /* longer entries would leave blocks without work */
+  /* Whole sequences in rounds: if the last round is nearly full, only those longer than a block's share need splitting. */
+  size_t blocks = (size_t)config->n_sms * BLOCKS_PER_SM, items = n_whole * pairs, rounds = (items + blocks - 1) / blocks;
+  size_t share = all / blocks / (items * 10 >= rounds * blocks * 8 || rounds > 4 ? 1 : 2);
   for (int32_t s = 0; s < batch->n_seqs; s++) {
     if (batch->q_start[s + 1] - batch->q_start[s] != 1) continue;
     int32_t n_tokens = batch->kv_len[s] + 1, n_tiles = tiles(n_tokens),

@@ -2,9 +2,10 @@
  * and 128, wgmma of sm_90a. Other GPUs take the generic kernel.
  *
  * A block takes entries of the plan in turn: 128 rows (token, query head of one KV head's group), so that a group shares K
- * and V and any group size fits. One warpgroup unpacks a page of K and V a time into fp16 tiles in shared memory (codes as
- * subnormals: an AND and a store, attention_common.cuh) and runs ahead by STAGES pages; two warpgroups of 64 rows each
- * multiply: S = Q K^T with Q in registers, O += P V with P in registers, the next page's S issued before this page's O.
+ * and V and any group size fits. Bulk copies bring pages as they are and the queries; one warpgroup unpacks a page of K and
+ * V a time into fp16 tiles in shared memory (codes as subnormals: an AND and a store, attention_common.cuh) and runs ahead;
+ * two warpgroups of 64 rows each multiply: S = Q K^T with Q in registers, O += P V with P in registers, the next page's S
+ * issued before this page's O.
  *
  * Order inside a tile: the wgmma operands sum over dims (K) and tokens (V) in any order that both sides share, so rows and
  * columns are permuted such that a lane's 16-byte stores are what its chunk of a page holds (kv_layout.h):
@@ -18,7 +19,7 @@
 
 namespace {
 
-constexpr int THREADS = 384, STAGES = 4, PAGE = QTR_PAGE_TOKENS;
+constexpr int THREADS = 384, PAGE = QTR_PAGE_TOKENS, ROWS = QTR_PREFILL_ROWS;
 
 /* ---- PTX ----------------------------------------------------------------------------------------- */
 
@@ -96,31 +97,60 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       : "memory");
 }
 
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t n_bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(n_bytes) : "memory");
+}
+__device__ __forceinline__ void copy_bulk(uint32_t to, const void *from, uint32_t n_bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(n_bytes), "r"(barrier)
+               : "memory");
+}
+#endif
+
 /* ---- shared memory ------------------------------------------------------------------------------- */
 
-template <int DIM>
-struct stage {
-  uint8_t k[PAGE * DIM * 2]; /* (dims / 64) of (64 tokens, 64 dims) */
-  uint8_t v[DIM * PAGE * 2]; /* (dims, 64 tokens) */
-};
 struct columns { /* of a page's tokens, in the tile's order: struct token_params */
-  float2 ab[PAGE], log_inv[PAGE];
-  float zero[PAGE];
+  float2 ab[PAGE], inv_zero[PAGE];
+  float log_s[PAGE];
 };
 
+template <int FORMAT, int DIM>
+struct shape {
+  static constexpr int code_bytes = DIM * PAGE * (FORMAT == QTR_KV_F16 ? 4 : FORMAT == QTR_KV_INT4 ? 1 : 2) / 2;
+  static constexpr int block_bytes = code_bytes + (kv_traits<FORMAT>::has_params ? PAGE * 4 : 0);
+  static constexpr int stages = FORMAT == QTR_KV_F16 ? 3 : 4, raw_stages = FORMAT == QTR_KV_F16    ? 2
+                                                                           : FORMAT == QTR_KV_INT4 ? 4
+                                                                                                   : 3;
+  static constexpr int q_pitch = DIM * 2 + 64; /* 8 lanes of a 16-byte load touch all banks */
+};
+
+template <int FORMAT, int DIM>
+struct memory { /* 1,024-byte aligned */
+  using S = shape<FORMAT, DIM>;
+  struct {
+    uint8_t k[PAGE * DIM * 2]; /* (dims / 64) of (64 tokens, 64 dims) */
+    uint8_t v[DIM * PAGE * 2]; /* (dims, 64 tokens) */
+  } tile[S::stages];
+  uint8_t raw[S::raw_stages][2][S::block_bytes]; /* pages as they are: K, V */
+  uint8_t q[ROWS][S::q_pitch];
+  columns column[S::stages];
+  uint64_t full[S::stages], empty[S::stages], raw_full[S::raw_stages], q_full, q_empty;
+};
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 /* ---- the producing warpgroup --------------------------------------------------------------------- */
 
 template <int N>
 __device__ __forceinline__ void load_words(const uint8_t *from, uint32_t *to) {
   if (N == 1) {
-    to[0] = __ldg((const uint32_t *)from);
+    to[0] = *(const uint32_t *)from;
   } else if (N == 2) {
-    uint2 x = __ldg((const uint2 *)from);
+    uint2 x = *(const uint2 *)from;
     to[0] = x.x, to[1] = x.y;
   } else {
 #pragma unroll
     for (int i = 0; i < N; i += 4) {
-      uint4 x = __ldg((const uint4 *)(from + i / 4 * 512)); /* chunks of a lane are 32 x 16 bytes apart */
+      uint4 x = *(const uint4 *)(from + i / 4 * 512); /* chunks of a lane are 32 x 16 bytes apart */
       to[i] = x.x, to[i + 1] = x.y, to[i + 2] = x.z, to[i + 3] = x.w;
     }
   }
@@ -184,7 +214,7 @@ struct raw {
 template <int FORMAT, int DIM>
 __device__ __forceinline__ void load_page(const uint8_t *k, const uint8_t *v, raw<FORMAT, DIM> &r, int warp, int lane) {
   using R = raw<FORMAT, DIM>;
-  constexpr int N = R::per_fragment, CODES = DIM * PAGE * (FORMAT == QTR_KV_F16 ? 4 : FORMAT == QTR_KV_INT4 ? 1 : 2) / 2;
+  constexpr int N = R::per_fragment, CODES = shape<FORMAT, DIM>::code_bytes;
   int first = warp * (DIM / 16); /* K: fragments of 16 tokens */
   load_words<R::k_words>(k + (first * N / 4 * 32 + lane) * 16, r.k);
 #pragma unroll
@@ -194,8 +224,8 @@ __device__ __forceinline__ void load_page(const uint8_t *k, const uint8_t *v, ra
   }
   int token = warp * 32 + lane;
   if (kv_traits<FORMAT>::has_params && token < PAGE) {
-    r.k_pair = __ldg((const uint32_t *)(k + CODES + token * 4));
-    r.v_pair = __ldg((const uint32_t *)(v + CODES + token * 4));
+    r.k_pair = *(const uint32_t *)(k + CODES + token * 4);
+    r.v_pair = *(const uint32_t *)(v + CODES + token * 4);
   }
 }
 
@@ -214,39 +244,74 @@ __device__ __forceinline__ bool entry_load(const struct attention_params &p, int
   return true;
 }
 
+/* The thread that starts the copies of pages walks ahead; entries and page numbers are read one step before their use. */
+struct cursor {
+  entry now, next;
+  bool has_now, has_next;
+  int round, tile, page;
+};
+__device__ __forceinline__ int cursor_page(const struct attention_params &p, const cursor &c) {
+  return c.has_now ? __ldg(p.block_table + (size_t)c.now.e.seq * p.max_blocks + c.tile) : 0;
+}
+
 template <int FORMAT, int DIM>
-__device__ __forceinline__ void produce(const struct attention_params &p, stage<DIM> *stages, columns *params, uint32_t full,
-                                        uint32_t empty) {
-  int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, s = 0;
-  uint32_t parity = 1;
-  constexpr size_t BLOCK = (size_t)DIM * PAGE *
-                               (FORMAT == QTR_KV_F16    ? 4
-                                : FORMAT == QTR_KV_INT4 ? 1
-                                                        : 2) /
-                               2 +
-                           (kv_traits<FORMAT>::has_params ? PAGE * 4 : 0);
+__device__ __forceinline__ void produce(const struct attention_params &p, memory<FORMAT, DIM> &m) {
+  using S = shape<FORMAT, DIM>;
+  int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, s = 0, raw_at = 0;
+  uint32_t parity = 1, raw_parity = 0, q_parity = 1;
+  uint32_t full = shared_address(m.full), empty = shared_address(m.empty), raw_full = shared_address(m.raw_full);
+  cursor c = {};
+  auto copy_next = [&](int to) {
+    if (!c.has_now) return;
+    size_t at = (size_t)c.page * p.page_bytes + (size_t)c.now.kv_head * S::block_bytes;
+    barrier_expect(raw_full + 8 * to, 2 * S::block_bytes);
+    copy_bulk(shared_address(m.raw[to][0]), p.k + at, S::block_bytes, raw_full + 8 * to);
+    copy_bulk(shared_address(m.raw[to][1]), p.v + at, S::block_bytes, raw_full + 8 * to);
+    if (++c.tile == c.now.e.n_tiles) {
+      c.now = c.next, c.has_now = c.has_next, c.tile = 0;
+      c.has_next = c.has_now && entry_load(p, ++c.round + 1, c.next);
+    }
+    c.page = cursor_page(p, c);
+  };
+  if (thread == 0) {
+    c.has_now = entry_load(p, 0, c.now);
+    c.has_next = c.has_now && entry_load(p, 1, c.next);
+    c.page = cursor_page(p, c);
+    for (int i = 0; i < S::raw_stages; i++) copy_next(i);
+  }
   entry x;
   for (int round = 0; entry_load(p, round, x); round++) {
-    const int32_t *table = p.block_table + (size_t)x.e.seq * p.max_blocks;
-    int n_tokens = x.e.kv_len + (x.e.row + x.e.n_rows - 1) / p.group + 1; /* that the last row sees */
+    int last_row = x.e.row + x.e.n_rows - 1, n_tokens = x.e.kv_len + last_row / p.group + 1; /* that the last row sees */
+    { /* the queries: a row a thread */
+      int row = min(x.e.row + thread, last_row), head = x.kv_head * p.group + row % p.group;
+      barrier_wait(shared_address(&m.q_empty), q_parity);
+      q_parity ^= 1;
+      barrier_expect(shared_address(&m.q_full), DIM * 2);
+      copy_bulk(shared_address(m.q[thread]),
+                p.qkv + (size_t)(x.e.first_token + row / p.group) * p.width + (size_t)head * DIM, DIM * 2,
+                shared_address(&m.q_full));
+    }
     for (int tile = 0; tile < x.e.n_tiles; tile++) {
-      size_t at = (size_t)__ldg(table + tile) * p.page_bytes + x.kv_head * BLOCK;
       raw<FORMAT, DIM> r;
-      load_page<FORMAT, DIM>(p.k + at, p.v + at, r, warp, lane);
+      barrier_wait(raw_full + 8 * raw_at, raw_parity);
+      load_page<FORMAT, DIM>(m.raw[raw_at][0], m.raw[raw_at][1], r, warp, lane);
       barrier_wait(empty + 8 * s, parity);
-      unpack_k<FORMAT, DIM>(r.k, stages[s].k, warp, lane);
-      unpack_v<FORMAT, DIM>(r.v, stages[s].v, warp, lane);
-      if (thread < PAGE) {
+      unpack_k<FORMAT, DIM>(r.k, m.tile[s].k, warp, lane);
+      unpack_v<FORMAT, DIM>(r.v, m.tile[s].v, warp, lane);
+      if (kv_traits<FORMAT>::has_params && thread < PAGE) {
         int t = thread, n = t % 8 / 2 * 16 + t / 16 * 4 + t / 8 % 2 * 2 + t % 2;
         struct token_params y =
             token_make<FORMAT>(r.k_pair, r.v_pair, p.scale * LOG2_E, p.k_scale, p.v_scale, tile * PAGE + t < n_tokens);
-        params[s].ab[n] = make_float2(y.a, y.b);
-        params[s].log_inv[n] = make_float2(y.log_s, y.inv_s);
-        params[s].zero[n] = y.zero;
+        m.column[s].ab[n] = make_float2(y.a, y.b);
+        m.column[s].inv_zero[n] = make_float2(y.inv_s, y.zero);
+        m.column[s].log_s[n] = y.log_s;
       }
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
       barrier_arrive(full + 8 * s);
-      if (++s == STAGES) s = 0, parity ^= 1;
+      asm volatile("bar.sync 1, 128;" ::: "memory"); /* all have read the raw page */
+      if (thread == 0) copy_next(raw_at);
+      if (++raw_at == S::raw_stages) raw_at = 0, raw_parity ^= 1;
+      if (++s == S::stages) s = 0, parity ^= 1;
     }
   }
 }
@@ -260,23 +325,21 @@ struct rows { /* of a thread: two rows, l / 4 and + 8 of its warp's 16 */
   float o[DIM / 2], s[PAGE / 2], max[2], sum[2], zeros[2], q_sum[2];
   int last[2]; /* the last token that each sees */
 
-  /* Scores in s to weights (log2 domain); the factors for what was summed up before. */
-  __device__ __forceinline__ void weigh(const columns &c, int tile, bool masked, float (&factor)[2]) {
+  /* Scores in s to weights; the factors for what was summed up before. */
+  __device__ __forceinline__ void weigh(const columns &c, int tile, bool masked, float slope, const float (&offset)[2],
+                                        float (&factor)[2]) {
     int pair = threadIdx.x % 4;
     float top[2] = {-INFINITY, -INFINITY};
+    if (traits::has_params) {
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      float4 ab = *(const float4 *)&c.ab[8 * i + 2 * pair];
-      float a[2] = {ab.x, ab.z}, b[2] = {ab.y, ab.w}, log_s[2] = {0, 0};
-      if (traits::has_params) {
-        float4 l = *(const float4 *)&c.log_inv[8 * i + 2 * pair];
-        log_s[0] = l.x, log_s[1] = l.z;
-      }
+      for (int i = 0; i < 8; i++) {
+        float4 ab = *(const float4 *)&c.ab[8 * i + 2 * pair];
+        float2 l = *(const float2 *)&c.log_s[8 * i + 2 * pair];
 #pragma unroll
-      for (int j = 0; j < 4; j++) {
-        int r = j / 2, l = j % 2;
-        float t = traits::is_int ? __fmaf_rn(s[4 * i + j], a[l], __fmaf_rn(-q_sum[r], b[l], log_s[l])) : s[4 * i + j] * a[l];
-        s[4 * i + j] = t;
+        for (int j = 0; j < 4; j++) {
+          float a = j % 2 ? ab.z : ab.x, b = j % 2 ? ab.w : ab.y, log_s = j % 2 ? l.y : l.x;
+          s[4 * i + j] = __fmaf_rn(s[4 * i + j], a, __fmaf_rn(-q_sum[j / 2], b, log_s));
+        }
       }
     }
     if (masked) {
@@ -294,33 +357,32 @@ struct rows { /* of a thread: two rows, l / 4 and + 8 of its warp's 16 */
 #pragma unroll
       for (int j = 0; j < 4; j++) top[j / 2] = fmaxf(top[j / 2], s[4 * i + j]);
     }
+    float shift[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       float x = top[r];
       x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
       x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+      if (!traits::has_params) x = __fmaf_rn(x, slope, offset[r]);
       x = fmaxf(max[r], x - WEIGHT_BITS);
       factor[r] = fast_exp2(max[r] - x);
       max[r] = x;
+      shift[r] = traits::has_params ? x : offset[r] - x;
       sum[r] *= factor[r];
       zeros[r] *= factor[r];
     }
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      float inv_s[2] = {1, 1}, zero[2] = {0, 0};
-      if (traits::has_params) {
-        float4 l = *(const float4 *)&c.log_inv[8 * i + 2 * pair];
-        float2 z = *(const float2 *)&c.zero[8 * i + 2 * pair];
-        inv_s[0] = l.y, inv_s[1] = l.w, zero[0] = z.x, zero[1] = z.y;
-      }
+      float4 iz = make_float4(1, 0, 1, 0);
+      if (traits::has_params) iz = *(const float4 *)&c.inv_zero[8 * i + 2 * pair];
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        int r = j / 2, l = j % 2;
-        float w = fast_exp2(s[4 * i + j] - max[r]);
+        int r = j / 2;
+        float w = fast_exp2(traits::has_params ? s[4 * i + j] - shift[r] : __fmaf_rn(s[4 * i + j], slope, shift[r]));
         s[4 * i + j] = w;
         if (traits::has_params) {
-          sum[r] = __fmaf_rn(w, inv_s[l], sum[r]);
-          zeros[r] = __fmaf_rn(w, zero[l], zeros[r]);
+          sum[r] = __fmaf_rn(w, j % 2 ? iz.z : iz.x, sum[r]);
+          zeros[r] = __fmaf_rn(w, j % 2 ? iz.w : iz.y, zeros[r]);
         } else {
           sum[r] += w;
         }
@@ -341,12 +403,15 @@ struct rows { /* of a thread: two rows, l / 4 and + 8 of its warp's 16 */
 };
 
 template <int FORMAT, int DIM>
-__device__ __forceinline__ void consume(const struct attention_params &p, stage<DIM> *stages, const columns *params,
-                                        uint32_t full, uint32_t empty) {
+__device__ __forceinline__ void consume(const struct attention_params &p, memory<FORMAT, DIM> &m) {
   using traits = kv_traits<FORMAT>;
+  using S = shape<FORMAT, DIM>;
   constexpr int K_STEPS = DIM / 16;
   int part = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, pair = lane % 4, s = 0;
-  uint32_t parity = 0;
+  uint32_t parity = 0, q_parity = 0, full = shared_address(m.full), empty = shared_address(m.empty);
+  float log2_scale = p.scale * LOG2_E;
+  struct token_params same =
+      token_make<FORMAT>(0, 0, log2_scale, p.k_scale, p.v_scale, true); /* if all tokens have the same */
   rows<FORMAT, DIM> x;
   entry y;
   auto release = [&](int i) {
@@ -354,13 +419,13 @@ __device__ __forceinline__ void consume(const struct attention_params &p, stage<
     if (lane == 0) barrier_arrive(empty + 8 * i);
   };
   auto scores = [&](int i) {
-    uint32_t k = shared_address(stages[i].k);
+    uint32_t k = shared_address(m.tile[i].k);
 #pragma unroll
     for (int j = 0; j < K_STEPS; j++) wgmma(x.s, x.q[j], descriptor(k + j / 4 * (PAGE * 128) + j % 4 * 32), j > 0);
     wgmma_commit();
   };
   auto results = [&](int i) {
-    uint32_t v = shared_address(stages[i].v);
+    uint32_t v = shared_address(m.tile[i].v);
 #pragma unroll
     for (int j = 0; j < 4; j++) wgmma(x.o, x.p[j], descriptor(v + j * 32), 1);
     wgmma_commit();
@@ -368,46 +433,54 @@ __device__ __forceinline__ void consume(const struct attention_params &p, stage<
   for (int round = 0; entry_load(p, round, y); round++) {
     size_t to[2];
     bool exists[2];
-    int row = y.e.row + part * 64 + warp * 16 + lane / 4, end = y.e.row + y.e.n_rows;
+    float offset[2];
+    int end = y.e.row + y.e.n_rows;
+    barrier_wait(shared_address(&m.q_full), q_parity);
+    q_parity ^= 1;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      exists[r] = row + 8 * r < end;
-      int at = min(row + 8 * r, end - 1), token = at / p.group, head = y.kv_head * p.group + at % p.group;
+      int in = part * 64 + warp * 16 + lane / 4 + 8 * r, row = min(y.e.row + in, end - 1), token = row / p.group;
+      exists[r] = y.e.row + in < end;
       x.last[r] = y.e.kv_len + token;
-      token += y.e.first_token;
-      to[r] = ((size_t)token * p.n_heads + head) * DIM;
-      const __half *q = p.qkv + (size_t)token * p.width + (size_t)head * DIM + 8 * (pair % 2);
+      to[r] = ((size_t)(y.e.first_token + token) * p.n_heads + y.kv_head * p.group + row % p.group) * DIM;
+      const uint8_t *q = m.q[in] + 16 * (pair % 2) + 32 * (pair / 2);
       float sum = 0;
 #pragma unroll
-      for (int j = 0; j < K_STEPS; j++) {
+      for (int j = 0; j < K_STEPS / 4; j++) {
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-          int step = 2 * (j / 4 * 2 + h); /* + pair / 2: which 16 dims */
-          uint32_t z = __ldg((const uint32_t *)(q + 16 * (step + pair / 2) + 2 * (j % 4)));
-          if (FORMAT == QTR_KV_INT4) {
-            __half2 f = __float2half2_rn(pair % 2 ? traits::q_high : traits::q_low), limit = __float2half2_rn(65504.0f);
-            __half2 w = __hmax2(__hmin2(__hmul2(*(__half2 *)&z, f), limit), __hneg2(limit));
-            z = *(uint32_t *)&w;
+        for (int h = 0; h < 2; h++) { /* 8 dims: a pair of each of 4 steps */
+          uint4 z = *(const uint4 *)(q + 64 * (2 * j + h));
+          uint32_t words[4] = {z.x, z.y, z.z, z.w};
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            if (FORMAT == QTR_KV_INT4) {
+              __half2 f = __float2half2_rn(pair % 2 ? traits::q_high : traits::q_low), limit = __float2half2_rn(65504.0f);
+              __half2 w = __hmax2(__hmin2(__hmul2(*(__half2 *)&words[i], f), limit), __hneg2(limit));
+              words[i] = *(uint32_t *)&w;
+            }
+            x.q[4 * j + i][r + 2 * h] = words[i];
+            float2 w = __half22float2(*(__half2 *)&words[i]);
+            sum += w.x + w.y;
           }
-          x.q[j][r + 2 * h] = z;
-          float2 w = __half22float2(*(__half2 *)&z);
-          sum += w.x + w.y;
         }
       }
       if (FORMAT == QTR_KV_INT4) sum *= pair % 2 ? 1 / traits::q_high : 1 / traits::q_low;
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
       x.q_sum[r] = sum;
+      offset[r] = -sum * same.b;
       x.max[r] = -INFINITY;
       x.sum[r] = x.zeros[r] = 0;
     }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(shared_address(&m.q_empty));
     /* Pages that this warpgroup's last row sees; those that its first row does not see whole. */
     int first_row = min(y.e.row + part * 64, end - 1), last_row = min(y.e.row + part * 64 + 63, end - 1);
     int n = (y.e.kv_len + last_row / p.group) / PAGE + 1, whole = (y.e.kv_len + first_row / p.group + 1) / PAGE;
 #pragma unroll
     for (int i = 0; i < DIM / 2; i++) x.o[i] = 0;
     auto advance = [&]() {
-      if (++s == STAGES) s = 0, parity ^= 1;
+      if (++s == S::stages) s = 0, parity ^= 1;
     };
     float factor[2];
     barrier_wait(full + 8 * s, parity);
@@ -416,7 +489,7 @@ __device__ __forceinline__ void consume(const struct attention_params &p, stage<
     scores(s);
     wgmma_wait<0>();
     hold(x.s);
-    x.weigh(params[s], 0, whole == 0, factor);
+    x.weigh(m.column[s], 0, whole == 0, same.a, offset, factor);
     x.pack();
     for (int tile = 1; tile < n; tile++) {
       int before = s;
@@ -430,7 +503,7 @@ __device__ __forceinline__ void consume(const struct attention_params &p, stage<
       results(before);
       wgmma_wait<1>();
       hold(x.s);
-      x.weigh(params[s], tile, tile >= whole, factor);
+      x.weigh(m.column[s], tile, tile >= whole, same.a, offset, factor);
       wgmma_wait<0>();
       hold(x.o);
       hold(x.p);
@@ -474,33 +547,29 @@ __device__ __forceinline__ void consume(const struct attention_params &p, stage<
 }
 #endif
 
-template <int DIM>
-constexpr size_t shared_bytes() {
-  return (size_t)STAGES * (DIM * PAGE * 4 + 1280) + 1024;
-}
-
 template <int FORMAT, int DIM>
 __global__ void __launch_bounds__(THREADS, 1) k_attention_prefill(const __grid_constant__ struct attention_params p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using S = shape<FORMAT, DIM>;
   extern __shared__ uint8_t shared[];
-  __shared__ __align__(8) uint64_t barriers[2 * STAGES];
-  stage<DIM> *stages = (stage<DIM> *)((uintptr_t)(shared + 1023) & ~(uintptr_t)1023);
-  columns *params = (columns *)(stages + STAGES);
-  uint32_t full = shared_address(&barriers[0]), empty = shared_address(&barriers[STAGES]);
+  memory<FORMAT, DIM> &m = *(memory<FORMAT, DIM> *)((uintptr_t)(shared + 1023) & ~(uintptr_t)1023);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < STAGES; i++) {
-      barrier_init(full + 8 * i, 128);
-      barrier_init(empty + 8 * i, 8);
+    for (int i = 0; i < S::stages; i++) {
+      barrier_init(shared_address(&m.full[i]), 128);
+      barrier_init(shared_address(&m.empty[i]), 8);
     }
+    for (int i = 0; i < S::raw_stages; i++) barrier_init(shared_address(&m.raw_full[i]), 1);
+    barrier_init(shared_address(&m.q_full), 128);
+    barrier_init(shared_address(&m.q_empty), 8);
     asm volatile("fence.mbarrier_init.release.cluster;\n fence.proxy.async.shared::cta;" ::: "memory");
   }
   __syncthreads();
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
-    produce<FORMAT, DIM>(p, stages, params, full, empty);
+    produce<FORMAT, DIM>(p, m);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
-    consume<FORMAT, DIM>(p, stages, params, full, empty);
+    consume<FORMAT, DIM>(p, m);
   }
 #else
   (void)p;
@@ -510,10 +579,12 @@ __global__ void __launch_bounds__(THREADS, 1) k_attention_prefill(const __grid_c
 template <int FORMAT, int DIM>
 cudaError_t launch(const struct attention_params &p, const struct qtr_attention_plan *plan, int n_sms, cudaStream_t stream) {
   auto kernel = k_attention_prefill<FORMAT, DIM>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes<DIM>());
+  constexpr size_t n_shared = sizeof(memory<FORMAT, DIM>) + 1023;
+  static_assert(n_shared <= 232448, "shared memory of a block");
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)n_shared);
   if (error != cudaSuccess) return error;
   long items = (long)plan->n_prefill * p.n_kv_heads;
-  kernel<<<(unsigned)(items < n_sms ? items : n_sms), THREADS, shared_bytes<DIM>(), stream>>>(p);
+  kernel<<<(unsigned)(items < n_sms ? items : n_sms), THREADS, n_shared, stream>>>(p);
   return cudaGetLastError();
 }
 

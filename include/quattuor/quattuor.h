@@ -109,6 +109,19 @@ struct qtr_sampling {
   bool has_seed;
 };
 
+/* Constrained decoding: which tokens may come next. The engine keeps one state for each completion, asks `mask` before it
+ * draws a token, and tells `accept` what was drawn. mask and accept are called by the thread that steps, one call at a time
+ * over all requests, and never while the engine is locked; they must not call the engine. */
+struct qtr_constraint {
+  void *(*start)(void *user); /* a completion's state; NULL = out of memory: the completion ends with QTR_FINISH_ERROR */
+  /* Fills allowed, a bit set of (vocab_size) tokens: bit t % 32 of allowed[t / 32], the end-of-text tokens among them.
+   * False: nothing can follow, and the completion ends with QTR_FINISH_ERROR. */
+  bool (*mask)(void *state, uint32_t *allowed);
+  void (*accept)(void *state, int32_t token);
+  void (*stop)(void *state); /* the state is not needed any more; may be called by any thread */
+  void *user;                /* must live until the request's last event was polled */
+};
+
 struct qtr_request_options {
   const char *prompt;          /* text, may be NULL when tokens are given; need not end in NUL: prompt_len counts */
   size_t prompt_len;           /* bytes */
@@ -128,7 +141,8 @@ struct qtr_request_options {
   int32_t logprobs; /* -1 = none; 0 … 20: log-probability of the chosen token and of that many best ones */
   int32_t priority; /* higher runs earlier; 0 */
   bool ignore_eos;
-  void *user; /* comes back in every event */
+  const struct qtr_constraint *constraint; /* NULL = none; copied */
+  void *user;                              /* comes back in every event */
 };
 
 QTR_API void qtr_request_options_init(struct qtr_request_options *options);

@@ -116,7 +116,8 @@ static struct qtr_choose_row choose_row(struct qtr_engine *e, const struct qtr_s
                                .frequency_penalty = p->frequency_penalty,
                                .seed = s->seed,
                                .position = (uint64_t)(s->n_tokens - r->n_prompt)};
-  if (r->n_bias == 0 && !qtr_sampling_has_penalties(p)) return row;
+  row.skip = r->constraint.mask != NULL; /* its tokens are known here only, when the logits are there */
+  if (row.skip || (r->n_bias == 0 && !qtr_sampling_has_penalties(p))) return row;
   size_t most = QTR_MIN((size_t)s->n_tokens + r->n_bias, (size_t)e->vocab_size), need = e->n_adjust + most;
   if (need > e->adjust_capacity) {
     struct qtr_choose_adjust *more = realloc(e->adjust, 2 * need * sizeof *more);
@@ -146,14 +147,31 @@ static void take_choice(const struct qtr_choose_result *c, int32_t n_top, struct
   }
 }
 
+/* Asks the request's constraint, if there is one, what may come next. False: nothing may. */
+static bool constrain(struct qtr_engine *e, struct qtr_sequence *s, const uint32_t **allowed) {
+  const struct qtr_constraint *c = &s->request->constraint;
+  *allowed = NULL;
+  if (!c->mask) return true;
+  if (!s->constraint) s->constraint = c->start(c->user);
+  if (!s->constraint || !c->mask(s->constraint, e->allowed)) return false;
+  *allowed = e->allowed;
+  return true;
+}
+
 static enum qtr_status sample_row(struct qtr_engine *e, int32_t i, const float *logits, struct qtr_sample_result *result,
                                   struct qtr_error *err) {
   struct qtr_backend *b = e->model->backend;
   size_t vocab = (size_t)e->vocab_size;
+  const uint32_t *allowed;
+  if (!constrain(e, e->row_seq[i], &allowed)) {
+    *result = (struct qtr_sample_result){.token = -1};
+    return QTR_OK;
+  }
   enum qtr_status status = b->ops->download(b, logits + (size_t)i * vocab, QTR_DTYPE_F32, vocab, e->row_logits, err);
   if (status) return status;
   struct qtr_sample_args args = sample_args(e->row_seq[i]);
   args.logits = e->row_logits;
+  args.allowed = allowed;
   qtr_sample(e->sampler, &args, result);
   return QTR_OK;
 }

@@ -66,6 +66,7 @@ struct qtr_sequence {
   uint64_t seed;
   struct qtr_detokenizer detokenizer;
   struct qtr_text held;         /* text that may begin a stop string */
+  void *constraint;             /* its state; NULL before the first token */
   struct qtr_event_node *final; /* reserved, so that an end can always be told */
 };
 
@@ -91,7 +92,8 @@ struct qtr_request {
   size_t n_stop;
   struct qtr_logit_bias *bias; /* (n_bias) */
   size_t n_bias;
-  struct qtr_sequence sequence[]; /* (n_sequences) */
+  struct qtr_constraint constraint; /* mask NULL: none */
+  struct qtr_sequence sequence[];   /* (n_sequences) */
 };
 
 /* Checks the options and copies all of them. The prompt's tokens come separately: prompt (n_prompt), copied. */
@@ -159,6 +161,7 @@ struct qtr_engine {
   size_t n_adjust, adjust_capacity;
   struct qtr_sampler *sampler;
   float *row_logits; /* (vocab_size) */
+  uint32_t *allowed; /* (vocab_size / 32 rounded up) tokens that a constraint lets through */
 };
 
 /* The engine over a model that is there already: random weights, tests. On QTR_OK the engine owns model, model->backend,

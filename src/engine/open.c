@@ -248,7 +248,8 @@ static enum qtr_status make_batch(struct qtr_engine *e, struct qtr_error *err) {
                {&e->row_node, seqs * sizeof *e->row_node},
                {&e->choose, seqs * sizeof *e->choose},
                {&e->chosen, seqs * sizeof *e->chosen},
-               {&e->row_logits, (size_t)e->vocab_size * sizeof *e->row_logits}};
+               {&e->row_logits, (size_t)e->vocab_size * sizeof *e->row_logits},
+               {&e->allowed, qtr_ceil_div((size_t)e->vocab_size, 32) * sizeof *e->allowed}};
   for (size_t i = 0; i < sizeof array / sizeof array[0]; i++) {
     void *memory = calloc(1, array[i].n_bytes);
     if (!memory) return qtr_fail_memory(err, "the arrays of a step", array[i].n_bytes);

@@ -181,6 +181,7 @@ enum qtr_status qtr_request_create(const struct qtr_engine *engine, const struct
   r->logprobs = o->logprobs;
   r->n_sequences = r->n_live = n;
   r->ignore_eos = o->ignore_eos;
+  if (o->constraint) r->constraint = *o->constraint;
   r->sampling = o->sampling;
   bool ok = true;
   r->prompt = copy(prompt, n_prompt, sizeof *prompt, &ok);
@@ -224,6 +225,7 @@ void qtr_request_free(struct qtr_request *r) {
     free(r->sequence[i].token);
     free(r->sequence[i].page);
     qtr_text_free(&r->sequence[i].held);
+    if (r->sequence[i].constraint) r->constraint.stop(r->sequence[i].constraint);
   }
   free(r->prompt);
   free(r->stop_token);
@@ -321,6 +323,7 @@ void qtr_sequence_accept(const struct qtr_engine *engine, struct qtr_sequence *s
   if (result->token < 0) return;
 
   s->token[s->n_tokens++] = result->token;
+  if (s->constraint) r->constraint.accept(s->constraint, result->token);
   e->n_output_tokens++;
   if (r->logprobs >= 0) {
     e->has_logprob = true;

@@ -28,6 +28,7 @@ static void job_free(struct qtr_job *job) {
     for (int k = 0; k < 4; k++) qtr_buffer_free(&job->choice[i].lp[k]);
     qtr_tool_parser_free(&job->choice[i].tool);
   }
+  qtr_masks_free(job->masks);
   free(job->run);
   free(job->choice);
   free(job->body);
@@ -147,6 +148,11 @@ static bool add_runs(struct qtr_job *job, struct qtr_api_error *err) {
     options.prompt_token = run->token;
     options.n_prompt_token = run->n_token;
     options.user = run;
+    struct qtr_constraint constraint;
+    if (job->masks) {
+      constraint = qtr_masks_constraint(job->masks);
+      options.constraint = &constraint;
+    }
     if (qtr_engine_add(s->engine, &options, &run->id, &why)) {
       qtr_api_error_from(err, &why, job->chat ? "messages" : "prompt");
       return false;

@@ -3,6 +3,7 @@
 #include "server/server_internal.h"
 
 #include "engine/engine_internal.h"
+#include "server/schema.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -76,6 +77,36 @@ static bool prepare_prompt(struct qtr_job *job, size_t i, struct qtr_api_error *
   return true;
 }
 
+/* The grammar of the answer, where the request asks for one. */
+static bool prepare_grammar(struct qtr_job *job, struct qtr_api_error *err) {
+  const struct qtr_api_request *r = &job->request;
+  bool forced = job->use_tools && (r->tool_choice == QTR_TOOLS_REQUIRED || r->tool_choice == QTR_TOOLS_NAMED);
+  struct qtr_grammar *g = NULL;
+  if (r->format == QTR_FORMAT_TEXT && !forced) return true;
+  if (!job->server->vocabulary) {
+    return qtr_api_fail(err, 400, forced ? "tool_choice" : "response_format",
+                        "this model has no tokenizer: its text is not known");
+  }
+  bool ok;
+  if (forced) {
+    static const struct {
+      const char *arguments, *before, *after;
+    } form[] = {[QTR_TOOL_TAGS] = {"arguments", "<tool_call>\n", "\n</tool_call>"},
+                [QTR_TOOL_OBJECT] = {"parameters", "", ""},
+                [QTR_TOOL_LIST] = {"arguments", "[", "]"}};
+    enum qtr_tool_format f = job->server->tool_format;
+    ok = qtr_grammar_for_tools(r->tools, r->tool_name, form[f].arguments, form[f].before, form[f].after, &g, err);
+  } else {
+    bool any = r->format == QTR_FORMAT_JSON;
+    ok = qtr_grammar_from_schema(any ? NULL : r->schema, "response_format.json_schema.schema", &g, err);
+  }
+  if (!ok) return false;
+  job->masks = qtr_masks_create(g, job->server->vocabulary);
+  if (job->masks) return true;
+  qtr_grammar_free(g);
+  return qtr_api_fail(err, 503, NULL, "out of memory");
+}
+
 static bool prepare_completion(struct qtr_job *job, struct qtr_api_error *err) {
   struct qtr_api_request *r = &job->request;
   if (!qtr_api_parse(job->chat ? QTR_API_CHAT : QTR_API_COMPLETION, job->body, job->body_len, &job->server->o->defaults, r,
@@ -90,7 +121,7 @@ static bool prepare_completion(struct qtr_job *job, struct qtr_api_error *err) {
     job->run[i].prompt = (int32_t)i;
     if (!(job->chat ? prepare_chat(job, err) : prepare_prompt(job, i, err))) return false;
   }
-  return true;
+  return prepare_grammar(job, err);
 }
 
 static bool prepare_tokens(struct qtr_job *job, struct qtr_api_error *err) {

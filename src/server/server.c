@@ -5,7 +5,7 @@
 #include "base/clock.h"
 #include "base/file.h"
 #include "base/status.h"
-#include "engine/sampler.h"
+#include "engine/engine_internal.h"
 
 #include <event2/event.h>
 #include <signal.h>
@@ -194,6 +194,7 @@ static void close_all(struct qtr_server *s) {
     if (events[i]) event_free(events[i]);
   }
   if (s->base) event_base_free(s->base);
+  qtr_vocabulary_free(s->vocabulary);
 }
 
 enum qtr_status qtr_server_run(struct qtr_engine *engine, const struct qtr_server_options *o, struct qtr_error *err) {
@@ -202,7 +203,12 @@ enum qtr_status qtr_server_run(struct qtr_engine *engine, const struct qtr_serve
   qtr_request_metrics_init(&s.metrics);
   if (getrandom(&s.next_id, sizeof s.next_id, 0) != (ssize_t)sizeof s.next_id) s.next_id = (uint64_t)s.created << 20;
   qtr_tools_probe(&s);
-  enum qtr_status status = open_all(&s, err);
+  enum qtr_status status = QTR_OK;
+  if (engine->tokenizer) {
+    status =
+        qtr_vocabulary_create(engine->tokenizer, engine->eos_token, engine->n_eos, engine->vocab_size, &s.vocabulary, err);
+  }
+  if (!status) status = open_all(&s, err);
   if (!status) {
     bool six = strchr(o->host, ':') != NULL;
     (void)fprintf(stderr, "quattuor serve: model \"%s\" at http://%s%s%s:%d/v1%s\n", o->model_name, six ? "[" : "", o->host,

@@ -339,24 +339,89 @@ TOOLS = [{"type": "function", "function": {"name": n, "description": d, "paramet
     "required": ["city"], "additionalProperties": False}}} for n, d in (("find_table", "Finds a table"), ("find_flight", "Flies"))]
 
 
-def with_template(folder):
-    for entry in os.listdir(model):
-        os.symlink(os.path.abspath(os.path.join(model, entry)), os.path.join(folder, entry))
-    with open(os.path.join(folder, "chat_template.jinja"), "w") as file:
-        file.write(TEMPLATE)
+def test_tools():
+    """The demo model knows no tools, but it can be made to write a call; the template here shows tools as Hermes does."""
+    with tempfile.TemporaryDirectory() as folder:
+        for entry in os.listdir(model):
+            os.symlink(os.path.abspath(os.path.join(model, entry)), os.path.join(folder, entry))
+        with open(os.path.join(folder, "chat_template.jinja"), "w") as file:
+            file.write(TEMPLATE)
+        server = Server("--served-model-name", name, "--log-format", "none", model_dir=folder)
+        client = server.client()
+        create = lambda **more: client.chat.completions.create(model=name, messages=CHAT, tools=TOOLS, max_tokens=200,
+                                                               temperature=0.7, seed=5, **more)
+        for choice in ("required", {"type": "function", "function": {"name": "find_flight"}}):
+            answer = create(tool_choice=choice).choices[0]
+            check(answer.finish_reason == "tool_calls" and answer.message.content is None, "a forced call", answer)
+            call = answer.message.tool_calls[0]
+            check(call.function.name in ("find_table", "find_flight"), "its name", call)
+            check(isinstance(choice, str) or call.function.name == "find_flight", "the name asked for", call)
+            arguments = json.loads(call.function.arguments)
+            check(len(arguments["city"]) <= 20 and set(arguments) <= {"city", "people"}, "its arguments", arguments)
+            parts, ends = [], []
+            for chunk in create(tool_choice=choice, stream=True):
+                parts += chunk.choices[0].delta.tool_calls or []
+                ends.append(chunk.choices[0].finish_reason)
+                check(not chunk.choices[0].delta.content, "text beside a call", chunk)
+            check(ends[-1] == "tool_calls" and len(parts) == 1 and parts[0].index == 0, "a streamed call", parts, ends)
+            check(parts[0].function.arguments == call.function.arguments, "the same call in a stream")
+            # the call and its result go back through the template
+            more = CHAT + [answer.message.model_dump(exclude_none=True),
+                           {"role": "tool", "tool_call_id": call.id, "content": "no table"}]
+            text = httpx.post(server.url + "/tokenize", json={"messages": more, "tools": TOOLS}).json()
+            text = httpx.post(server.url + "/detokenize", json={"tokens": text["tokens"]}).json()["prompt"]
+            check("find_table" in text and f'<tool_call>{{"name": "{call.function.name}"' in text and "no table" in text,
+                  "tools in the prompt", text)
+        plain = create(tool_choice="none").choices[0]
+        check(plain.message.tool_calls is None and plain.message.content, "tool_choice none", plain)
+        auto = create().choices[0]
+        check(auto.message.content or auto.message.tool_calls, "tool_choice auto")
+        server.stop()
+
+
+SCHEMA = {"type": "object", "additionalProperties": False, "required": ["city", "people", "meal", "tags"], "properties": {
+    "city": {"type": "string", "minLength": 2, "maxLength": 12}, "people": {"type": "integer", "minimum": 1, "maximum": 12},
+    "meal": {"enum": ["lunch", "dinner"]}, "note": {"anyOf": [{"type": "string", "maxLength": 8}, {"type": "null"}]},
+    "tags": {"type": "array", "items": {"type": "string", "maxLength": 5}, "maxItems": 2}}}
+
+
+def test_json(server):
+    client = server.client()
+    form = {"type": "json_schema", "json_schema": {"name": "booking", "schema": SCHEMA, "strict": True}}
+    answers = client.chat.completions.create(model=name, messages=CHAT, max_tokens=300, n=8, temperature=1.2, top_p=1,
+                                             seed=3, response_format=form)
+    for choice in answers.choices:
+        check(choice.finish_reason == "stop", "the end of a JSON answer", choice)
+        value = json.loads(choice.message.content)
+        check(set(SCHEMA["required"]) <= set(value) <= set(SCHEMA["properties"]), "members", value)
+        check(2 <= len(value["city"]) <= 12 and 1 <= value["people"] <= 12 and value["meal"] in ("lunch", "dinner") and
+              len(value["tags"]) <= 2 and all(len(t) <= 5 for t in value["tags"]), "values", value)
+    streamed = "".join(c.choices[0].delta.content or "" for c in client.chat.completions.create(
+        model=name, messages=CHAT, max_tokens=300, temperature=1.2, top_p=1, seed=3, response_format=form, stream=True) if c.choices)
+    check(streamed == answers.choices[0].message.content, "the same by stream")
+    free = client.chat.completions.create(model=name, messages=CHAT, max_tokens=400, temperature=0.9, seed=4, n=4,
+                                          response_format={"type": "json_object"})
+    for choice in free.choices:
+        check(choice.message.content.startswith("{"), "a JSON object", choice.message.content)
+        if choice.finish_reason == "stop":
+            check(isinstance(json.loads(choice.message.content), dict), "a whole JSON object")
+    fails(openai.BadRequestError, "response_format.json_schema.schema", client.chat.completions.create, model=name, messages=CHAT,
+          response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "string", "pattern": "a"}}})
 
 
 def main():
     server = Server("--log-format", "none")
     try:
-        for test in (test_plain, test_prompts, test_logprobs, test_errors, test_many, test_cancel):
+        for test in (test_plain, test_prompts, test_logprobs, test_errors, test_json, test_many, test_cancel):
             start = time.time()
             test(server)
             print(f"{test.__name__}: {time.time() - start:.1f} s")
     finally:
         server.stop()
-    test_operation()
-    print("operation")
+    for test in (test_tools, test_operation):
+        start = time.time()
+        test()
+        print(f"{test.__name__}: {time.time() - start:.1f} s")
     print("FAILED" if n_failed else "equal")
     sys.exit(1 if n_failed else 0)
 

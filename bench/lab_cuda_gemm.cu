@@ -269,20 +269,19 @@ static void check_path(enum qtr_cuda_path path) {
   }
 }
 
+static const int variants[][4] = {{8, 128, 1, 1},   {8, 64, 1, 1},   {8, 64, 1, 2},  {16, 128, 1, 1},  {16, 64, 1, 1},
+                                  {16, 64, 1, 2},   {32, 128, 1, 1}, {32, 64, 1, 1}, {32, 64, 1, 2},   {64, 128, 1, 1},
+                                  {64, 128, 1, 2},  {64, 64, 1, 1},  {64, 64, 1, 2}, {128, 128, 1, 1}, {128, 128, 1, 2},
+                                  {256, 128, 1, 1}, {256, 128, 2, 1}};
+
 /* Forced plans: every tile, cut and whole, single and paired. */
 static void check_plans(int n_sms) {
   int bad = n_bad;
   for (int f = QTR_LINEAR_W8A8; f <= QTR_LINEAR_W4A8_G128; f++) {
-    for (int n : {8, 16, 32, 64, 128, 256}) {
-      for (int split = 1; split <= (n <= 64 ? 8 : n == 128 ? 4 : 1); split *= 2) {
-        for (int pair = 1; pair <= (n == 256 ? 2 : 1); pair++) {
-          struct qtr_gemm_plan plan = {n, pair, split, 3, n_sms, split == 2};
-          check_one(QTR_CUDA_SM90, (enum qtr_linear_format)f, 1152, {160, 800}, QTR_EPILOGUE_STORE, true, {1, 70, 600},
-                    &plan);
-          check_one(QTR_CUDA_SM90, (enum qtr_linear_format)f, 1152, {480, 480}, QTR_EPILOGUE_SILU_MUL, true, {7, 300},
-                    &plan);
-        }
-      }
+    for (auto &v : variants) {
+      struct qtr_gemm_plan plan = {v[0], v[1], v[2], v[3], 3, n_sms};
+      check_one(QTR_CUDA_SM90, (enum qtr_linear_format)f, 1152, {160, 800}, QTR_EPILOGUE_STORE, true, {1, 70, 600}, &plan);
+      check_one(QTR_CUDA_SM90, (enum qtr_linear_format)f, 1152, {480, 480}, QTR_EPILOGUE_SILU_MUL, true, {7, 300}, &plan);
     }
   }
   printf("check plans: %s\n", n_bad == bad ? "good" : "BAD");
@@ -402,8 +401,8 @@ static struct matrix matrix_random(enum qtr_cuda_path path, enum qtr_linear_form
 
 static void print_line(int f, const char *name, size_t n, const struct qtr_gemm_plan *p, double us, double ops,
                        double bytes) {
-  printf("%-5s %-8s %6zu  n %3d pair %d split %d raster %2d spread %d %9.2f us  %7.1f TOP/s  %7.1f GB/s\n", format_name(f),
-         name, n, p->n, p->pair, p->split, p->raster, p->spread, us, ops / us * 1e-6, bytes / us * 1e-3);
+  printf("%-5s %-8s %6zu  n %3d rows %3d pair %d split %d %9.2f us  %7.1f TOP/s  %7.1f GB/s\n", format_name(f), name, n,
+         p->n, p->rows, p->pair, p->split, us, ops / us * 1e-6, bytes / us * 1e-3);
   fflush(stdout);
 }
 
@@ -436,18 +435,10 @@ static void sweep(int f, size_t n, int n_sms, std::vector<int> tiles) {
     struct tokens t = tokens_make(n, s.n_in);
     double ops = 2.0 * (double)n * (double)s.n_out * (double)s.n_in;
     double bytes = (double)qtr_cuda_matrix_code_bytes(QTR_CUDA_SM90, (enum qtr_linear_format)f, s.n_out, s.n_in);
-    for (int tile : tiles) {
-      for (int pair = 1; pair <= (tile == 256 ? 2 : 1); pair++) {
-        for (int split = 1; split <= (tile <= 64 ? 8 : tile == 128 ? 4 : 1); split *= 2) {
-          for (int spread = 0; spread <= (tile <= 64); spread++) {
-            if (split > 2 && s.n_out * n > 6144 * 256) continue;
-            for (int raster : n > 2048 ? std::vector<int>{4, 8, 16} : std::vector<int>{8}) {
-              struct qtr_gemm_plan p = {tile, pair, split, raster, n_sms, spread != 0};
-              print_line(f, s.name, n, &p, time_one(&w, &t, s.epilogue, &p), ops, bytes);
-            }
-          }
-        }
-      }
+    for (auto &v : variants) {
+      if (std::find(tiles.begin(), tiles.end(), v[0]) == tiles.end()) continue;
+      struct qtr_gemm_plan p = {v[0], v[1], v[2], v[3], 8, n_sms};
+      print_line(f, s.name, n, &p, time_one(&w, &t, s.epilogue, &p), ops, bytes);
     }
     matrix_free(&w);
     tokens_free(&t);

@@ -4,7 +4,7 @@
 size_t qtr_cuda_gemm_workspace(void) { return 256; }
 
 struct qtr_gemm_plan qtr_gemm_choose(enum qtr_linear_format format, size_t n_rows, size_t n_in, size_t n_tokens, int n_sms) {
-  struct qtr_gemm_plan plan = {256, 1, 1, 8, n_sms, false};
+  struct qtr_gemm_plan plan = {256, 128, 1, 1, 8, n_sms};
   (void)format;
   size_t m_tiles = (n_rows + QTR_TILE_M - 1) / QTR_TILE_M, k_steps = (n_in + QTR_TILE_K - 1) / QTR_TILE_K;
   for (int n = 8; n < 256; n *= 2) {
@@ -18,10 +18,12 @@ struct qtr_gemm_plan qtr_gemm_choose(enum qtr_linear_format format, size_t n_row
     return plan;
   }
   if (plan.n == 256 && m_tiles <= (size_t)n_sms) plan.n = 128;
+  if (plan.n <= 64) {
+    if (m_tiles < (size_t)n_sms) plan.rows = 64;
+    return plan;
+  }
   size_t tiles = m_tiles * ((n_tokens + (size_t)plan.n - 1) / (size_t)plan.n);
-  int most = plan.n <= 64 ? 8 : 4, room = plan.n <= 64 ? 2 * n_sms : n_sms;
-  while (plan.split < most && tiles * (size_t)plan.split * 2 <= (size_t)room && k_steps >= (size_t)plan.split * 4)
-    plan.split *= 2;
+  if (plan.n == 128 && tiles * 2 <= (size_t)n_sms && k_steps >= 4) plan.split = 2;
   return plan;
 }
 
@@ -30,10 +32,12 @@ cudaError_t qtr_cuda_gemm_planned(const struct qtr_cuda_gemm_args *a, const stru
   const struct qtr_cuda_matrix *w = a->w;
   bool silu = a->epilogue == QTR_EPILOGUE_SILU_MUL;
   size_t n_out = silu ? w->n_out / 2 : w->n_out, k_steps = (w->n_in + QTR_TILE_K - 1) / QTR_TILE_K;
-  size_t m_tiles = (w->n_out + QTR_TILE_M - 1) / QTR_TILE_M, n_tiles = (a->n_tokens + (size_t)plan->n - 1) / (size_t)plan->n;
+  size_t n_rows = silu ? (n_out + 7) / 8 * 16 : n_out; /* of the kernel: gate and up in eights */
+  size_t tile_rows = w->path == QTR_CUDA_SM80 ? QTR_TILE_M : (size_t)plan->rows;
+  size_t m_tiles = (n_rows + tile_rows - 1) / tile_rows, n_tiles = (a->n_tokens + (size_t)plan->n - 1) / (size_t)plan->n;
   size_t pairs = (m_tiles + (size_t)plan->pair - 1) / (size_t)plan->pair * n_tiles;
   if (a->x_stride < k_steps * QTR_TILE_K || a->x_stride % QTR_TILE_K || (uintptr_t)a->x % 128 || w->gate_up != silu ||
-      a->n_tokens > (1u << 30) || pairs > (1u << 28) || (size_t)plan->split > k_steps) {
+      a->n_tokens > (1u << 30) || pairs > (1u << 28) || (size_t)plan->split * 2 > k_steps + 1) {
     return cudaErrorInvalidValue;
   }
   if (a->n_tokens == 0) return cudaSuccess;

@@ -24,7 +24,7 @@ static inline size_t qtr_gemm_block_bytes(enum qtr_linear_format format) {
   return format == QTR_LINEAR_W8A8 ? 16384 : format == QTR_LINEAR_W4A8 ? 8192 : 8448;
 }
 
-/* The work of one launch: tiles of QTR_TILE_M * pair rows by n tokens. */
+/* The work of one launch. */
 struct qtr_gemm_work {
   const uint8_t *code;
   const float *scale, *szero, *bias; /* kernel's row order, padded; szero, bias may be NULL */
@@ -33,20 +33,20 @@ struct qtr_gemm_work {
   void *out;                         /* (n_tokens, n_out) */
   size_t x_stride;
   int32_t n_tokens, n_out;           /* n_out: values of an output row (half the matrix's rows with SILU_MUL) */
-  int32_t m_tiles, n_tiles, k_steps; /* m_tiles of QTR_TILE_M rows */
-  int32_t n_pairs;                   /* tiles in all */
+  int32_t m_tiles, n_tiles, k_steps; /* m_tiles: of the plan's rows */
+  int32_t n_pairs;                   /* tiles in all, those of a pair as one */
   int32_t raster;                    /* token tiles that are walked together */
   int32_t epilogue;
   bool vector; /* rows of out are 16-byte aligned */
 };
 
-/* How a product is cut; gemm.cu chooses, the laboratory tries others. */
+/* How a product is cut; gemm.cu chooses, the laboratory tries others. gemm_sm90.cu has these (n, rows, pair, split):
+ * 8, 16, 32: 128 1 1, 64 1 1, 64 1 2; 64: 128 1 1, 128 1 2, 64 1 1, 64 1 2; 128: 128 1 1, 128 1 2; 256: 128 1 1, 128 2 1. */
 struct qtr_gemm_plan {
-  int32_t n;     /* tokens of a tile: 8, 16, 32, 64, 128, 256 */
-  int32_t pair;  /* blocks that share activations: 1, or 2 with n = 256 */
-  int32_t split; /* blocks that divide the columns of a tile: 1, 2, 4; 8 up to n = 64 */
+  int32_t n, rows; /* of a tile: tokens, weight rows */
+  int32_t pair;    /* blocks that share activations */
+  int32_t split;   /* blocks that divide the columns of a tile */
   int32_t raster, n_sms;
-  bool spread; /* one block an SM although two would fit */
 };
 bool qtr_gemm_built_sm90(void); /* the running GPU has code for the Hopper kernels in this binary */
 struct qtr_gemm_plan qtr_gemm_choose(enum qtr_linear_format format, size_t n_rows, size_t n_in, size_t n_tokens, int n_sms);

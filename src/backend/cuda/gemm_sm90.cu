@@ -7,8 +7,9 @@
  * fragments in rotation), and nothing dequantised returns to memory. With a cluster of two, both blocks work on the same
  * tokens: each loads half of the activations and multicasts it.
  *
- * Few tokens: a cluster of 2, 4 or 8 blocks divides the columns of one tile; the int32 partial sums, exact in any order,
- * meet in the shared memory of the blocks that own the tile's tokens. Otherwise a persistent grid walks whole tiles.
+ * Few tokens: tiles of 64 rows, the two warpgroups take every other block of columns and add in shared memory; and a cluster
+ * of 2 blocks may divide the columns of one tile: the int32 partial sums, exact in any order, meet in the shared memory of
+ * the block that owns the tokens. Otherwise a persistent grid walks whole tiles.
  *
  * The epilogue turns the transposed tile round by stmatrix through shared memory; the copy engine writes it out, clips what
  * lies outside, and adds the residual in L2. */
@@ -125,24 +126,29 @@ static __device__ __forceinline__ uint32_t pack_half(float low, float high) {
 
 /* ---- shapes -------------------------------------------------------------------------------------- */
 
-template <int FORMAT, int N, int SPLIT>
+/* A tile is ROWS x N. ROWS 128: a consumer has half of the rows. ROWS 64: a stage is two blocks of columns, one each. */
+template <int FORMAT, int N, int ROWS, int SPLIT>
 struct shape {
-  static constexpr int CTAS = N <= 64 ? 2 : 1;                                      /* blocks of an SM */
+  static constexpr int CTAS = N <= (ROWS == 64 ? 32 : 64) ? 2 : 1; /* blocks of an SM */
+  static constexpr bool NARROW = ROWS == 64;
+  static constexpr int BLOCKS = NARROW ? 2 : 1;                                     /* of columns, in a stage */
   static constexpr int OWNERS = SPLIT < N / 8 ? SPLIT : N / 8, TOKENS = N / OWNERS; /* of a split tile; TOKENS each */
-  static constexpr int W_BYTES = FORMAT == QTR_LINEAR_W8A8 ? 16384 : FORMAT == QTR_LINEAR_W4A8 ? 8192 : 8448;
-  static constexpr int X_BYTES = N * QTR_TILE_K;
+  static constexpr int HALF = FORMAT == QTR_LINEAR_W8A8 ? 8192 : 4096;              /* codes of 64 rows */
+  static constexpr int GROUP = FORMAT == QTR_LINEAR_W4A8_G128 ? 128 : 0;            /* constants of 64 rows */
+  static constexpr int W_BYTES = 2 * HALF + 2 * GROUP, X_BLOCK = N * QTR_TILE_K, X_BYTES = X_BLOCK * BLOCKS;
   static constexpr int CHUNK = TOKENS < 32 ? TOKENS : 32, CHUNKS = TOKENS / CHUNK; /* tokens of an epilogue buffer */
   static constexpr int BUFFERS = N < 256 ? CHUNKS : W_BYTES > 16000 ? 3 : 7;       /* of a consumer; a store takes a while */
-  static constexpr int BUFFER = CHUNK * 128;
+  static constexpr int BUFFER = CHUNK * 128, BOTH = CONSUMERS * BUFFERS * BUFFER;
+  static constexpr int EPILOGUE = NARROW && BOTH < N * 256 ? N * 256 : BOTH; /* first the second warpgroup's sums */
   static constexpr int ROOM = CTAS == 1 ? SHARED_MAX : (SHARED_MAX + 1024) / 2 - 1024;
-  static constexpr int FIXED = CONSUMERS * (BUFFERS * BUFFER + 2 * TOKENS * 4) + 256;
+  static constexpr int FIXED = EPILOGUE + CONSUMERS * 2 * TOKENS * 4 + 256;
   static constexpr int FIT = (ROOM - FIXED) / (X_BYTES + W_BYTES);
   static constexpr int STAGES = FIT < 16 ? FIT : 16;
-  static constexpr int BUFFER_AT = STAGES * X_BYTES, W_AT = BUFFER_AT + CONSUMERS * BUFFERS * BUFFER;
+  static constexpr int BUFFER_AT = STAGES * X_BYTES, W_AT = BUFFER_AT + EPILOGUE;
   static constexpr int TOKEN_AT = W_AT + STAGES * W_BYTES;             /* [consumer][scale, sum][TOKENS] */
   static constexpr int BAR_AT = TOKEN_AT + CONSUMERS * 2 * TOKENS * 4; /* full[STAGES], empty[STAGES] */
   static constexpr int SHARED = BAR_AT + 16 * STAGES;
-  static constexpr int SUMS = (SPLIT - 1) * TOKENS * 512; /* what an owner receives */
+  static constexpr int SUMS = (SPLIT - 1) * TOKENS * (NARROW ? 256 : 512); /* what an owner receives */
   static constexpr int SUMS_AT = SUMS <= STAGES * X_BYTES ? 0 : W_AT;
   static_assert(STAGES >= 3 && SHARED <= ROOM, "a stage is too large");
   static_assert(BUFFER_AT % 1024 == 0 && SUMS_AT + SUMS <= TOKEN_AT, "the sums must not meet the epilogue's buffers");
@@ -223,29 +229,28 @@ static __device__ __forceinline__ void stage_release(uint32_t empty) {
 }
 
 /* acc = the product over n stages of the ring. */
-template <int FORMAT, int N, int PAIR, int SPLIT>
+template <int FORMAT, int N, int ROWS, int PAIR, int SPLIT>
 static __device__ __forceinline__ void consume(int32_t (&acc)[N / 2], uint32_t shared, uint32_t half, int32_t n,
                                                struct ring *r) {
-  using S = shape<FORMAT, N, SPLIT>;
-  constexpr int HALF = FORMAT == QTR_LINEAR_W8A8 ? 8192 : 4096;
+  using S = shape<FORMAT, N, ROWS, SPLIT>;
   uint32_t full = shared + S::BAR_AT, empty = full + 8 * S::STAGES;
   uint32_t a0[16], a1[16];
   int32_t before = -1, now; /* stages in flight */
 
-#define STAGE_LOAD(a)                                                        \
-  barrier_wait(full + 8 * r->stage, r->phase);                               \
-  {                                                                          \
-    uint32_t w_ = shared + S::W_AT + r->stage * S::W_BYTES;                  \
-    load_fragments<FORMAT>(w_ + half * HALF, w_ + 2 * HALF + half * 128, a); \
+#define STAGE_LOAD(a)                                                              \
+  barrier_wait(full + 8 * r->stage, r->phase);                                     \
+  {                                                                                \
+    uint32_t w_ = shared + S::W_AT + r->stage * S::W_BYTES;                        \
+    load_fragments<FORMAT>(w_ + half * S::HALF, w_ + 2 * S::HALF + half * 128, a); \
   }
-#define STAGE_STEP(a, next, first)                          \
-  now = r->stage;                                           \
-  multiply<N>(acc, a, shared + now * S::X_BYTES, !(first)); \
-  ring_advance<S::STAGES>(r);                               \
-  wgmma_wait<1>();                                          \
-  if (before >= 0) stage_release<PAIR>(empty + 8 * before); \
-  before = now;                                             \
-  if (--n == 0) break;                                      \
+#define STAGE_STEP(a, next, first)                                                                \
+  now = r->stage;                                                                                 \
+  multiply<N>(acc, a, shared + now * S::X_BYTES + (S::NARROW ? half * S::X_BLOCK : 0), !(first)); \
+  ring_advance<S::STAGES>(r);                                                                     \
+  wgmma_wait<1>();                                                                                \
+  if (before >= 0) stage_release<PAIR>(empty + 8 * before);                                       \
+  before = now;                                                                                   \
+  if (--n == 0) break;                                                                            \
   STAGE_LOAD(next)
 
   STAGE_LOAD(a0)
@@ -261,14 +266,36 @@ static __device__ __forceinline__ void consume(int32_t (&acc)[N / 2], uint32_t s
   stage_release<PAIR>(empty + 8 * before);
 }
 
+/* ROWS 64: acc of the second warpgroup is added to the first one's. */
+template <int N>
+static __device__ __forceinline__ void combine_halves(int32_t (&acc)[N / 2], uint32_t buffers, uint32_t half) {
+  const uint32_t at = buffers + threadIdx.x % 128 * 16;
+  if (half) {
+#pragma unroll
+    for (int i = 0; i < N / 2; i += 4) {
+      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at + i / 4 * 2048), "r"(acc[i]), "r"(acc[i + 1]),
+                   "r"(acc[i + 2]), "r"(acc[i + 3])
+                   : "memory");
+    }
+  }
+  asm volatile("bar.sync 3, 256;" ::: "memory");
+  if (half) return;
+#pragma unroll
+  for (int i = 0; i < N / 2; i += 4) {
+    uint4 v = shared_load16(at + i / 4 * 2048);
+    acc[i] += (int32_t)v.x, acc[i + 1] += (int32_t)v.y, acc[i + 2] += (int32_t)v.z, acc[i + 3] += (int32_t)v.w;
+  }
+}
+
 /* A split tile: every block gives each owner the partial sums of the owner's tokens; mine = the whole sums of this block's
- * tokens, if it is an owner. The stages' memory is free by now, and receives: [block][half][four tokens][128 threads][16].
+ * tokens, if it is an owner. The stages' memory is free by now, and receives: [block][half][four values][128 threads][16].
  */
-template <int FORMAT, int N, int SPLIT>
-static __device__ __forceinline__ void combine(int32_t (&acc)[N / 2], int32_t (&mine)[shape<FORMAT, N, SPLIT>::TOKENS / 2],
-                                               uint32_t shared, uint32_t half, uint32_t rank) {
-  using S = shape<FORMAT, N, SPLIT>;
-  constexpr int R = S::TOKENS / 2;
+template <int FORMAT, int N, int ROWS, int SPLIT>
+static __device__ __forceinline__ void combine(int32_t (&acc)[N / 2],
+                                               int32_t (&mine)[shape<FORMAT, N, ROWS, SPLIT>::TOKENS / 2], uint32_t shared,
+                                               uint32_t half, uint32_t rank) {
+  using S = shape<FORMAT, N, ROWS, SPLIT>;
+  constexpr int R = S::TOKENS / 2, BLOCK = (S::NARROW ? 1 : 2) * R / 4 * 2048; /* what one block sends to an owner */
   const uint32_t at = shared + S::SUMS_AT + (half * (R / 4) * 128 + threadIdx.x % 128) * 16;
   cluster_sync(); /* nobody reads stages any more */
 #pragma unroll
@@ -277,7 +304,7 @@ static __device__ __forceinline__ void combine(int32_t (&acc)[N / 2], int32_t (&
 #pragma unroll
       for (int i = 0; i < R; i++) mine[i] = acc[o * R + i];
     } else {
-      uint32_t to = remote_address(at + (rank - (rank > (uint32_t)o)) * (R / 4 * 4096), (uint32_t)o);
+      uint32_t to = remote_address(at + (rank - (rank > (uint32_t)o)) * BLOCK, (uint32_t)o);
 #pragma unroll
       for (int i = 0; i < R; i += 4) {
         const int32_t *v = acc + o * R + i;
@@ -293,7 +320,7 @@ static __device__ __forceinline__ void combine(int32_t (&acc)[N / 2], int32_t (&
   for (int b = 0; b < SPLIT - 1; b++) {
 #pragma unroll
     for (int i = 0; i < R; i += 4) {
-      uint4 v = shared_load16(at + b * (R / 4 * 4096) + i / 4 * 2048);
+      uint4 v = shared_load16(at + b * BLOCK + i / 4 * 2048);
       mine[i] += (int32_t)v.x, mine[i + 1] += (int32_t)v.y, mine[i + 2] += (int32_t)v.z, mine[i + 3] += (int32_t)v.w;
     }
   }
@@ -410,13 +437,13 @@ static __device__ __forceinline__ void epilogue(const int32_t (&acc)[T / 2], con
 }
 
 /* PAIR blocks of a cluster share activations, or SPLIT blocks share a tile; not both. */
-template <int FORMAT, int N, int PAIR, int SPLIT>
-__global__ void __launch_bounds__(THREADS, (shape<FORMAT, N, SPLIT>::CTAS))
+template <int FORMAT, int N, int ROWS, int PAIR, int SPLIT>
+__global__ void __launch_bounds__(THREADS, (shape<FORMAT, N, ROWS, SPLIT>::CTAS))
     k_gemm_sm90(const __grid_constant__ struct qtr_gemm_work p, const __grid_constant__ CUtensorMap x_map,
                 const __grid_constant__ CUtensorMap out_map) {
 #ifdef HAVE_SM90A
   static_assert(PAIR == 1 || SPLIT == 1, "one kind of cluster");
-  using S = shape<FORMAT, N, SPLIT>;
+  using S = shape<FORMAT, N, ROWS, SPLIT>;
   constexpr int CLUSTER = PAIR * SPLIT;
   constexpr bool ZERO = FORMAT == QTR_LINEAR_W4A8;
   extern __shared__ __align__(1024) uint8_t memory[];
@@ -424,8 +451,9 @@ __global__ void __launch_bounds__(THREADS, (shape<FORMAT, N, SPLIT>::CTAS))
   const uint32_t rank = CLUSTER == 1 ? 0 : cluster_rank();
   const int32_t m_groups = (p.m_tiles + PAIR - 1) / PAIR, first = (int32_t)blockIdx.x / CLUSTER,
                 step = (int32_t)gridDim.x / CLUSTER;
-  const int32_t k0 = SPLIT == 1 ? 0 : (int32_t)rank * p.k_steps / SPLIT;
-  const int32_t k1 = SPLIT == 1 ? p.k_steps : ((int32_t)rank + 1) * p.k_steps / SPLIT;
+  const int32_t stages = (p.k_steps + S::BLOCKS - 1) / S::BLOCKS; /* of a tile; this block's are s0 ... s1 - 1 */
+  const int32_t s0 = SPLIT == 1 ? 0 : (int32_t)rank * stages / SPLIT,
+                s1 = SPLIT == 1 ? stages : ((int32_t)rank + 1) * stages / SPLIT;
 
   if (threadIdx.x == 0) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&x_map) : "memory");
@@ -451,13 +479,24 @@ __global__ void __launch_bounds__(THREADS, (shape<FORMAT, N, SPLIT>::CTAS))
         int32_t m, n;
         qtr_tile_place(p.raster, p.n_tiles, m_groups, tile, &m, &n);
         m = min(m * PAIR + (PAIR > 1 ? (int32_t)rank : 0), p.m_tiles - 1);
-        const uint8_t *code = p.code + ((size_t)m * p.k_steps + k0) * S::W_BYTES;
-        for (int32_t k = k0; k < k1; k++, code += S::W_BYTES) {
-          uint32_t bar = full + 8 * r.stage, x = shared + r.stage * S::X_BYTES, part = PAIR > 1 ? rank : 0;
+        const uint8_t *row = p.code + (size_t)(S::NARROW ? m / 2 : m) * p.k_steps * S::W_BYTES;
+        for (int32_t k = s0; k < s1; k++) {
+          uint32_t bar = full + 8 * r.stage, x = shared + r.stage * S::X_BYTES, w = shared + S::W_AT + r.stage * S::W_BYTES;
           barrier_wait(empty + 8 * r.stage, r.phase ^ 1u);
           barrier_expect(bar, S::X_BYTES + S::W_BYTES);
-          load_bulk(shared + S::W_AT + r.stage * S::W_BYTES, code, S::W_BYTES, bar);
-          load_tile<PAIR>(x + part * (S::X_BYTES / PAIR), &x_map, k * QTR_TILE_K, n * N + (int32_t)part * (N / PAIR), bar);
+          if (!S::NARROW) {
+            const uint32_t part = PAIR > 1 ? rank : 0;
+            load_bulk(w, row + (size_t)k * S::W_BYTES, S::W_BYTES, bar);
+            load_tile<PAIR>(x + part * (S::X_BYTES / PAIR), &x_map, k * QTR_TILE_K, n * N + (int32_t)part * (N / PAIR), bar);
+          } else {
+#pragma unroll
+            for (int b = 0; b < 2; b++) { /* past the last column: any codes, and activations that read as zero */
+              const uint8_t *block = row + (size_t)min(2 * k + b, p.k_steps - 1) * S::W_BYTES;
+              load_bulk(w + b * S::HALF, block + m % 2 * S::HALF, S::HALF, bar);
+              if (S::GROUP) load_bulk(w + 2 * S::HALF + b * 128, block + 2 * S::HALF + m % 2 * 128, 128, bar);
+              load_tile<1>(x + b * S::X_BLOCK, &x_map, (2 * k + b) * QTR_TILE_K, n * N, bar);
+            }
+          }
           ring_advance<S::STAGES>(&r);
         }
       }
@@ -470,21 +509,28 @@ __global__ void __launch_bounds__(THREADS, (shape<FORMAT, N, SPLIT>::CTAS))
     } else {
       asm volatile("setmaxnreg.inc.sync.aligned.u32 96;");
     }
-    const uint32_t half = group - 1;
-    const uint32_t buffers = shared + S::BUFFER_AT + half * S::BUFFERS * S::BUFFER,
-                   tokens = shared + S::TOKEN_AT + half * 2 * S::TOKENS * 4;
+    const uint32_t half = group - 1, place = S::NARROW ? 0 : half;
+    const uint32_t buffers = shared + S::BUFFER_AT + place * S::BUFFERS * S::BUFFER,
+                   tokens = shared + S::TOKEN_AT + place * 2 * S::TOKENS * 4;
     int32_t acc[N / 2];
     for (int32_t tile = first; tile < p.n_pairs; tile += step) {
       int32_t m, n;
       qtr_tile_place(p.raster, p.n_tiles, m_groups, tile, &m, &n);
       if (PAIR > 1) m = m * PAIR + (int32_t)rank;
-      const int32_t row0 = m * QTR_TILE_M + 64 * (int32_t)half, token0 = n * N + (SPLIT > 1 ? (int32_t)rank * S::TOKENS : 0);
+      const int32_t row0 = m * ROWS + 64 * (int32_t)place, token0 = n * N + (SPLIT > 1 ? (int32_t)rank * S::TOKENS : 0);
       struct scales<S::TOKENS> s = {};
       if (m < p.m_tiles) s = load_scales<ZERO, S::TOKENS>(p, row0, token0);
-      consume<FORMAT, N, PAIR, SPLIT>(acc, shared, half, k1 - k0, &r);
+      consume<FORMAT, N, ROWS, PAIR, SPLIT>(acc, shared, half, s1 - s0, &r);
+      if (S::NARROW) {
+        combine_halves<N>(acc, buffers, half);
+        if (half) {
+          if (SPLIT > 1) cluster_sync(), cluster_sync();
+          break; /* one tile a block */
+        }
+      }
       if constexpr (SPLIT > 1) {
         int32_t mine[S::TOKENS / 2];
-        combine<FORMAT, N, SPLIT>(acc, mine, shared, half, rank);
+        combine<FORMAT, N, ROWS, SPLIT>(acc, mine, shared, place, rank);
         if (rank < (uint32_t)S::OWNERS) {
           epilogue<ZERO, S::TOKENS, S::CHUNK, S::BUFFERS>(mine, s, p, &out_map, buffers, tokens, 1 + (int)half, row0,
                                                           token0);
@@ -521,26 +567,26 @@ static cudaError_t make_map(CUtensorMap *map, CUtensorMapDataType type, size_t b
   return r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-template <int FORMAT, int N, int PAIR, int SPLIT>
+template <int FORMAT, int N, int ROWS, int PAIR, int SPLIT>
 static cudaError_t launch(const struct qtr_gemm_plan *plan, const struct qtr_gemm_work *p, cudaStream_t stream) {
-  using S = shape<FORMAT, N, SPLIT>;
+  using S = shape<FORMAT, N, ROWS, SPLIT>;
   CUtensorMap x_map, out_map;
   memset(&out_map, 0, sizeof out_map);
-  cudaError_t e = make_map(&x_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p->x, p->x_stride, (size_t)p->n_tokens, p->x_stride,
-                           QTR_TILE_K, N / PAIR, CU_TENSOR_MAP_SWIZZLE_128B);
+  cudaError_t e = make_map(&x_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p->x, (size_t)p->k_steps * QTR_TILE_K,
+                           (size_t)p->n_tokens, p->x_stride, QTR_TILE_K, N / PAIR, CU_TENSOR_MAP_SWIZZLE_128B);
   if (e == cudaSuccess && p->vector && p->epilogue != QTR_EPILOGUE_LOGITS) {
     bool silu = p->epilogue == QTR_EPILOGUE_SILU_MUL;
     e = make_map(&out_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, p->out, (size_t)p->n_out, (size_t)p->n_tokens,
                  (size_t)p->n_out, silu ? 32 : 64, S::CHUNK, silu ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B);
   }
   if (e == cudaSuccess) {
-    e = cudaFuncSetAttribute((const void *)k_gemm_sm90<FORMAT, N, PAIR, SPLIT>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             SHARED_MAX);
+    e = cudaFuncSetAttribute((const void *)k_gemm_sm90<FORMAT, N, ROWS, PAIR, SPLIT>,
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, S::SHARED);
   }
   if (e != cudaSuccess) return e;
-  /* A split launch has one cluster a tile; otherwise the grid is what fits on the GPU, or less. */
-  int ctas = plan->spread ? 1 : S::CTAS, n_clusters = SPLIT > 1 ? p->n_pairs : plan->n_sms * ctas / PAIR;
-  if (n_clusters > p->n_pairs) n_clusters = p->n_pairs;
+  /* Split and narrow launches have one cluster a tile; otherwise the grid is what fits on the GPU, or less. */
+  int n_clusters = plan->n_sms * S::CTAS / PAIR;
+  if (SPLIT > 1 || S::NARROW || n_clusters > p->n_pairs) n_clusters = p->n_pairs;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = PAIR * SPLIT;
@@ -548,48 +594,45 @@ static cudaError_t launch(const struct qtr_gemm_plan *plan, const struct qtr_gem
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3((unsigned)(n_clusters * PAIR * SPLIT));
   config.blockDim = dim3(THREADS);
-  config.dynamicSmemBytes = plan->spread && S::SHARED <= SHARED_MAX / 2 ? SHARED_MAX / 2 + 1024 : S::SHARED;
+  config.dynamicSmemBytes = S::SHARED;
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = PAIR * SPLIT > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, k_gemm_sm90<FORMAT, N, PAIR, SPLIT>, *p, x_map, out_map);
+  return cudaLaunchKernelEx(&config, k_gemm_sm90<FORMAT, N, ROWS, PAIR, SPLIT>, *p, x_map, out_map);
 }
 
-#define KEY(n, pair, split) ((n)*100 + (pair)*10 + (split))
-#define CASE(n, pair, split) \
-  case KEY(n, pair, split): return launch<FORMAT, n, pair, split>(plan, p, s)
+#define KEY(n, rows, pair, split) ((n)*100000 + (rows)*100 + (pair)*10 + (split))
+#define CASE(n, rows, pair, split) \
+  case KEY(n, rows, pair, split): return launch<FORMAT, n, rows, pair, split>(plan, p, s)
 
 template <int FORMAT>
 static cudaError_t launch_format(const struct qtr_gemm_plan *plan, const struct qtr_gemm_work *p, cudaStream_t s) {
-  switch (KEY(plan->n, plan->pair, plan->split)) {
-    CASE(8, 1, 1);
-    CASE(8, 1, 2);
-    CASE(8, 1, 4);
-    CASE(8, 1, 8);
-    CASE(16, 1, 1);
-    CASE(16, 1, 2);
-    CASE(16, 1, 4);
-    CASE(16, 1, 8);
-    CASE(32, 1, 1);
-    CASE(32, 1, 2);
-    CASE(32, 1, 4);
-    CASE(32, 1, 8);
-    CASE(64, 1, 1);
-    CASE(64, 1, 2);
-    CASE(64, 1, 4);
-    CASE(64, 1, 8);
-    CASE(128, 1, 1);
-    CASE(128, 1, 2);
-    CASE(128, 1, 4);
-    CASE(256, 1, 1);
-    CASE(256, 2, 1);
+  switch (KEY(plan->n, plan->rows, plan->pair, plan->split)) {
+    CASE(8, 128, 1, 1);
+    CASE(8, 64, 1, 1);
+    CASE(8, 64, 1, 2);
+    CASE(16, 128, 1, 1);
+    CASE(16, 64, 1, 1);
+    CASE(16, 64, 1, 2);
+    CASE(32, 128, 1, 1);
+    CASE(32, 64, 1, 1);
+    CASE(32, 64, 1, 2);
+    CASE(64, 128, 1, 1);
+    CASE(64, 128, 1, 2);
+    CASE(64, 64, 1, 1);
+    CASE(64, 64, 1, 2);
+    CASE(128, 128, 1, 1);
+    CASE(128, 128, 1, 2);
+    CASE(256, 128, 1, 1);
+    CASE(256, 128, 2, 1);
     default: return cudaErrorInvalidValue;
   }
 }
 
 bool qtr_gemm_built_sm90(void) {
   struct cudaFuncAttributes a;
-  return cudaFuncGetAttributes(&a, (const void *)k_gemm_sm90<QTR_LINEAR_W4A8, 8, 1, 1>) == cudaSuccess && a.ptxVersion >= 90;
+  return cudaFuncGetAttributes(&a, (const void *)k_gemm_sm90<QTR_LINEAR_W4A8, 8, 64, 1, 1>) == cudaSuccess &&
+         a.ptxVersion >= 90;
 }
 
 cudaError_t qtr_gemm_launch_sm90(enum qtr_linear_format format, const struct qtr_gemm_plan *plan,

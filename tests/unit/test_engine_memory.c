@@ -10,6 +10,7 @@
 #include "shared.h"
 
 #include <malloc.h>
+#include <sys/prctl.h>
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define SANITIZED 1
@@ -92,8 +93,12 @@ static void check_model(const char *dir) {
   const struct qtr_backend_options backend_options = {.threads = 2};
   const struct qtr_model_options options = {.quiet = true};
   if (qtr_backend_open("cpu", &backend_options, &backend, &err)) fail_msg("%s", err.message);
+  /* The backend's working memory stays from model to model and is not part of one: a first one leaves it behind. */
+  if (qtr_model_load(dir, backend, &options, &model, &err)) fail_msg("%s", err.message);
+  use_whole_vocabulary(model);
+  qtr_model_free(model);
   struct held before = held();
-  assert_true(before.anonymous > 0);
+  assert_true(before.anonymous > 0 && before.mapped == 0);
   if (qtr_model_load(dir, backend, &options, &model, &err)) fail_msg("%s", err.message);
 
   size_t weights = 0, shared = 0; /* bytes of the file; of them those that serve as embedding and as head */
@@ -127,7 +132,7 @@ static void check_model(const char *dir) {
   struct held after = held();
   qtr_backend_close(backend);
   assert_int_equal(after.mapped, 0);
-  assert_true((double)(after.anonymous - before.anonymous) < 0.05 * (double)weights);
+  assert_true((double)after.anonymous - (double)before.anonymous < 0.05 * (double)weights);
 }
 
 static void test_weights_once(void **state) {
@@ -203,7 +208,18 @@ static void test_engine_at_work(void **state) {
   qtr_engine_close(engine);
 }
 
+/* Where the system makes huge pages of everything ("always"), stacks and heap are resident in pieces of 2 MiB whatever this
+ * program does: then there shall be none here. With "madvise" they are where the backend wants them, and count. */
+static void settle_huge_pages(void) {
+  char mode[64] = "";
+  FILE *f = fopen("/sys/kernel/mm/transparent_hugepage/enabled", "r");
+  if (!f) return;
+  if (fgets(mode, sizeof mode, f) && strstr(mode, "[always]")) (void)prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0);
+  fclose(f);
+}
+
 int main(void) {
+  settle_huge_pages();
   const struct CMUnitTest tests[] = {cmocka_unit_test(test_weights_once), cmocka_unit_test(test_weights_once_tied),
                                      cmocka_unit_test(test_engine_at_work)};
   return cmocka_run_group_tests(tests, NULL, NULL);

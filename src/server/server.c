@@ -193,7 +193,10 @@ static void close_all(struct qtr_server *s) {
   for (size_t i = 0; i < sizeof events / sizeof events[0]; i++) {
     if (events[i]) event_free(events[i]);
   }
-  if (s->base) event_base_free(s->base);
+  if (s->base) {
+    (void)event_base_loop(s->base, EVLOOP_NONBLOCK); /* callbacks that bufferevents had deferred still hold them */
+    event_base_free(s->base);
+  }
   qtr_vocabulary_free(s->vocabulary);
 }
 

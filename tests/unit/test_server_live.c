@@ -1,0 +1,271 @@
+/* test_server_live.c - the whole server in this process, over a tiny model with random weights: a device that fails while it
+ * serves, clients that vanish in every way, many at once, the end by signal. Prompts are token ids: the model has no text.
+ */
+#include "engine_fixture.h"
+#include "server/server.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+struct fixture {
+  struct qtr_engine *engine;
+  struct qtr_server_options options;
+  pthread_t thread;
+  enum qtr_status status;
+  struct qtr_error err;
+};
+
+static struct qtr_backend_ops broken_ops;
+static int steps_left;
+
+static enum qtr_status failing_end(struct qtr_backend *b, struct qtr_error *err) {
+  enum qtr_status status = qtr_backend_reference.end_step(b, err);
+  if (steps_left-- > 0) return status;
+  err->status = QTR_ERR_BACKEND;
+  (void)snprintf(err->message, sizeof err->message, "the cable is loose");
+  return QTR_ERR_BACKEND;
+}
+
+static struct sockaddr_in address(int port) {
+  return (struct sockaddr_in){
+      .sin_family = AF_INET, .sin_port = htons((uint16_t)port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+}
+
+/* A port nobody listens on. */
+static int free_port(void) {
+  struct sockaddr_in a = address(0);
+  socklen_t len = sizeof a;
+  int fd = socket(AF_INET, SOCK_STREAM, 0);
+  assert_int_equal(bind(fd, (struct sockaddr *)&a, sizeof a), 0);
+  assert_int_equal(getsockname(fd, (struct sockaddr *)&a, &len), 0);
+  (void)close(fd);
+  return ntohs(a.sin_port);
+}
+
+static void pause_ms(int ms) {
+  (void)nanosleep(&(struct timespec){.tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000L}, NULL);
+}
+
+static int dial(const struct fixture *f) {
+  struct sockaddr_in to = address(f->options.port);
+  const struct timeval tv = {.tv_sec = 20};
+  for (int i = 0; i < 500; i++) {
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+    (void)setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &tv, sizeof tv);
+    if (connect(fd, (struct sockaddr *)&to, sizeof to) == 0) return fd;
+    (void)close(fd);
+    pause_ms(10);
+  }
+  fail_msg("nobody listens on port %d", f->options.port);
+  return -1;
+}
+
+static void *serve(void *arg) {
+  struct fixture *f = arg;
+  f->status = qtr_server_run(f->engine, &f->options, &f->err);
+  return NULL;
+}
+
+static void begin(struct fixture *f, int32_t kv_pages) {
+  *f = (struct fixture){0};
+  f->engine =
+      tiny_engine(tiny_model(QTR_LINEAR_W8A8), &(struct qtr_engine_options){.max_num_seqs = 8, .kv_pages = kv_pages});
+  qtr_server_options_init(&f->options);
+  f->options.port = free_port();
+  f->options.log_off = true;
+  f->options.grace = 5;
+}
+
+static void start(struct fixture *f) {
+  assert_int_equal(pthread_create(&f->thread, NULL, serve, f), 0);
+  (void)close(dial(f));
+}
+
+static void stop(struct fixture *f) {
+  (void)kill(getpid(), SIGTERM);
+  (void)pthread_join(f->thread, NULL);
+  if (f->status) fail_msg("%s", f->err.message);
+  assert_idle(f->engine);
+  qtr_engine_close(f->engine);
+}
+
+static void send_request(int fd, const char *method, const char *path, const char *body) {
+  char text[2048];
+  int n = snprintf(text, sizeof text, "%s %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %zu\r\n\r\n%s",
+                   method, path, strlen(body), body);
+  assert_true(send(fd, text, (size_t)n, MSG_NOSIGNAL) == n);
+}
+
+/* All there is until the server closes; malloc'ed. */
+static char *hear(int fd) {
+  size_t n = 0, size = 1 << 16;
+  char *out = malloc(size);
+  for (ssize_t got; out && (got = recv(fd, out + n, size - 1 - n, 0)) > 0;) {
+    n += (size_t)got;
+    if (n == size - 1) out = realloc(out, size *= 2);
+  }
+  assert_non_null(out);
+  out[n] = 0;
+  (void)close(fd);
+  return out;
+}
+
+static char *ask(const struct fixture *f, const char *method, const char *path, const char *body) {
+  int fd = dial(f);
+  send_request(fd, method, path, body);
+  return hear(fd);
+}
+
+static void expect(char *answer, const char *status, const char *holds) {
+  if (strncmp(answer, status, strlen(status)) != 0 || (holds && !strstr(answer, holds))) {
+    fail_msg("no \"%s\" and \"%s\" in: %.600s", status, holds ? holds : "", answer);
+  }
+  free(answer);
+}
+
+#define COMPLETIONS "/v1/completions"
+#define LONG "{\"prompt\":[50,60,70],\"max_tokens\":900,\"ignore_eos\":true,\"seed\":1}"
+#define STREAM "{\"prompt\":[50,60,70],\"max_tokens\":900,\"ignore_eos\":true,\"seed\":1,\"stream\":true}"
+#define SHORT "{\"prompt\":[50,60,70],\"max_tokens\":4,\"ignore_eos\":true,\"seed\":1}"
+
+static void test_device_fails(void **state) {
+  (void)state;
+  struct fixture f;
+  begin(&f, 0);
+  broken_ops = qtr_backend_reference;
+  broken_ops.end_step = failing_end;
+  f.engine->model->backend->ops = &broken_ops;
+  steps_left = 300;
+  start(&f);
+  expect(ask(&f, "GET", "/health", ""), "HTTP/1.1 200", "\"ok\"");
+  expect(ask(&f, "POST", COMPLETIONS, SHORT), "HTTP/1.1 200", "\"completion_tokens\":4");
+  int whole = dial(&f), stream = dial(&f);
+  send_request(whole, "POST", COMPLETIONS, LONG);
+  send_request(stream, "POST", COMPLETIONS, STREAM);
+  expect(hear(whole), "HTTP/1.1 503", "the cable is loose");
+  char *text = hear(stream);
+  assert_non_null(strstr(text, "the cable is loose"));
+  assert_null(strstr(text, "[DONE]"));
+  free(text);
+  expect(ask(&f, "GET", "/health", ""), "HTTP/1.1 503", "the cable is loose");
+  expect(ask(&f, "POST", COMPLETIONS, SHORT), "HTTP/1.1 503", "the cable is loose");
+  expect(ask(&f, "GET", "/v1/models", ""), "HTTP/1.1 200", "\"model\"");
+  stop(&f);
+}
+
+/* Clients close, reset, or half-close at random moments of a stream or an answer; what is left is nothing. */
+static void test_vanishing(void **state) {
+  (void)state;
+  struct fixture f;
+  begin(&f, 0);
+  start(&f);
+  uint32_t seed = 3;
+  for (int i = 0; i < 60; i++) {
+    int fd = dial(&f);
+    send_request(fd, "POST", COMPLETIONS, i % 2 ? STREAM : LONG);
+    seed = seed * 1664525u + 1013904223u;
+    pause_ms((int)(seed >> 24) / 16);
+    char some[256];
+    if (i % 2 && i % 3 == 0) (void)recv(fd, some, sizeof some, 0);
+    if (i % 5 == 0) (void)setsockopt(fd, SOL_SOCKET, SO_LINGER, &(struct linger){.l_onoff = 1}, sizeof(struct linger));
+    if (i % 5 == 1) {
+      (void)shutdown(fd, SHUT_WR);
+      pause_ms(5);
+    }
+    (void)close(fd);
+  }
+  struct qtr_stats stats;
+  for (int i = 0; i < 500; i++) { /* each was cancelled within a step */
+    qtr_engine_stats(f.engine, &stats);
+    if (stats.n_running + stats.n_waiting == 0) break;
+    pause_ms(10);
+  }
+  assert_int_equal(stats.n_running + stats.n_waiting, 0);
+  assert_int_equal(stats.n_pages_used, 0);
+  expect(ask(&f, "POST", COMPLETIONS, SHORT), "HTTP/1.1 200", "\"completion_tokens\":4");
+  stop(&f);
+}
+
+struct client {
+  const struct fixture *f;
+  int number, n_bad;
+};
+
+static void *run_client(void *arg) {
+  struct client *c = arg;
+  for (int i = 0; i < 6; i++) {
+    char body[200], wanted[64];
+    int n = 1 + (c->number * 7 + i * 3) % 20;
+    (void)snprintf(body, sizeof body,
+                   "{\"prompt\":[[%d,60],[61,%d,62]],\"max_tokens\":%d,\"ignore_eos\":true,\"n\":2,\"stream\":%s}",
+                   10 + c->number, 20 + i, n, i % 2 ? "true,\"stream_options\":{\"include_usage\":true}" : "false");
+    (void)snprintf(wanted, sizeof wanted, "\"completion_tokens\":%d,", 4 * n);
+    char *answer = ask(c->f, "POST", COMPLETIONS, body);
+    bool ok = strncmp(answer, "HTTP/1.1 200", 12) == 0 && strstr(answer, wanted) && (i % 2 == 0 || strstr(answer, "[DONE]"));
+    if (!ok) (void)fprintf(stderr, "%s: %.300s\n", body, answer);
+    c->n_bad += !ok;
+    free(answer);
+  }
+  return NULL;
+}
+
+/* Sixteen clients, each with four completions at a time, in a pool too small for all: every answer is whole. */
+static void test_many(void **state) {
+  (void)state;
+  struct fixture f;
+  struct client client[16];
+  pthread_t thread[16];
+  begin(&f, 20);
+  start(&f);
+  for (int i = 0; i < 16; i++) {
+    client[i] = (struct client){&f, i, 0};
+    assert_int_equal(pthread_create(&thread[i], NULL, run_client, &client[i]), 0);
+  }
+  for (int i = 0; i < 16; i++) {
+    (void)pthread_join(thread[i], NULL);
+    assert_int_equal(client[i].n_bad, 0);
+  }
+  expect(ask(&f, "GET", "/metrics", ""), "HTTP/1.1 200", "vllm:num_requests_running{model_name=\"model\"} 0");
+  stop(&f);
+}
+
+/* SIGTERM: what runs has its grace, then it is told; a second signal does not wait. */
+static void test_end(void **state) {
+  (void)state;
+  for (int round = 0; round < 3; round++) {
+    struct fixture f;
+    begin(&f, 0);
+    f.options.grace = round == 0 ? 20 : round == 1 ? 0 : 60;
+    start(&f);
+    int fd = dial(&f);
+    send_request(fd, "POST", COMPLETIONS, round == 0 ? SHORT : STREAM);
+    if (round > 0) {
+      char first[32];
+      assert_true(recv(fd, first, sizeof first, 0) > 0);
+    }
+    if (round == 0) pause_ms(20);
+    if (round == 2) {
+      (void)kill(getpid(), SIGTERM);
+      pause_ms(200);
+    }
+    stop(&f);
+    char *text = hear(fd);
+    if (round == 0)
+      assert_non_null(strstr(text, "\"completion_tokens\":4"));
+    else if (!strstr(text, "[DONE]")) /* a quick machine may have finished */
+      assert_non_null(strstr(text, "shutting down"));
+    free(text);
+  }
+}
+
+int main(void) {
+  (void)signal(SIGPIPE, SIG_IGN);
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_device_fails), cmocka_unit_test(test_vanishing),
+                                     cmocka_unit_test(test_many), cmocka_unit_test(test_end)};
+  return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdalign.h>
 #include <stdlib.h>
 #include <string.h>
@@ -236,12 +237,16 @@ enum qtr_status qtr_runner_create(struct qtr_engine *engine, int n_workers, stru
   (void)pthread_mutex_init(&r->mail_mutex, NULL);
   (void)pthread_cond_init(&r->step_wanted, NULL);
   (void)pthread_cond_init(&r->task_there, NULL);
+  sigset_t all, before; /* signals are the loop's */
+  (void)sigfillset(&all);
+  (void)pthread_sigmask(SIG_SETMASK, &all, &before);
   int wrong = pthread_create(&r->stepper, NULL, run_stepper, r);
   r->stepper_runs = !wrong;
   for (int i = 0; i < QTR_MIN(n_workers, MAX_WORKERS) && !wrong; i++) {
     wrong = pthread_create(&r->worker[i], NULL, run_worker, r);
     if (!wrong) r->n_workers++;
   }
+  (void)pthread_sigmask(SIG_SETMASK, &before, NULL);
   if (wrong) {
     qtr_runner_free(r);
     return qtr_fail(err, QTR_ERR_MEMORY, "cannot start the server's threads: %s", strerror(wrong));

@@ -65,8 +65,12 @@ static int dial(const struct fixture *f) {
   return -1;
 }
 
-static void *serve(void *arg) {
+static void *serve(void *arg) { /* the one thread that takes signals, as main() does in the binary */
   struct fixture *f = arg;
+  sigset_t set;
+  (void)sigemptyset(&set);
+  (void)sigaddset(&set, SIGTERM);
+  (void)pthread_sigmask(SIG_UNBLOCK, &set, NULL);
   f->status = qtr_server_run(f->engine, &f->options, &f->err);
   return NULL;
 }
@@ -264,6 +268,10 @@ static void test_end(void **state) {
 }
 
 int main(void) {
+  sigset_t set;
+  (void)sigemptyset(&set);
+  (void)sigaddset(&set, SIGTERM);
+  (void)pthread_sigmask(SIG_BLOCK, &set, NULL);
   (void)signal(SIGPIPE, SIG_IGN);
   const struct CMUnitTest tests[] = {cmocka_unit_test(test_device_fails), cmocka_unit_test(test_vanishing),
                                      cmocka_unit_test(test_many), cmocka_unit_test(test_end)};

@@ -90,6 +90,7 @@ static void feed_tags(struct qtr_tool_parser *p, bool last, struct qtr_buffer *c
         qtr_buffer_puts(content, open_tag);
         qtr_buffer_put(content, h->data, n);
         if (end) qtr_buffer_puts(content, close_tag);
+        p->called = false;
       }
       drop(h, end ? n + sizeof close_tag - 1 : n);
       p->in_call = false;
@@ -100,7 +101,10 @@ static void feed_tags(struct qtr_tool_parser *p, bool last, struct qtr_buffer *c
     const char *tag = memmem(h->data, h->len, open_tag, sizeof open_tag - 1);
     if (tag) {
       size_t n = (size_t)(tag - h->data);
-      if (n > n_space) qtr_buffer_put(content, h->data, n); /* mere space between calls is no content */
+      if (n > n_space) { /* mere space between calls is no content */
+        qtr_buffer_put(content, h->data, n);
+        p->called = false;
+      }
       drop(h, n + sizeof open_tag - 1);
       p->in_call = true;
       continue;
@@ -112,6 +116,7 @@ static void feed_tags(struct qtr_tool_parser *p, bool last, struct qtr_buffer *c
     size_t n = last ? h->len : h->len - tag_prefix(h, open_tag);
     if (n <= n_space) return; /* space, and perhaps the next call */
     qtr_buffer_put(content, h->data, n);
+    p->called = false;
     drop(h, n);
     return;
   }

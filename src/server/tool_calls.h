@@ -23,8 +23,10 @@ struct qtr_tool_call {
 struct qtr_tool_parser {
   enum qtr_tool_format format;
   struct qtr_buffer held;
-  bool in_call, called, decided, plain; /* decided: whether the answer begins like calls */
-  struct qtr_tool_call *call;           /* (n_calls) */
+  bool in_call;
+  bool called;                /* a call was the last thing: space after it is nothing */
+  bool decided, plain;        /* decided: whether the answer begins like calls, or is plain text */
+  struct qtr_tool_call *call; /* (n_calls) */
   size_t n_calls;
   uint64_t id_seed; /* ids count from here */
 };

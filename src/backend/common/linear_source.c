@@ -42,8 +42,7 @@ enum qtr_status qtr_linear_source_check(const struct qtr_linear_source *s, size_
   }
   size_t n_values;
   if (qtr_mul_overflow(*n_out, s->n_in, &n_values) || n_values > SIZE_MAX / 16) { /* room to round up and for four bytes */
-    return qtr_fail(err, QTR_ERR_UNSUPPORTED, "linear: %zu rows of %zu inputs are more than memory can hold", *n_out,
-                    s->n_in);
+    return qtr_fail(err, QTR_ERR_MEMORY, "linear: %zu rows of %zu inputs are more than memory can hold", *n_out, s->n_in);
   }
   return QTR_OK;
 }

@@ -85,6 +85,8 @@ static enum qtr_status choose_path(struct qtr_cuda *c, const struct cudaDevicePr
     return qtr_fail(err, QTR_ERR_UNSUPPORTED, "GPU %d is a %s of compute capability %d.%d; 8.0 or later is needed",
                     c->device, p->name, p->major, p->minor);
   }
+  const char *wish = getenv("QUATTUOR_ISA"); /* may name a CPU's */
+  if (!isa && wish && strncmp(wish, "sm", 2) == 0) isa = wish;
   c->path = p->major == 9 ? QTR_CUDA_SM90 : QTR_CUDA_SM80;
   if (!isa) return QTR_OK;
   if (strcmp(isa, "sm80") == 0) {

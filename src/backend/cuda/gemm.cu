@@ -37,7 +37,7 @@ cudaError_t qtr_cuda_gemm_planned(const struct qtr_cuda_gemm_args *a, const stru
   size_t m_tiles = (n_rows + tile_rows - 1) / tile_rows, n_tiles = (a->n_tokens + (size_t)plan->n - 1) / (size_t)plan->n;
   size_t pairs = (m_tiles + (size_t)plan->pair - 1) / (size_t)plan->pair * n_tiles;
   if (a->x_stride < k_steps * QTR_TILE_K || a->x_stride % QTR_TILE_K || (uintptr_t)a->x % 128 || w->gate_up != silu ||
-      a->n_tokens > (1u << 30) || pairs > (1u << 28) || (size_t)plan->split * 2 > k_steps + 1) {
+      a->n_tokens > (1u << 30) || pairs > (1u << 28) || (size_t)plan->split > k_steps) {
     return cudaErrorInvalidValue;
   }
   if (a->n_tokens == 0) return cudaSuccess;
@@ -52,6 +52,7 @@ cudaError_t qtr_cuda_gemm_planned(const struct qtr_cuda_gemm_args *a, const stru
   p.m_tiles = (int32_t)m_tiles, p.n_tiles = (int32_t)n_tiles, p.k_steps = (int32_t)k_steps;
   p.n_pairs = (int32_t)pairs, p.raster = plan->raster;
   p.epilogue = (int32_t)a->epilogue;
+  p.dependent = a->dependent;
   p.vector = n_out % 8 == 0 && (uintptr_t)a->out % 16 == 0;
   if (w->path == QTR_CUDA_SM80) return qtr_gemm_launch_sm80(w->format, &p, stream);
   return qtr_gemm_built_sm90() ? qtr_gemm_launch_sm90(w->format, plan, &p, stream) : cudaErrorNotSupported;

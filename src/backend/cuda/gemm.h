@@ -63,6 +63,8 @@ struct qtr_cuda_gemm_args {
   enum qtr_epilogue epilogue; /* out row length: n_out; n_out/2 with SILU_MUL */
   void *out;                  /* fp16, or F32 with LOGITS; no padding between rows, 2-byte aligned rows are possible */
   size_t n_tokens;
+  bool dependent; /* launched as a programmatic dependent: asks for weights while the kernel before it ends, waits for its
+                     results before it reads or writes anything else (Hopper; ignored on the older path) */
   void *workspace; /* (qtr_cuda_gemm_workspace) zeroed once, left zeroed: counters and partial sums */
 };
 /* Enough for any n_tokens. */

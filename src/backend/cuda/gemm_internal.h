@@ -37,11 +37,12 @@ struct qtr_gemm_work {
   int32_t n_pairs;                   /* tiles in all, those of a pair as one */
   int32_t raster;                    /* token tiles that are walked together */
   int32_t epilogue;
-  bool vector; /* rows of out are 16-byte aligned */
+  bool vector;    /* rows of out are 16-byte aligned */
+  bool dependent; /* may start while the kernel before it ends */
 };
 
 /* How a product is cut; gemm.cu chooses, the laboratory tries others. gemm_sm90.cu has these (n, rows, pair, split):
- * 8, 16, 32: 128 1 1, 64 1 1, 64 1 2; 64: 128 1 1, 128 1 2, 64 1 1, 64 1 2; 128: 128 1 1, 128 1 2; 256: 128 1 1, 128 2 1. */
+ * 8, 16, 32: 128 1 1, 64 1 1; 64: 128 1 1, 128 1 2, 64 1 1; 128: 128 1 1, 128 1 2; 256: 128 1 1, 128 2 1. */
 struct qtr_gemm_plan {
   int32_t n, rows; /* of a tile: tokens, weight rows */
   int32_t pair;    /* blocks that share activations */

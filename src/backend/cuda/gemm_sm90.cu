@@ -1,15 +1,15 @@
 /* gemm_sm90.cu - the Hopper kernel of the integer matrices (spec B.2 - B.4): TMA, mbarriers, wgmma with the weights as the
  * A operand in registers, Y^T = W X^T.
  *
- * A block has one producer warp and two consumer warpgroups of 64 weight rows each. A stage of the pipeline holds 128
- * columns: N rows of activations (TMA, 128-byte swizzle) and one block of repacked weights (bulk copy). A consumer loads its
- * codes from shared memory, makes int8 fragments of the next stage while the tensor cores work on this one (two sets of
- * fragments in rotation), and nothing dequantised returns to memory. With a cluster of two, both blocks work on the same
- * tokens: each loads half of the activations and multicasts it.
+ * A block has one producer warp and two or four consumer warpgroups of 64 weight rows each. A stage of the pipeline holds
+ * N rows of activations (TMA, 128-byte swizzle) and repacked weights (bulk copies). A consumer loads its codes from shared
+ * memory, makes int8 fragments of the next 128 columns while the tensor cores work on these (two sets of fragments in
+ * rotation), and nothing dequantised returns to memory. With a cluster of two, both blocks work on the same tokens: each
+ * loads half of the activations and multicasts it.
  *
- * Few tokens: tiles of 64 rows, the two warpgroups take every other block of columns and add in shared memory; and a cluster
- * of 2 blocks may divide the columns of one tile: the int32 partial sums, exact in any order, meet in the shared memory of
- * the block that owns the tokens. Otherwise a persistent grid walks whole tiles.
+ * Few tokens: tiles of 64 rows; the four warpgroups take every fourth block of 128 columns and add in shared memory. Some
+ * more: a cluster of two blocks divides the columns of one tile; the int32 partial sums, exact in any order, meet in the
+ * shared memory of the block that owns the tokens. Otherwise a persistent grid walks whole tiles.
  *
  * The epilogue turns the transposed tile round by stmatrix through shared memory; the copy engine writes it out, clips what
  * lies outside, and adds the residual in L2. */
@@ -23,8 +23,6 @@
 #define HAVE_SM90A 1
 #endif
 
-#define CONSUMERS 2
-#define THREADS (128 * (1 + CONSUMERS))
 #define SHARED_MAX 232448
 
 /* ---- PTX ----------------------------------------------------------------------------------------- */
@@ -126,29 +124,33 @@ static __device__ __forceinline__ uint32_t pack_half(float low, float high) {
 
 /* ---- shapes -------------------------------------------------------------------------------------- */
 
-/* A tile is ROWS x N. ROWS 128: a consumer has half of the rows. ROWS 64: a stage is two blocks of columns, one each. */
+/* A tile is ROWS x N. ROWS 128: two consumers have 64 rows each; a stage is 128 columns. ROWS 64: four consumers divide the
+ * columns; a stage is four blocks of 128, one each. */
 template <int FORMAT, int N, int ROWS, int SPLIT>
 struct shape {
-  static constexpr int CTAS = N <= (ROWS == 64 ? 32 : 64) ? 2 : 1; /* blocks of an SM */
   static constexpr bool NARROW = ROWS == 64;
-  static constexpr int BLOCKS = NARROW ? 2 : 1;                                     /* of columns, in a stage */
+  static constexpr int CONSUMERS = NARROW ? 4 : 2, THREADS = 128 * (1 + CONSUMERS);
+  static constexpr int CTAS = !NARROW && N <= 64 ? 2 : 1;                           /* blocks of an SM */
+  static constexpr int REGISTERS = NARROW ? 104 : CTAS == 2 ? 96 : 232;             /* of a consumer's thread */
+  static constexpr int BLOCKS = NARROW ? CONSUMERS : 1;                             /* of columns, in a stage */
   static constexpr int OWNERS = SPLIT < N / 8 ? SPLIT : N / 8, TOKENS = N / OWNERS; /* of a split tile; TOKENS each */
   static constexpr int HALF = FORMAT == QTR_LINEAR_W8A8 ? 8192 : 4096;              /* codes of 64 rows */
   static constexpr int GROUP = FORMAT == QTR_LINEAR_W4A8_G128 ? 128 : 0;            /* constants of 64 rows */
-  static constexpr int W_BYTES = 2 * HALF + 2 * GROUP, X_BLOCK = N * QTR_TILE_K, X_BYTES = X_BLOCK * BLOCKS;
+  static constexpr int BLOCK_BYTES = 2 * (HALF + GROUP), W_BYTES = CONSUMERS * (HALF + GROUP);
+  static constexpr int X_BLOCK = N * QTR_TILE_K, X_BYTES = X_BLOCK * BLOCKS;
   static constexpr int CHUNK = TOKENS < 32 ? TOKENS : 32, CHUNKS = TOKENS / CHUNK; /* tokens of an epilogue buffer */
-  static constexpr int BUFFERS = N < 256 ? CHUNKS : W_BYTES > 16000 ? 3 : 7;       /* of a consumer; a store takes a while */
-  static constexpr int BUFFER = CHUNK * 128, BOTH = CONSUMERS * BUFFERS * BUFFER;
-  static constexpr int EPILOGUE = NARROW && BOTH < N * 256 ? N * 256 : BOTH; /* first the second warpgroup's sums */
+  static constexpr int BUFFERS = N < 256 ? CHUNKS : HALF == 8192 ? 3 : 7;          /* of a consumer; a store takes a while */
+  static constexpr int WRITERS = NARROW ? 1 : 2;                                   /* consumers that do an epilogue */
+  static constexpr int BUFFER = CHUNK * 128, EPILOGUE = WRITERS * BUFFERS * BUFFER;
   static constexpr int ROOM = CTAS == 1 ? SHARED_MAX : (SHARED_MAX + 1024) / 2 - 1024;
-  static constexpr int FIXED = EPILOGUE + CONSUMERS * 2 * TOKENS * 4 + 256;
+  static constexpr int FIXED = EPILOGUE + WRITERS * 2 * TOKENS * 4 + 256;
   static constexpr int FIT = (ROOM - FIXED) / (X_BYTES + W_BYTES);
   static constexpr int STAGES = FIT < 16 ? FIT : 16;
   static constexpr int BUFFER_AT = STAGES * X_BYTES, W_AT = BUFFER_AT + EPILOGUE;
-  static constexpr int TOKEN_AT = W_AT + STAGES * W_BYTES;             /* [consumer][scale, sum][TOKENS] */
-  static constexpr int BAR_AT = TOKEN_AT + CONSUMERS * 2 * TOKENS * 4; /* full[STAGES], empty[STAGES] */
+  static constexpr int TOKEN_AT = W_AT + STAGES * W_BYTES;           /* [writer][scale, sum][TOKENS] */
+  static constexpr int BAR_AT = TOKEN_AT + WRITERS * 2 * TOKENS * 4; /* full[STAGES], empty[STAGES] */
   static constexpr int SHARED = BAR_AT + 16 * STAGES;
-  static constexpr int SUMS = (SPLIT - 1) * TOKENS * (NARROW ? 256 : 512); /* what an owner receives */
+  static constexpr int SUMS = NARROW ? (CONSUMERS - 1) * N * 256 : (SPLIT - 1) * TOKENS * 512; /* what an owner receives */
   static constexpr int SUMS_AT = SUMS <= STAGES * X_BYTES ? 0 : W_AT;
   static_assert(STAGES >= 3 && SHARED <= ROOM, "a stage is too large");
   static_assert(BUFFER_AT % 1024 == 0 && SUMS_AT + SUMS <= TOKEN_AT, "the sums must not meet the epilogue's buffers");
@@ -237,11 +239,11 @@ static __device__ __forceinline__ void consume(int32_t (&acc)[N / 2], uint32_t s
   uint32_t a0[16], a1[16];
   int32_t before = -1, now; /* stages in flight */
 
-#define STAGE_LOAD(a)                                                              \
-  barrier_wait(full + 8 * r->stage, r->phase);                                     \
-  {                                                                                \
-    uint32_t w_ = shared + S::W_AT + r->stage * S::W_BYTES;                        \
-    load_fragments<FORMAT>(w_ + half * S::HALF, w_ + 2 * S::HALF + half * 128, a); \
+#define STAGE_LOAD(a)                                                                         \
+  barrier_wait(full + 8 * r->stage, r->phase);                                                \
+  {                                                                                           \
+    uint32_t w_ = shared + S::W_AT + r->stage * S::W_BYTES;                                   \
+    load_fragments<FORMAT>(w_ + half * S::HALF, w_ + S::CONSUMERS * S::HALF + half * 128, a); \
   }
 #define STAGE_STEP(a, next, first)                                                                \
   now = r->stage;                                                                                 \
@@ -266,24 +268,28 @@ static __device__ __forceinline__ void consume(int32_t (&acc)[N / 2], uint32_t s
   stage_release<PAIR>(empty + 8 * before);
 }
 
-/* ROWS 64: acc of the second warpgroup is added to the first one's. */
-template <int N>
-static __device__ __forceinline__ void combine_halves(int32_t (&acc)[N / 2], uint32_t buffers, uint32_t half) {
-  const uint32_t at = buffers + threadIdx.x % 128 * 16;
-  if (half) {
+/* ROWS 64: the other consumers' acc are added to the first one's; theirs go to the stages' memory. */
+template <int N, int CONSUMERS>
+static __device__ __forceinline__ void combine_columns(int32_t (&acc)[N / 2], uint32_t sums, uint32_t consumer) {
+  const uint32_t at = sums + threadIdx.x % 128 * 16;
+  asm volatile("bar.sync 3, %0;" ::"n"(CONSUMERS * 128) : "memory"); /* nobody reads stages any more */
+  if (consumer) {
 #pragma unroll
     for (int i = 0; i < N / 2; i += 4) {
-      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at + i / 4 * 2048), "r"(acc[i]), "r"(acc[i + 1]),
-                   "r"(acc[i + 2]), "r"(acc[i + 3])
+      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at + (consumer - 1) * (N * 256) + i / 4 * 2048),
+                   "r"(acc[i]), "r"(acc[i + 1]), "r"(acc[i + 2]), "r"(acc[i + 3])
                    : "memory");
     }
   }
-  asm volatile("bar.sync 3, 256;" ::: "memory");
-  if (half) return;
+  asm volatile("bar.sync 3, %0;" ::"n"(CONSUMERS * 128) : "memory");
+  if (consumer) return;
 #pragma unroll
-  for (int i = 0; i < N / 2; i += 4) {
-    uint4 v = shared_load16(at + i / 4 * 2048);
-    acc[i] += (int32_t)v.x, acc[i + 1] += (int32_t)v.y, acc[i + 2] += (int32_t)v.z, acc[i + 3] += (int32_t)v.w;
+  for (int b = 0; b < CONSUMERS - 1; b++) {
+#pragma unroll
+    for (int i = 0; i < N / 2; i += 4) {
+      uint4 v = shared_load16(at + b * (N * 256) + i / 4 * 2048);
+      acc[i] += (int32_t)v.x, acc[i + 1] += (int32_t)v.y, acc[i + 2] += (int32_t)v.z, acc[i + 3] += (int32_t)v.w;
+    }
   }
 }
 
@@ -295,7 +301,7 @@ static __device__ __forceinline__ void combine(int32_t (&acc)[N / 2],
                                                int32_t (&mine)[shape<FORMAT, N, ROWS, SPLIT>::TOKENS / 2], uint32_t shared,
                                                uint32_t half, uint32_t rank) {
   using S = shape<FORMAT, N, ROWS, SPLIT>;
-  constexpr int R = S::TOKENS / 2, BLOCK = (S::NARROW ? 1 : 2) * R / 4 * 2048; /* what one block sends to an owner */
+  constexpr int R = S::TOKENS / 2, BLOCK = 2 * R / 4 * 2048; /* what one block sends to an owner */
   const uint32_t at = shared + S::SUMS_AT + (half * (R / 4) * 128 + threadIdx.x % 128) * 16;
   cluster_sync(); /* nobody reads stages any more */
 #pragma unroll
@@ -436,13 +442,31 @@ static __device__ __forceinline__ void epilogue(const int32_t (&acc)[T / 2], con
   }
 }
 
+/* The weights of stage k of a row of blocks; ROWS 64: of half of the rows. Past the last block: any codes, the activations
+ * are zero there. */
+template <class S>
+static __device__ __forceinline__ void load_weights(uint32_t to, const uint8_t *row, int32_t half, int32_t k,
+                                                    int32_t k_steps, uint32_t bar) {
+  if constexpr (S::NARROW) {
+#pragma unroll
+    for (int b = 0; b < S::BLOCKS; b++) {
+      const uint8_t *block = row + (size_t)min(k * S::BLOCKS + b, k_steps - 1) * S::BLOCK_BYTES;
+      load_bulk(to + b * S::HALF, block + half * S::HALF, S::HALF, bar);
+      if (S::GROUP) load_bulk(to + S::BLOCKS * S::HALF + b * 128, block + 2 * S::HALF + half * 128, 128, bar);
+    }
+  } else {
+    load_bulk(to, row + (size_t)k * S::BLOCK_BYTES, S::W_BYTES, bar);
+  }
+}
+
 /* PAIR blocks of a cluster share activations, or SPLIT blocks share a tile; not both. */
 template <int FORMAT, int N, int ROWS, int PAIR, int SPLIT>
-__global__ void __launch_bounds__(THREADS, (shape<FORMAT, N, ROWS, SPLIT>::CTAS))
+__global__ void __launch_bounds__((shape<FORMAT, N, ROWS, SPLIT>::THREADS), (shape<FORMAT, N, ROWS, SPLIT>::CTAS))
     k_gemm_sm90(const __grid_constant__ struct qtr_gemm_work p, const __grid_constant__ CUtensorMap x_map,
                 const __grid_constant__ CUtensorMap out_map) {
 #ifdef HAVE_SM90A
   static_assert(PAIR == 1 || SPLIT == 1, "one kind of cluster");
+  static_assert(ROWS == 128 || (PAIR == 1 && SPLIT == 1), "narrow tiles are whole");
   using S = shape<FORMAT, N, ROWS, SPLIT>;
   constexpr int CLUSTER = PAIR * SPLIT;
   constexpr bool ZERO = FORMAT == QTR_LINEAR_W4A8;
@@ -459,7 +483,7 @@ __global__ void __launch_bounds__(THREADS, (shape<FORMAT, N, ROWS, SPLIT>::CTAS)
     asm volatile("prefetch.tensormap [%0];" ::"l"(&x_map) : "memory");
     for (int i = 0; i < S::STAGES; i++) {
       barrier_init(full + 8 * i, 1);
-      barrier_init(empty + 8 * i, 4 * CONSUMERS * PAIR);
+      barrier_init(empty + 8 * i, 4 * S::CONSUMERS * PAIR);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -470,32 +494,37 @@ __global__ void __launch_bounds__(THREADS, (shape<FORMAT, N, ROWS, SPLIT>::CTAS)
     cluster_sync();
   }
 
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   struct ring r = {0, 0};
   const uint32_t group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0); /* known to be one for a warp */
   if (group == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == 0) {
+      /* Weights do not depend on the kernel before this one: as many as fit are asked for while it may still run. */
+      const int32_t early = min(S::STAGES, s1 - s0);
       for (int32_t tile = first; tile < p.n_pairs; tile += step) {
         int32_t m, n;
         qtr_tile_place(p.raster, p.n_tiles, m_groups, tile, &m, &n);
         m = min(m * PAIR + (PAIR > 1 ? (int32_t)rank : 0), p.m_tiles - 1);
-        const uint8_t *row = p.code + (size_t)(S::NARROW ? m / 2 : m) * p.k_steps * S::W_BYTES;
+        const uint8_t *row = p.code + (size_t)(S::NARROW ? m / 2 : m) * p.k_steps * S::BLOCK_BYTES;
+        if (tile == first) {
+          for (int32_t i = 0; i < early; i++) {
+            barrier_expect(full + 8 * i, S::X_BYTES + S::W_BYTES);
+            load_weights<S>(shared + S::W_AT + i * S::W_BYTES, row, m % 2, s0 + i, p.k_steps, full + 8 * i);
+          }
+          asm volatile("griddepcontrol.wait;" ::: "memory");
+        }
         for (int32_t k = s0; k < s1; k++) {
-          uint32_t bar = full + 8 * r.stage, x = shared + r.stage * S::X_BYTES, w = shared + S::W_AT + r.stage * S::W_BYTES;
-          barrier_wait(empty + 8 * r.stage, r.phase ^ 1u);
-          barrier_expect(bar, S::X_BYTES + S::W_BYTES);
-          if (!S::NARROW) {
-            const uint32_t part = PAIR > 1 ? rank : 0;
-            load_bulk(w, row + (size_t)k * S::W_BYTES, S::W_BYTES, bar);
-            load_tile<PAIR>(x + part * (S::X_BYTES / PAIR), &x_map, k * QTR_TILE_K, n * N + (int32_t)part * (N / PAIR), bar);
-          } else {
+          const uint32_t bar = full + 8 * r.stage, x = shared + r.stage * S::X_BYTES, part = PAIR > 1 ? rank : 0;
+          if (tile != first || k - s0 >= early) {
+            barrier_wait(empty + 8 * r.stage, r.phase ^ 1u);
+            barrier_expect(bar, S::X_BYTES + S::W_BYTES);
+            load_weights<S>(shared + S::W_AT + r.stage * S::W_BYTES, row, m % 2, k, p.k_steps, bar);
+          }
 #pragma unroll
-            for (int b = 0; b < 2; b++) { /* past the last column: any codes, and activations that read as zero */
-              const uint8_t *block = row + (size_t)min(2 * k + b, p.k_steps - 1) * S::W_BYTES;
-              load_bulk(w + b * S::HALF, block + m % 2 * S::HALF, S::HALF, bar);
-              if (S::GROUP) load_bulk(w + 2 * S::HALF + b * 128, block + 2 * S::HALF + m % 2 * 128, 128, bar);
-              load_tile<1>(x + b * S::X_BLOCK, &x_map, (2 * k + b) * QTR_TILE_K, n * N, bar);
-            }
+          for (int b = 0; b < S::BLOCKS; b++) { /* past the last column they read as zero */
+            load_tile<PAIR>(x + b * S::X_BLOCK + part * (S::X_BLOCK / PAIR), &x_map, (k * S::BLOCKS + b) * QTR_TILE_K,
+                            n * N + (int32_t)part * (N / PAIR), bar);
           }
           ring_advance<S::STAGES>(&r);
         }
@@ -504,15 +533,12 @@ __global__ void __launch_bounds__(THREADS, (shape<FORMAT, N, ROWS, SPLIT>::CTAS)
     __syncwarp();
     if (SPLIT > 1) cluster_sync(), cluster_sync(); /* those of combine */
   } else {
-    if (S::CTAS == 1) {
-      asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    } else {
-      asm volatile("setmaxnreg.inc.sync.aligned.u32 96;");
-    }
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(S::REGISTERS));
     const uint32_t half = group - 1, place = S::NARROW ? 0 : half;
     const uint32_t buffers = shared + S::BUFFER_AT + place * S::BUFFERS * S::BUFFER,
                    tokens = shared + S::TOKEN_AT + place * 2 * S::TOKENS * 4;
     int32_t acc[N / 2];
+    asm volatile("griddepcontrol.wait;" ::: "memory");
     for (int32_t tile = first; tile < p.n_pairs; tile += step) {
       int32_t m, n;
       qtr_tile_place(p.raster, p.n_tiles, m_groups, tile, &m, &n);
@@ -522,11 +548,8 @@ __global__ void __launch_bounds__(THREADS, (shape<FORMAT, N, ROWS, SPLIT>::CTAS)
       if (m < p.m_tiles) s = load_scales<ZERO, S::TOKENS>(p, row0, token0);
       consume<FORMAT, N, ROWS, PAIR, SPLIT>(acc, shared, half, s1 - s0, &r);
       if (S::NARROW) {
-        combine_halves<N>(acc, buffers, half);
-        if (half) {
-          if (SPLIT > 1) cluster_sync(), cluster_sync();
-          break; /* one tile a block */
-        }
+        combine_columns<N, S::CONSUMERS>(acc, shared + S::SUMS_AT, half);
+        if (half) break; /* one tile a block */
       }
       if constexpr (SPLIT > 1) {
         int32_t mine[S::TOKENS / 2];
@@ -587,17 +610,19 @@ static cudaError_t launch(const struct qtr_gemm_plan *plan, const struct qtr_gem
   /* Split and narrow launches have one cluster a tile; otherwise the grid is what fits on the GPU, or less. */
   int n_clusters = plan->n_sms * S::CTAS / PAIR;
   if (SPLIT > 1 || S::NARROW || n_clusters > p->n_pairs) n_clusters = p->n_pairs;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = PAIR * SPLIT;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchAttribute attribute[2] = {};
+  attribute[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute[0].val.programmaticStreamSerializationAllowed = p->dependent;
+  attribute[1].id = cudaLaunchAttributeClusterDimension;
+  attribute[1].val.clusterDim.x = PAIR * SPLIT;
+  attribute[1].val.clusterDim.y = attribute[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3((unsigned)(n_clusters * PAIR * SPLIT));
-  config.blockDim = dim3(THREADS);
+  config.blockDim = dim3(S::THREADS);
   config.dynamicSmemBytes = S::SHARED;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = PAIR * SPLIT > 1 ? 1 : 0;
+  config.attrs = attribute;
+  config.numAttrs = PAIR * SPLIT > 1 ? 2 : 1;
   return cudaLaunchKernelEx(&config, k_gemm_sm90<FORMAT, N, ROWS, PAIR, SPLIT>, *p, x_map, out_map);
 }
 
@@ -610,17 +635,13 @@ static cudaError_t launch_format(const struct qtr_gemm_plan *plan, const struct 
   switch (KEY(plan->n, plan->rows, plan->pair, plan->split)) {
     CASE(8, 128, 1, 1);
     CASE(8, 64, 1, 1);
-    CASE(8, 64, 1, 2);
     CASE(16, 128, 1, 1);
     CASE(16, 64, 1, 1);
-    CASE(16, 64, 1, 2);
     CASE(32, 128, 1, 1);
     CASE(32, 64, 1, 1);
-    CASE(32, 64, 1, 2);
     CASE(64, 128, 1, 1);
     CASE(64, 128, 1, 2);
     CASE(64, 64, 1, 1);
-    CASE(64, 64, 1, 2);
     CASE(128, 128, 1, 1);
     CASE(128, 128, 1, 2);
     CASE(256, 128, 1, 1);

@@ -26,7 +26,7 @@ static const struct qtr_option own_options[] = {
     {.name = "device",
      .kind = QTR_OPTION_CHOICE,
      .offset = AT(device),
-     .choices = "auto|cpu|reference",
+     .choices = "auto|cpu|cuda|reference",
      .help = "Whose memory counts. Default auto."},
     {.name = "json", .kind = QTR_OPTION_FLAG, .offset = AT(json), .help = "One object."},
     {0}};

@@ -12,7 +12,8 @@ step "packages"
 install_packages $build_packages
 step_done
 step "building"
-build release -DQTR_TESTS=OFF
+# shellcheck disable=SC2046
+build release -DQTR_TESTS=OFF $(cuda_options)
 step_done
 binary=$root/build/release/quattuor
 step "demo model, W4A8KV4 on this CPU"

@@ -1,7 +1,12 @@
 #!/usr/bin/env bash
 # Installs what is missing, builds everything and runs all tests. Arguments go to ctest, e.g. ./test.sh -R tokenizer
+#   ./test.sh --cuda-all   builds the GPU kernels for all architectures, not only for the GPU of this machine
 set -euo pipefail
 steps=3
+if [ "${1:-}" = --cuda-all ]; then
+  export QUATTUOR_CUDA_ARCHITECTURES='80;86;89;90a'
+  shift
+fi
 . "$(dirname "${BASH_SOURCE[0]}")/scripts/common.sh"
 
 step "packages"
@@ -9,7 +14,8 @@ step "packages"
 install_packages $build_packages $test_packages
 step_done
 step "building"
-build release -DQTR_TESTS=ON
+# shellcheck disable=SC2046
+build release -DQTR_TESTS=ON $(cuda_options)
 step_done
 step "tests"
 set +e

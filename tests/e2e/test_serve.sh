@@ -54,6 +54,11 @@ ask "POST /v1/completions HTTP/1.0\r\nContent-Length: ${#stream}\r\n\r\n$stream"
 says "$T/out" '^data: \[DONE\]'
 grep -q chunked "$T/out" && fail "HTTP/1.0 got chunks"
 
+# an answer that must fit a schema
+post /v1/chat/completions '{"messages":[{"role":"user","content":"Hello"}],"max_tokens":100,"seed":1,"response_format":{"type":"json_schema","json_schema":{"name":"x","schema":{"type":"object","properties":{"meal":{"enum":["lunch","dinner"]},"people":{"type":"integer","minimum":1,"maximum":9}},"required":["meal","people"]}}}}'
+tail -1 "$T/out" | grep -qE '"content":"\{[ nt\\]*\\"meal\\"[ nt\\]*:[ nt\\]*\\"(lunch|dinner)\\"[ nt\\]*,[ nt\\]*\\"people\\"[ nt\\]*:[ nt\\]*[1-9][ nt\\]*\}"' ||
+  fail "an answer by schema: $(tail -1 "$T/out")"
+
 # errors in OpenAI's shape
 post /v1/completions '{"prompt":"x","temperature":-3}'
 says "$T/out" '^HTTP/1.1 400'

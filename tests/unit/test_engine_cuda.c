@@ -3,7 +3,8 @@
  * a pool far too small lose nothing. Skipped, saying so, where there is no GPU or no CUDA in the build. */
 #include "backend/backend.h"
 #include "base/checked.h"
-#include "engine/sampler.h"
+#include "base/clock.h"
+#include "engine/engine_internal.h"
 #include "quattuor/quattuor.h"
 
 #include <math.h>
@@ -346,6 +347,83 @@ static void test_a_thousand_through_a_small_pool(void **unused) {
   qtr_engine_close(e);
 }
 
+/* Requests come and go, a third of them cancelled, for $QUATTUOR_SOAK_SECONDS (5): afterwards the device's free memory is
+ * what it was once everything had been used, and no page is held. */
+static void test_memory_stays(void **unused) {
+  (void)unused;
+  const char *wish = getenv("QUATTUOR_SOAK_SECONDS");
+  double seconds = wish ? strtod(wish, NULL) : 5, start = qtr_now();
+  int32_t prompt[400];
+  struct qtr_engine *e = open_engine("cuda", 300, 64);
+  struct qtr_backend *b = e->model->backend;
+  struct qtr_error err = {0};
+  struct qtr_event event;
+  struct qtr_caps caps;
+  struct qtr_stats stats;
+  static uint64_t id[64];
+  size_t free_before = 0;
+  uint64_t n_added = 0, n_cancelled = 0;
+  bool work = true;
+  for (uint64_t step = 0; qtr_now() - start < seconds || step < 400; step++) {
+    qtr_engine_stats(e, &stats);
+    while (stats.n_running + stats.n_waiting < 60) {
+      struct qtr_request_options o;
+      qtr_request_options_init(&o);
+      o.prompt_token = prompt;
+      o.n_prompt_token = make_prompt((int)(next_random() % 5000), prompt);
+      o.max_tokens = 1 + (int32_t)(next_random() % 60);
+      o.sampling.temperature = n_added % 2 ? 0.9f : 0;
+      o.sampling.repetition_penalty = n_added % 3 ? 1 : 1.1f;
+      if (qtr_engine_add(e, &o, &id[n_added % 64], &err)) fail_msg("%s", err.message);
+      n_added++;
+      qtr_engine_stats(e, &stats);
+    }
+    if (next_random() % 3 == 0) n_cancelled += qtr_engine_cancel(e, id[next_random() % 64], &err) == QTR_OK;
+    if (qtr_engine_step(e, &work, &err)) fail_msg("%s", err.message);
+    while (qtr_engine_poll(e, &event)) {
+    }
+    if (step == 300) { /* buffers have grown and graphs are made */
+      b->ops->caps(b, &caps);
+      free_before = caps.memory_free;
+    }
+  }
+  while (work) {
+    if (qtr_engine_step(e, &work, &err)) fail_msg("%s", err.message);
+    while (qtr_engine_poll(e, &event)) {
+    }
+  }
+  b->ops->caps(b, &caps);
+  qtr_engine_stats(e, &stats);
+  print_message("%.0f s, %llu requests, %llu cancelled, %llu steps; free memory changed by %lld KiB\n", qtr_now() - start,
+                (unsigned long long)n_added, (unsigned long long)n_cancelled, (unsigned long long)stats.n_steps,
+                ((long long)caps.memory_free - (long long)free_before) / 1024);
+  assert_int_equal(stats.n_pages_used, 0);
+  assert_true(n_cancelled > 0);
+  assert_true(caps.memory_free + ((size_t)64 << 20) >= free_before); /* a few graphs more */
+  qtr_engine_close(e);
+}
+
+static void test_out_of_memory_is_told(void **unused) {
+  (void)unused;
+  struct qtr_engine_options o;
+  struct qtr_error err = {0};
+  struct qtr_engine *e;
+  qtr_engine_options_init(&o);
+  o.model_dir = demo;
+  o.device = "cuda";
+  o.kv_pages = 2000000000;
+  enum qtr_status status = qtr_engine_open(&o, &e, &err);
+  print_message("%s\n", err.message);
+  assert_true(status == QTR_ERR_MEMORY || status == QTR_ERR_LIMIT);
+  assert_non_null(strstr(err.message, "GiB"));
+  o.kv_pages = 64; /* and nothing is lost by it */
+  assert_int_equal(qtr_engine_open(&o, &e, &err), QTR_OK);
+  qtr_engine_close(e);
+  o.gpu = 1000;
+  assert_int_equal(qtr_engine_open(&o, &e, &err), QTR_ERR_ARGUMENT);
+  print_message("%s\n", err.message);
+}
+
 int main(void) {
   struct qtr_backend *b;
   struct qtr_error err = {0};
@@ -359,8 +437,11 @@ int main(void) {
     return 1;
   }
   qtr_backend_close(b);
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_sampling), cmocka_unit_test(test_greedy_as_on_the_cpu),
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_sampling),
+                                     cmocka_unit_test(test_greedy_as_on_the_cpu),
                                      cmocka_unit_test(test_alone_and_among_255_others),
-                                     cmocka_unit_test(test_a_thousand_through_a_small_pool)};
+                                     cmocka_unit_test(test_a_thousand_through_a_small_pool),
+                                     cmocka_unit_test(test_memory_stays),
+                                     cmocka_unit_test(test_out_of_memory_is_told)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

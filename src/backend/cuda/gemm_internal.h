@@ -1,14 +1,16 @@
 /* gemm_internal.h - what the files gemm*.cu share: the repacked layout, the work of one launch, the epilogue's arithmetic.
  *
  * Layout of a repacked matrix (both paths; the A fragments of wgmma m64k32 and of mma.m16n8k32 put the same weights in the
- * same lane). Rows are padded to 128, columns to 128; block (m, k) of 128 x 128 weights is contiguous, k fastest:
- *   W8A8       [2 halves of 64 rows][4 steps of k32][128 threads][16 bytes]                  16,384 bytes
- *   W4A8       [2 halves of 64 rows][2 pairs of k32 steps][128 threads][16 bytes]             8,192 bytes
- *   W4A8_G128  the same, then [2 halves][32 pairs of rows]{s2, zs of row r; s2, zs of row r+8}  8,448 bytes
- * Thread t of a half, warp w = t / 32, g = t % 32 / 4, c = t % 4, holds rows r = 16w + g and r + 8. Four bytes of W8A8 are
- * columns 32 step + 4c ... + 3 of row r, of row r + 8, then columns 16 further of both. A word of W4 is row r (even words)
- * or r + 8 (odd words), low nibbles columns 32 step + 4c ... + 3, high nibbles 16 further; words 0, 1: even step; 2, 3: odd
- * step. gate_up: kernel rows 16b + j and 16b + 8 + j (j < 8) are rows 8b + j of gate and of up: they meet in one thread. */
+ * same lane). Rows are padded to 128, columns to 128. A block is 64 rows x 128 columns; blocks (m, k) follow each other with
+ * k fastest:
+ *   W8A8       [4 steps of k32][128 threads][16 bytes]                              8,192 bytes
+ *   W4A8       [2 pairs of k32 steps][128 threads][16 bytes]                        4,096 bytes
+ *   W4A8_G128  the same, then [32 pairs of rows]{s2, zs of row r; s2, zs of r + 8}  4,224 bytes
+ * Thread t, warp w = t / 32, g = t % 32 / 4, c = t % 4, holds rows r = 16w + g and r + 8. Four bytes of W8A8 are columns
+ * 32 step + 4c ... + 3 of row r, of row r + 8, then columns 16 further of both. A word of W4 is row r (even words) or r + 8
+ * (odd words), low nibbles columns 32 step + 4c ... + 3, high nibbles 16 further; words 0, 1: even step; 2, 3: odd step.
+ *
+ * gate_up: kernel rows 16b + j and 16b + 8 + j (j < 8) are rows 8b + j of gate and of up: they meet in one thread. */
 #ifndef QTR_BACKEND_CUDA_GEMM_INTERNAL_H
 #define QTR_BACKEND_CUDA_GEMM_INTERNAL_H
 
@@ -17,11 +19,11 @@
 #include "backend/cuda/gemm.h"
 #include "backend/cuda/gemm_dequant.h"
 
-#define QTR_TILE_M 128 /* weight rows of a block */
+#define QTR_TILE_M 128 /* weight rows of a tile, most often */
 #define QTR_TILE_K 128 /* columns of a block, bytes of an activation row in a stage */
 
 static inline size_t qtr_gemm_block_bytes(enum qtr_linear_format format) {
-  return format == QTR_LINEAR_W8A8 ? 16384 : format == QTR_LINEAR_W4A8 ? 8192 : 8448;
+  return format == QTR_LINEAR_W8A8 ? 8192 : format == QTR_LINEAR_W4A8 ? 4096 : 4224;
 }
 
 /* The work of one launch. */

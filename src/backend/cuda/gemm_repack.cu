@@ -18,7 +18,7 @@ size_t qtr_cuda_matrix_code_bytes(enum qtr_cuda_path path, enum qtr_linear_forma
   bool known = format == QTR_LINEAR_W8A8 || format == QTR_LINEAR_W4A8 || format == QTR_LINEAR_W4A8_G128;
   /* |acc| <= 128 * 128 * n_in stays below 2^31; kernels count rows and outputs in 32 bits. */
   if (!known || !n_out || !n_in || n_in > 131071 || n_in % step_in || n_out > (1u << 30)) return 0;
-  return round_up(n_out, QTR_TILE_M) / QTR_TILE_M * (round_up(n_in, QTR_TILE_K) / QTR_TILE_K) * qtr_gemm_block_bytes(format);
+  return round_up(n_out, QTR_TILE_M) / 64 * (round_up(n_in, QTR_TILE_K) / QTR_TILE_K) * qtr_gemm_block_bytes(format);
 }
 
 size_t qtr_cuda_matrix_group_bytes(enum qtr_cuda_path path, enum qtr_linear_format format, size_t n_out, size_t n_in) {
@@ -56,15 +56,15 @@ static __device__ int64_t part_row(const struct qtr_cuda_matrix &m, const struct
   return r >= part.first_row && r - part.first_row < part.n_out ? (int64_t)(r - part.first_row) : -1;
 }
 
-/* One word of codes a thread; m.code (m_tiles, k_steps, block). */
+/* One word of codes a thread; m.code (rows / 64, k_steps, block). */
 static __global__ void k_repack_codes(const struct qtr_cuda_matrix m, const struct qtr_cuda_part part, size_t block_bytes,
                                       size_t k_steps, size_t n_words) {
   bool w8 = m.format == QTR_LINEAR_W8A8;
-  size_t words = w8 ? 4096 : 2048; /* of a block */
+  size_t words = w8 ? 2048 : 1024; /* of a block */
   for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n_words; i += (size_t)gridDim.x * blockDim.x) {
     size_t block = i / words, in = i % words, tile = block / k_steps, step = block % k_steps;
-    size_t half = in / (words / 2), word = in % 4, thread = in / 4 % 128, piece = in % (words / 2) / 512;
-    int64_t row = part_row(m, part, tile * QTR_TILE_M + half * 64 + thread / 32 * 16 + thread % 32 / 4 + word % 2 * 8);
+    size_t word = in % 4, thread = in / 4 % 128, piece = in / 512;
+    int64_t row = part_row(m, part, tile * 64 + thread / 32 * 16 + thread % 32 / 4 + word % 2 * 8);
     if (row < 0) continue;
     size_t k = step * QTR_TILE_K + thread % 4 * 4 + (w8 ? piece * 32 + word / 2 * 16 : piece * 64 + word / 2 * 32);
     uint32_t v = 0;
@@ -88,8 +88,8 @@ static __global__ void k_repack_rows(const struct qtr_cuda_matrix m, const struc
   if (row < 0) return;
   if (m.format == QTR_LINEAR_W4A8_G128) {
     size_t at = group * part.n_out + s2_position((size_t)row);
-    uint8_t *block = (uint8_t *)m.code + (r / QTR_TILE_M * k_steps + group) * block_bytes + 8192;
-    uint8_t *to = block + r % QTR_TILE_M / 64 * 128 + r % 64 / 16 * 32 + r % 8 * 4 + r / 8 % 2 * 2;
+    uint8_t *block = (uint8_t *)m.code + (r / 64 * k_steps + group) * block_bytes + 4096;
+    uint8_t *to = block + r % 64 / 16 * 32 + r % 8 * 4 + r / 8 % 2 * 2;
     to[0] = part.s2_scale[at];
     to[1] = (uint8_t)qtr_dequant_zs(part.s2_zero[at]);
   }
@@ -108,7 +108,7 @@ cudaError_t qtr_cuda_matrix_repack(const struct qtr_cuda_matrix *m, const struct
     return cudaErrorInvalidValue;
   }
   size_t block = qtr_gemm_block_bytes(m->format), k_steps = round_up(m->n_in, QTR_TILE_K) / QTR_TILE_K;
-  size_t rows = qtr_cuda_matrix_padded_rows(m->path, m->n_out), n_words = bytes / block * (w4 ? 2048 : 4096);
+  size_t rows = qtr_cuda_matrix_padded_rows(m->path, m->n_out), n_words = bytes / block * (w4 ? 1024 : 2048);
   size_t grid = round_up(n_words, THREADS) / THREADS;
   k_repack_codes<<<(unsigned)(grid < 65536 ? grid : 65536), THREADS, 0, stream>>>(*m, *part, block, k_steps, n_words);
   k_repack_rows<<<dim3((unsigned)(rows / QTR_TILE_M), grouped ? (unsigned)k_steps : 1u), QTR_TILE_M, 0, stream>>>(

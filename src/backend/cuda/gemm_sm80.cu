@@ -52,23 +52,26 @@ template <int FORMAT, int N, int ROWS>
 static __device__ __forceinline__ void load_stage(const struct qtr_gemm_work &p, uint32_t to, int32_t k, int32_t row0,
                                                   int32_t token0) {
   using S = shape<FORMAT, N, ROWS>;
-  constexpr int BLOCK = FORMAT == QTR_LINEAR_W8A8 ? 16384 : FORMAT == QTR_LINEAR_W4A8 ? 8192 : 8448;
+  constexpr int CODES = FORMAT == QTR_LINEAR_W8A8 ? 8192 : 4096, BLOCK = CODES + (S::GROUPED ? 128 : 0);
   for (int i = (int)threadIdx.x; i < N * 8; i += THREADS) {
     int token = i / 8, unit = i % 8;
     bool valid = token0 + token < p.n_tokens;
     const int8_t *from = p.x + (size_t)(valid ? token0 + token : 0) * p.x_stride + (size_t)k * QTR_TILE_K + unit * 16;
     copy16(to + (uint32_t)(token * QTR_TILE_K + (unit ^ token % 8) * 16), from, valid);
   }
-  const uint8_t *block = p.code + ((size_t)(row0 / QTR_TILE_M) * (size_t)p.k_steps + (size_t)k) * BLOCK;
-  const int first = row0 % QTR_TILE_M; /* of the block's rows */
-  /* [half][piece][thread]: 32 rows are 64 threads of each piece; kept as [half][piece][thread of this tile]. */
-  constexpr int HALVES = ROWS == 128 ? 2 : 1, WIDTH = ROWS == 128 ? 128 : ROWS * 2;
-  for (int i = (int)threadIdx.x; i < HALVES * S::PIECES * WIDTH; i += THREADS) {
-    int half = i / (S::PIECES * WIDTH) + first / 64, piece = i / WIDTH % S::PIECES, thread = i % WIDTH + first % 64 * 2;
-    copy16(to + (uint32_t)(S::X_BYTES + i * 16), block + ((half * S::PIECES + piece) * 128 + thread) * 16, true);
+  /* [block of 64 rows][piece][thread]; 32 rows are 64 threads of each piece. */
+  constexpr int BLOCKS = ROWS == 128 ? 2 : 1, WIDTH = ROWS == 128 ? 128 : ROWS * 2;
+  const uint8_t *code = p.code + ((size_t)(row0 / 64) * (size_t)p.k_steps + (size_t)k) * BLOCK;
+  const int first = row0 % 64; /* of the block's rows */
+  for (int i = (int)threadIdx.x; i < BLOCKS * S::PIECES * WIDTH; i += THREADS) {
+    int block = i / (S::PIECES * WIDTH), piece = i / WIDTH % S::PIECES, thread = i % WIDTH + first * 2;
+    copy16(to + (uint32_t)(S::X_BYTES + i * 16),
+           code + (size_t)block * (size_t)p.k_steps * BLOCK + (piece * 128 + thread) * 16, true);
   }
   if (S::GROUPED && threadIdx.x < ROWS / 8) {
-    copy16(to + S::X_BYTES + S::CODE_BYTES + threadIdx.x * 16, block + 8192 + first * 2 + threadIdx.x * 16, true);
+    int block = (int)threadIdx.x / 8, at = (int)threadIdx.x % 8 * 16 + first * 2;
+    copy16(to + S::X_BYTES + S::CODE_BYTES + threadIdx.x * 16, code + (size_t)block * (size_t)p.k_steps * BLOCK + CODES + at,
+           true);
   }
 }
 

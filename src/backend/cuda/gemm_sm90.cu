@@ -73,21 +73,22 @@ static __device__ __forceinline__ void load_bulk(uint32_t to, const void *from, 
                "l"(from), "r"(bytes), "r"(bar)
                : "memory");
 }
+/* Blocks of 128 columns from block k, rows from `token`: the box of the map. PAIR 2: to the same place of both blocks. */
 template <int PAIR>
 static __device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap *map, int32_t k, int32_t token,
                                                  uint32_t bar) {
   if (PAIR == 1) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-            to),
-        "l"(map), "r"(k), "r"(token), "r"(bar)
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
+            "r"(to),
+        "l"(map), "r"(0), "r"(token), "r"(k), "r"(bar)
         : "memory");
   } else {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
-        "{%2, %3}], "
-        "[%4], %5;" ::"r"(to),
-        "l"(map), "r"(k), "r"(token), "r"(bar), "h"((uint16_t)((1 << PAIR) - 1))
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
+        "{%2, "
+        "%3, %4}], [%5], %6;" ::"r"(to),
+        "l"(map), "r"(0), "r"(token), "r"(k), "r"(bar), "h"((uint16_t)((1 << PAIR) - 1))
         : "memory");
   }
 }
@@ -134,12 +135,12 @@ struct shape {
   static constexpr int REGISTERS = NARROW ? 104 : CTAS == 2 ? 96 : 232;             /* of a consumer's thread */
   static constexpr int BLOCKS = NARROW ? CONSUMERS : 1;                             /* of columns, in a stage */
   static constexpr int OWNERS = SPLIT < N / 8 ? SPLIT : N / 8, TOKENS = N / OWNERS; /* of a split tile; TOKENS each */
-  static constexpr int HALF = FORMAT == QTR_LINEAR_W8A8 ? 8192 : 4096;              /* codes of 64 rows */
-  static constexpr int GROUP = FORMAT == QTR_LINEAR_W4A8_G128 ? 128 : 0;            /* constants of 64 rows */
-  static constexpr int BLOCK_BYTES = 2 * (HALF + GROUP), W_BYTES = CONSUMERS * (HALF + GROUP);
+  static constexpr int CODES = FORMAT == QTR_LINEAR_W8A8 ? 8192 : 4096;             /* of a block: 64 rows, 128 columns */
+  static constexpr int GROUP = FORMAT == QTR_LINEAR_W4A8_G128 ? 128 : 0;            /* and its constants */
+  static constexpr int BLOCK = CODES + GROUP, W_BYTES = CONSUMERS * BLOCK;
   static constexpr int X_BLOCK = N * QTR_TILE_K, X_BYTES = X_BLOCK * BLOCKS;
   static constexpr int CHUNK = TOKENS < 32 ? TOKENS : 32, CHUNKS = TOKENS / CHUNK; /* tokens of an epilogue buffer */
-  static constexpr int BUFFERS = N < 256 ? CHUNKS : HALF == 8192 ? 3 : 7;          /* of a consumer; a store takes a while */
+  static constexpr int BUFFERS = N < 256 ? CHUNKS : CODES == 8192 ? 3 : 7;         /* of a consumer; a store takes a while */
   static constexpr int WRITERS = NARROW ? 1 : 2;                                   /* consumers that do an epilogue */
   static constexpr int BUFFER = CHUNK * 128, EPILOGUE = WRITERS * BUFFERS * BUFFER;
   static constexpr int ROOM = CTAS == 1 ? SHARED_MAX : (SHARED_MAX + 1024) / 2 - 1024;
@@ -239,11 +240,11 @@ static __device__ __forceinline__ void consume(int32_t (&acc)[N / 2], uint32_t s
   uint32_t a0[16], a1[16];
   int32_t before = -1, now; /* stages in flight */
 
-#define STAGE_LOAD(a)                                                                         \
-  barrier_wait(full + 8 * r->stage, r->phase);                                                \
-  {                                                                                           \
-    uint32_t w_ = shared + S::W_AT + r->stage * S::W_BYTES;                                   \
-    load_fragments<FORMAT>(w_ + half * S::HALF, w_ + S::CONSUMERS * S::HALF + half * 128, a); \
+#define STAGE_LOAD(a)                                                                 \
+  barrier_wait(full + 8 * r->stage, r->phase);                                        \
+  {                                                                                   \
+    uint32_t w_ = shared + S::W_AT + r->stage * S::W_BYTES;                           \
+    load_fragments<FORMAT>(w_ + half * S::BLOCK, w_ + half * S::BLOCK + S::CODES, a); \
   }
 #define STAGE_STEP(a, next, first)                                                                \
   now = r->stage;                                                                                 \
@@ -429,12 +430,12 @@ static __device__ __forceinline__ void epilogue(const int32_t (&acc)[T / 2], con
     if (t == 0) {
       if (inside && add) {
         asm volatile(
-            "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
-            "r"(out_row), "r"(token0 + c0), "r"(buffer)
+            "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%1, %2, %4}], [%3];" ::"l"(map),
+            "r"(out_row), "r"(token0 + c0), "r"(buffer), "r"(0)
             : "memory");
       } else if (inside) {
-        asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
-                     "r"(out_row), "r"(token0 + c0), "r"(buffer)
+        asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %4}], [%3];" ::"l"(map),
+                     "r"(out_row), "r"(token0 + c0), "r"(buffer), "r"(0)
                      : "memory");
       }
       asm volatile("cp.async.bulk.commit_group;" ::: "memory");
@@ -442,21 +443,16 @@ static __device__ __forceinline__ void epilogue(const int32_t (&acc)[T / 2], con
   }
 }
 
-/* The weights of stage k of a row of blocks; ROWS 64: of half of the rows. Past the last block: any codes, the activations
- * are zero there. */
+/* Stage k of the tile of blocks in row m. ROWS 64: past the last column whatever was there stays, the activations are zero.
+ */
 template <class S>
-static __device__ __forceinline__ void load_weights(uint32_t to, const uint8_t *row, int32_t half, int32_t k,
-                                                    int32_t k_steps, uint32_t bar) {
-  if constexpr (S::NARROW) {
-#pragma unroll
-    for (int b = 0; b < S::BLOCKS; b++) {
-      const uint8_t *block = row + (size_t)min(k * S::BLOCKS + b, k_steps - 1) * S::BLOCK_BYTES;
-      load_bulk(to + b * S::HALF, block + half * S::HALF, S::HALF, bar);
-      if (S::GROUP) load_bulk(to + S::BLOCKS * S::HALF + b * 128, block + 2 * S::HALF + half * 128, 128, bar);
-    }
-  } else {
-    load_bulk(to, row + (size_t)k * S::BLOCK_BYTES, S::W_BYTES, bar);
-  }
+static __device__ __forceinline__ void load_weights(uint32_t to, const struct qtr_gemm_work &p, int32_t m, int32_t k,
+                                                    uint32_t bar) {
+  const uint32_t n = S::NARROW ? (uint32_t)min(S::BLOCKS, p.k_steps - k * S::BLOCKS) : 1;
+  const uint8_t *from = p.code + ((size_t)(S::NARROW ? m : 2 * m) * p.k_steps + (size_t)k * S::BLOCKS) * S::BLOCK;
+  barrier_expect(bar, S::X_BYTES + (S::NARROW ? n * S::BLOCK : S::W_BYTES));
+  load_bulk(to, from, n * S::BLOCK, bar);
+  if (!S::NARROW) load_bulk(to + S::BLOCK, from + (size_t)p.k_steps * S::BLOCK, S::BLOCK, bar);
 }
 
 /* PAIR blocks of a cluster share activations, or SPLIT blocks share a tile; not both. */
@@ -501,31 +497,22 @@ __global__ void __launch_bounds__((shape<FORMAT, N, ROWS, SPLIT>::THREADS), (sha
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == 0) {
       /* Weights do not depend on the kernel before this one: as many as fit are asked for while it may still run. */
-      const int32_t early = min(S::STAGES, s1 - s0);
+      const int32_t early = p.dependent ? min(S::STAGES, s1 - s0) : 0;
       for (int32_t tile = first; tile < p.n_pairs; tile += step) {
         int32_t m, n;
         qtr_tile_place(p.raster, p.n_tiles, m_groups, tile, &m, &n);
         m = min(m * PAIR + (PAIR > 1 ? (int32_t)rank : 0), p.m_tiles - 1);
-        const uint8_t *row = p.code + (size_t)(S::NARROW ? m / 2 : m) * p.k_steps * S::BLOCK_BYTES;
         if (tile == first) {
-          for (int32_t i = 0; i < early; i++) {
-            barrier_expect(full + 8 * i, S::X_BYTES + S::W_BYTES);
-            load_weights<S>(shared + S::W_AT + i * S::W_BYTES, row, m % 2, s0 + i, p.k_steps, full + 8 * i);
-          }
+          for (int32_t i = 0; i < early; i++) load_weights<S>(shared + S::W_AT + i * S::W_BYTES, p, m, s0 + i, full + 8 * i);
           asm volatile("griddepcontrol.wait;" ::: "memory");
         }
         for (int32_t k = s0; k < s1; k++) {
           const uint32_t bar = full + 8 * r.stage, x = shared + r.stage * S::X_BYTES, part = PAIR > 1 ? rank : 0;
           if (tile != first || k - s0 >= early) {
             barrier_wait(empty + 8 * r.stage, r.phase ^ 1u);
-            barrier_expect(bar, S::X_BYTES + S::W_BYTES);
-            load_weights<S>(shared + S::W_AT + r.stage * S::W_BYTES, row, m % 2, k, p.k_steps, bar);
+            load_weights<S>(shared + S::W_AT + r.stage * S::W_BYTES, p, m, k, bar);
           }
-#pragma unroll
-          for (int b = 0; b < S::BLOCKS; b++) { /* past the last column they read as zero */
-            load_tile<PAIR>(x + b * S::X_BLOCK + part * (S::X_BLOCK / PAIR), &x_map, (k * S::BLOCKS + b) * QTR_TILE_K,
-                            n * N + (int32_t)part * (N / PAIR), bar);
-          }
+          load_tile<PAIR>(x + part * (S::X_BYTES / PAIR), &x_map, k * S::BLOCKS, n * N + (int32_t)part * (N / PAIR), bar);
           ring_advance<S::STAGES>(&r);
         }
       }
@@ -574,18 +561,17 @@ typedef CUresult (*encode_function)(CUtensorMap *, CUtensorMapDataType, cuuint32
                                     const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
                                     CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
-/* Rows of `inner` values; boxes of box_inner x box_rows. */
-static cudaError_t make_map(CUtensorMap *map, CUtensorMapDataType type, size_t bytes, const void *data, size_t inner,
-                            size_t rows, size_t stride, int box_inner, int box_rows, CUtensorMapSwizzle swizzle) {
+/* Three dimensions of dims values, strides in bytes of the second and third. */
+static cudaError_t make_map(CUtensorMap *map, CUtensorMapDataType type, const void *data, const cuuint64_t *dims,
+                            const cuuint64_t *strides, const cuuint32_t *box, CUtensorMapSwizzle swizzle) {
   void *f = NULL;
   enum cudaDriverEntryPointQueryResult found;
   cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found);
   if (e != cudaSuccess) return e;
   if (!f || found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-  cuuint64_t dims[2] = {(cuuint64_t)inner, (cuuint64_t)rows}, strides[1] = {(cuuint64_t)(stride * bytes)};
-  cuuint32_t box[2] = {(cuuint32_t)box_inner, (cuuint32_t)box_rows}, step[2] = {1, 1};
+  const cuuint32_t step[3] = {1, 1, 1};
   CUresult r =
-      ((encode_function)f)(map, type, 2, (void *)(uintptr_t)data, dims, strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      ((encode_function)f)(map, type, 3, (void *)(uintptr_t)data, dims, strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
                            swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
@@ -595,12 +581,17 @@ static cudaError_t launch(const struct qtr_gemm_plan *plan, const struct qtr_gem
   using S = shape<FORMAT, N, ROWS, SPLIT>;
   CUtensorMap x_map, out_map;
   memset(&out_map, 0, sizeof out_map);
-  cudaError_t e = make_map(&x_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p->x, (size_t)p->k_steps * QTR_TILE_K,
-                           (size_t)p->n_tokens, p->x_stride, QTR_TILE_K, N / PAIR, CU_TENSOR_MAP_SWIZZLE_128B);
+  const cuuint64_t tokens = (cuuint64_t)p->n_tokens;
+  const cuuint64_t x_dims[3] = {QTR_TILE_K, tokens, (cuuint64_t)p->k_steps}, x_strides[2] = {p->x_stride, QTR_TILE_K};
+  const cuuint32_t x_box[3] = {QTR_TILE_K, N / PAIR, S::BLOCKS};
+  cudaError_t e =
+      make_map(&x_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, p->x, x_dims, x_strides, x_box, CU_TENSOR_MAP_SWIZZLE_128B);
   if (e == cudaSuccess && p->vector && p->epilogue != QTR_EPILOGUE_LOGITS) {
     bool silu = p->epilogue == QTR_EPILOGUE_SILU_MUL;
-    e = make_map(&out_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, p->out, (size_t)p->n_out, (size_t)p->n_tokens,
-                 (size_t)p->n_out, silu ? 32 : 64, S::CHUNK, silu ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B);
+    const cuuint64_t dims[3] = {(cuuint64_t)p->n_out, tokens, 1}, strides[2] = {dims[0] * 2, dims[0] * tokens * 2};
+    const cuuint32_t box[3] = {silu ? 32u : 64u, S::CHUNK, 1};
+    e = make_map(&out_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, p->out, dims, strides, box,
+                 silu ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B);
   }
   if (e == cudaSuccess) {
     e = cudaFuncSetAttribute((const void *)k_gemm_sm90<FORMAT, N, ROWS, PAIR, SPLIT>,

@@ -265,9 +265,9 @@ static void engine_free(struct qtr_engine *e) {
   qtr_kv_pool_free(e->pool);
   qtr_event_queue_free(&e->events);
   qtr_sampler_free(e->sampler);
-  void *const array[] = {e->token,      e->position,  e->q_start,   e->kv_len,  e->block_table,
-                         e->logit_row,  e->running,   e->batch_seq, e->row_seq, e->row_node,
-                         e->row_logits, e->model_dir, e->choose,    e->chosen,  e->adjust};
+  void *const array[] = {e->token,     e->position,  e->q_start, e->kv_len,   e->block_table, e->logit_row,
+                         e->running,   e->batch_seq, e->row_seq, e->row_node, e->row_logits,  e->allowed,
+                         e->model_dir, e->choose,    e->chosen,  e->adjust};
   for (size_t i = 0; i < sizeof array / sizeof array[0]; i++) free(array[i]);
   (void)pthread_mutex_destroy(&e->mutex);
   free(e);

@@ -8,6 +8,7 @@
  * Callbacks of bufferevents are deferred: nothing here is entered again from within itself. */
 #include "server/http.h"
 
+#include "base/checked.h"
 #include "base/status.h"
 
 #include <arpa/inet.h>
@@ -25,6 +26,7 @@
 #include <unistd.h>
 
 #define LINGER_SECONDS 2.0
+#define BODIES_AT_ONCE 64 /* as much memory as so many of the largest bodies need is what all bodies together may take */
 #define READ_AHEAD ((size_t)64 << 10) /* of what a client sends while it is answered */
 
 enum state { STATE_HEAD, STATE_BODY, STATE_ANSWER, STATE_FLUSH, STATE_LINGER };
@@ -53,6 +55,7 @@ struct qtr_http {
   struct qtr_http_handlers on;
   struct qtr_http_conn *first;
   int n_connections, port;
+  size_t n_body_bytes; /* of all bodies that are being read */
   bool draining;
 };
 
@@ -69,6 +72,7 @@ static void set_timer(struct qtr_http_conn *c, double seconds) {
 }
 
 static void forget_request(struct qtr_http_conn *c) {
+  c->http->n_body_bytes -= c->body_capacity;
   free(c->head_data);
   free(c->body);
   c->head_data = c->body = NULL;
@@ -174,6 +178,7 @@ static const char *explain(int status) {
   switch (status) {
     case 413: return "the body is too large";
     case 414: return "the request target is too long";
+    case 503: return "too much is being sent to this server at once; try again in a moment";
     case 417: return "only Expect: 100-continue is known";
     case 431: return "the headers are too many or too long";
     case 501: return "this transfer encoding is not known";
@@ -224,10 +229,13 @@ static bool body_reserve(struct qtr_http_conn *c, size_t n) {
   if (c->body_capacity > n) return true;
   size_t wanted = c->body_capacity > 0 ? c->body_capacity * 2 : 4096;
   while (wanted <= n) wanted *= 2; /* n <= max_body */
+  size_t others = c->http->n_body_bytes - c->body_capacity;
+  if (others + wanted > BODIES_AT_ONCE * QTR_MAX(c->http->limits.max_body, (size_t)1 << 20)) return false;
   char *more = realloc(c->body, wanted);
   if (!more) return false;
   c->body = more;
   c->body_capacity = wanted;
+  c->http->n_body_bytes = others + wanted;
   return true;
 }
 
@@ -283,7 +291,7 @@ static void read_more(struct qtr_http_conn *c) {
     refuse(c, -done, explain(-done));
   } else if (done) {
     if (!body_reserve(c, c->n_body + 1)) {
-      refuse(c, 503, "out of memory");
+      refuse(c, 503, explain(503));
       return;
     }
     c->body[c->n_body] = 0;
@@ -434,6 +442,7 @@ void qtr_http_set_user(struct qtr_http_conn *c, void *user) { c->user = user; }
 char *qtr_http_take_body(struct qtr_http_conn *c, size_t *len) {
   char *body = c->body;
   *len = c->n_body;
+  c->http->n_body_bytes -= c->body_capacity;
   c->body = NULL;
   c->n_body = c->body_capacity = 0;
   return body;

@@ -360,7 +360,9 @@ void qtr_job_event(struct qtr_server *s, const struct qtr_mail *mail) {
   } else if (e->finish == QTR_FINISH_ERROR) {
     const char *death = qtr_runner_death(s->runner);
     fail_job(job, death ? 503 : 500,
-             death ? death : "the completion failed: the server ran out of memory, or the model gave no finite number");
+             death ? death
+                   : "the completion failed: the server ran out of memory, the model gave no finite number, or "
+                     "nothing could follow within the response format");
   } else if (job->n_live == 0) {
     finish_job(job);
   }

@@ -91,11 +91,30 @@ static int get_models(struct qtr_server *s, struct qtr_http_conn *conn, const ch
   return 200;
 }
 
+static int hex_digit(char c) {
+  return c >= '0' && c <= '9' ? c - '0' : (c | 32) >= 'a' && (c | 32) <= 'f' ? (c | 32) - 'a' + 10 : -1;
+}
+
+/* A part of a path with its %XX read, cut to the room there is. */
+static struct qtr_http_slice decode(struct qtr_http_slice part, char *out, size_t room) {
+  size_t n = 0;
+  for (size_t i = 0; i < part.len && n < room; i++) {
+    char c = part.data[i];
+    if (c == '%' && i + 2 < part.len && hex_digit(part.data[i + 1]) >= 0 && hex_digit(part.data[i + 2]) >= 0) {
+      c = (char)(hex_digit(part.data[i + 1]) << 4 | hex_digit(part.data[i + 2]));
+      i += 2;
+    }
+    out[n++] = c;
+  }
+  return (struct qtr_http_slice){out, n};
+}
+
 static int get_model(struct qtr_server *s, struct qtr_http_conn *conn, const char *id) {
   struct qtr_http_slice path = qtr_http_head(conn)->path;
   struct qtr_buffer out = {0};
+  char text[QTR_HTTP_MAX_TARGET];
   size_t prefix = strlen("/v1/models/");
-  struct qtr_http_slice name = {path.data + prefix, path.len - prefix};
+  struct qtr_http_slice name = decode((struct qtr_http_slice){path.data + prefix, path.len - prefix}, text, sizeof text);
   int status = 200;
   if (qtr_http_is(name, s->o->model_name)) {
     put_model(s, &out);

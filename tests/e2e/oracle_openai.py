@@ -263,10 +263,11 @@ def test_operation():
         keys = os.path.join(folder, "keys")
         with open(keys, "w") as file:
             file.write("# team\nsk-one\nsk-two\n")
-        server = Server("--api-key", keys, "--max-num-seqs", "2", "--max-queue", "1", "--served-model-name", "mine",
+        server = Server("--api-key", keys, "--max-num-seqs", "2", "--max-queue", "1", "--served-model-name", "org/mine",
                         "--log-format", "json", "--ping", "1", "--grace", "2")
         for key in ("sk-one", "sk-two"):
-            check([m.id for m in server.client(key=key).models.list()] == ["mine"], "a right key")
+            check([m.id for m in server.client(key=key).models.list()] == ["org/mine"], "a right key")
+        check(server.client(key="sk-one").models.retrieve("org/mine").id == "org/mine", "a name with a slash")
         for key in ("sk-thr", "sk-on", "sk-onee", "x"):
             try:
                 server.client(key=key).models.list()
@@ -279,7 +280,7 @@ def test_operation():
         check(httpx.get(server.url + "/health").json() == {"status": "ok"}, "/health without a key")
 
         client = server.client(key="sk-one")
-        endless = lambda: client.completions.create(model="mine", prompt=PROMPT, max_tokens=8000, stream=True,
+        endless = lambda: client.completions.create(model="org/mine", prompt=PROMPT, max_tokens=8000, stream=True,
                                                     extra_body={"ignore_eos": True}, extra_headers={"X-Request-Id": "my-id.1"})
         streams = [endless(), endless(), endless()]  # two run, one waits
         check(streams[0].response.headers["x-request-id"] == "my-id.1", "the request's id comes back")
@@ -290,7 +291,7 @@ def test_operation():
         except openai.RateLimitError as error:
             check(error.response.headers.get("retry-after") == "1", "Retry-After")
         try:
-            client.completions.create(model="mine", prompt=[PROMPT] * 4, max_tokens=1)
+            client.completions.create(model="org/mine", prompt=[PROMPT] * 4, max_tokens=1)
             check(False, "more completions than the server ever takes")
         except openai.BadRequestError as error:
             check(error.body["param"] == "n", "its parameter", error.body)

@@ -2,7 +2,7 @@
  *
  *   nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -Isrc -Iinclude bench/lab_cuda_gemm.cu
  * src/backend/cuda/gemm*.cu
- *   ./a.out check | time [tokens ...] | sweep FORMAT TOKENS
+ *   ./a.out check | check80 | small | [dependent] time TOKENS ... | time80 TOKENS ... | sweep FORMAT TOKENS N ...
  *
  * check: every format, epilogue, many shapes and token counts; poisoned outputs, fresh inputs, guard bytes, the same bits
  * twice and alone. time: the four Llama-3-8B shapes with the plan of gemm.cu. sweep: other plans beside it. Times are
@@ -157,6 +157,7 @@ static double linear_value(const struct matrix *w, const struct tokens *t, size_
 }
 
 static bool dependent; /* launches overlap the end of those before them */
+static cudaStream_t stream;
 static int n_bad;
 static void *workspace;
 
@@ -322,6 +323,52 @@ static void check_groups(void) {
   printf("check groups: %s (%d bad groups of %zu)\n", good ? "good" : "BAD", got, s2.size());
 }
 
+/* A kernel that lets the next one start and only then, late, copies: a dependent product must wait for what it reads (x) and
+ * must not write out before it has been read. */
+static __global__ void k_late_copy(uint8_t *to, const uint8_t *from, size_t n) {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  for (long long start = clock64(); clock64() - start < 60000;) continue;
+  for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) to[i] = from[i];
+}
+
+static void check_dependent(int n_sms) {
+  int bad = n_bad;
+  for (auto &v : variants) {
+    struct qtr_gemm_plan plan = {v[0], v[1], v[2], v[3], 8, n_sms};
+    size_t n = (size_t)v[0], bytes = n * 512 * 2;
+    struct matrix w = matrix_make(QTR_CUDA_SM90, QTR_LINEAR_W4A8, 2048, {512}, false, false);
+    struct tokens right = tokens_make(n, 2048), wrong = tokens_make(n, 2048);
+    std::vector<uint8_t> got(bytes), want(bytes), saved(bytes);
+    uint8_t *out, *copy;
+    TRY(cudaMalloc(&out, bytes));
+    TRY(cudaMalloc(&copy, bytes));
+    struct qtr_cuda_gemm_args a = {&w.m, right.d_x, right.d_scale, right.d_sum, right.stride, QTR_EPILOGUE_STORE,
+                                   out,  n,         false,         NULL};
+    TRY(qtr_cuda_gemm_planned(&a, &plan, stream));
+    TRY(cudaStreamSynchronize(stream));
+    TRY(cudaMemcpy(want.data(), out, bytes, cudaMemcpyDeviceToHost));
+    TRY(cudaMemset(out, 0x5a, bytes));
+    TRY(cudaDeviceSynchronize());
+    a.x = wrong.d_x, a.dependent = true; /* becomes the right one late */
+    k_late_copy<<<8, 256, 0, stream>>>((uint8_t *)wrong.d_x, (const uint8_t *)right.d_x, n * right.stride);
+    TRY(qtr_cuda_gemm_planned(&a, &plan, stream));
+    TRY(cudaStreamSynchronize(stream));
+    TRY(cudaMemcpy(got.data(), out, bytes, cudaMemcpyDeviceToHost));
+    TRY(cudaMemset(out, 0x5a, bytes));
+    TRY(cudaDeviceSynchronize());
+    k_late_copy<<<8, 256, 0, stream>>>(copy, out, bytes);
+    TRY(qtr_cuda_gemm_planned(&a, &plan, stream));
+    TRY(cudaStreamSynchronize(stream));
+    TRY(cudaMemcpy(saved.data(), copy, bytes, cudaMemcpyDeviceToHost));
+    bool intact = std::all_of(saved.begin(), saved.end(), [](uint8_t b) { return b == 0x5a; });
+    if (got != want || !intact)
+      n_bad++, printf("BAD dependent n %d rows %d: reads %d, writes %d\n", v[0], v[1], got == want, intact);
+    cudaFree(out), cudaFree(copy);
+    tokens_free(&right), tokens_free(&wrong), matrix_free(&w);
+  }
+  printf("check dependent: %s\n", n_bad == bad ? "good" : "BAD");
+}
+
 /* ---- times --------------------------------------------------------------------------------------- */
 
 static const struct {
@@ -332,8 +379,6 @@ static const struct {
              {"o", 4096, 4096, QTR_EPILOGUE_ADD},
              {"gate_up", 28672, 4096, QTR_EPILOGUE_SILU_MUL},
              {"down", 4096, 14336, QTR_EPILOGUE_ADD}};
-
-static cudaStream_t stream;
 
 /* Microseconds of one product; weights rotate over more than L2. */
 static double time_one(const struct matrix *w, const struct tokens *t, enum qtr_epilogue epilogue,
@@ -463,6 +508,23 @@ int main(int argc, char **argv) {
       check_groups();
       check_path(QTR_CUDA_SM90);
       check_plans(n_sms);
+      check_dependent(n_sms);
+    } else if (!strcmp(argv[i], "small")) { /* for compute-sanitizer */
+      check_groups();
+      for (int f = QTR_LINEAR_W8A8; f <= QTR_LINEAR_W4A8_G128; f++) {
+        enum qtr_linear_format format = (enum qtr_linear_format)f;
+        for (auto &v : variants) {
+          struct qtr_gemm_plan plan = {v[0], v[1], v[2], v[3], 8, n_sms};
+          check_one(QTR_CUDA_SM90, format, 640, {160}, QTR_EPILOGUE_STORE, true, {(size_t)v[0] - 3}, &plan);
+          check_one(QTR_CUDA_SM90, format, 384, {96, 96}, QTR_EPILOGUE_SILU_MUL, true, {(size_t)v[0] + 3}, &plan);
+          check_one(QTR_CUDA_SM90, format, 384, {96}, QTR_EPILOGUE_ADD, false, {(size_t)v[0]}, &plan);
+        }
+        check_one(QTR_CUDA_SM90, format, 384, {96}, QTR_EPILOGUE_LOGITS, false, {5, 70}, NULL);
+        if (f == QTR_LINEAR_W8A8) check_one(QTR_CUDA_SM90, format, 77, {37}, QTR_EPILOGUE_ADD, true, {5, 70}, NULL);
+        check_one(QTR_CUDA_SM80, format, 384, {96, 96}, QTR_EPILOGUE_SILU_MUL, true, {5, 20, 50, 70}, NULL);
+        check_one(QTR_CUDA_SM80, format, 640, {160}, QTR_EPILOGUE_ADD, true, {5, 20, 50, 130}, NULL);
+      }
+      printf("check small: %s\n", n_bad ? "BAD" : "good");
     } else if (!strcmp(argv[i], "check80")) {
       check_path(QTR_CUDA_SM80);
     } else if (!strcmp(argv[i], "time")) {

@@ -4,6 +4,7 @@
  * y = W x for n_tokens rows of int8 activations, int32 accumulators exact, the epilogue in fp32 and rounded to fp16 once:
  *   W4A8            y = acc * s_w * s_x - szero * sum_x + bias      (codes 0...15)
  *   W4A8_G128, W8A8 y = acc * (s_w * s_x) + bias
+ * QTR_EPILOGUE_ADD rounds y to fp16, then the sum of it and the residual.
  * A row's result has the same bits whatever it is batched with (the accumulators are exact, the epilogue is per element). */
 #ifndef QTR_BACKEND_CUDA_GEMM_H
 #define QTR_BACKEND_CUDA_GEMM_H
@@ -65,7 +66,7 @@ struct qtr_cuda_gemm_args {
   size_t n_tokens;
   bool dependent; /* launched as a programmatic dependent: asks for weights while the kernel before it ends, waits for its
                      results before it reads or writes anything else (Hopper; ignored on the older path) */
-  void *workspace; /* (qtr_cuda_gemm_workspace) zeroed once, left zeroed: counters and partial sums */
+  void *workspace; /* (qtr_cuda_gemm_workspace) zeroed once; the present kernels do without, NULL is fine */
 };
 /* Enough for any n_tokens. */
 size_t qtr_cuda_gemm_workspace(void);

@@ -2,13 +2,18 @@
  * the algebra that keeps scales and zeros outside the matrix products.
  *
  * Codes enter the tensor cores as fp16 subnormals: a code c of 4 or 8 bits in the low bits of a half is c * 2^-24 exactly,
- * so unpacking is an AND; a nibble at bit 4 is 16 times as much. K: q is scaled by 4 for dims whose nibble is at bit 0 and
- * by 1/4 for the others (exact, but for |q| > 16376 and the last bits of |q| < 2^-12); V: odd row halves of the result are
- * divided by 16 at the end.
- *   score     t = (q . code) * a - sum(q) * b       a = s_k * scale * log2 e * 2^22 (24 for INT8), b = s_k * z_k * scale *
- * log2 e weights   w = 2^(t + log2 s_v - m)              m: the running maximum of t + log2 s_v, minus 15: w uses fp16's
- * range result    (sum w code 2^24 - sum w z_v) / sum(w / s_v) Only w is rounded to fp16 (2^-11 of w * code; below 2^-29 of
- * the largest, 2^-40 of it); sums are fp32. */
+ * so unpacking is an AND; a nibble at bit 4 is 16 times as much. K: q is divided by 16 for dims whose nibble is there
+ * (exact, but for the last bits of |q| < 2^-10: 2^-21 at most). V: odd row halves of the result are divided by 16 at the
+ * end.
+ *
+ * Score, in log2: t = (q . code) * a - sum(q) * b, with a = s_k * scale * log2 e * 2^24 and b = s_k * z_k * scale * log2 e.
+ *
+ * Weight: w = 2^(t + log2 s_v - m). Decode: m is the running maximum of t + log2 s_v less 15. Prefill: the same less 11,
+ * raised only when a weight would pass 2^15, so that results are seldom rescaled.
+ *
+ * Result: (sum of w code 2^24 - sum of w z_v) / sum of w / s_v.
+ *
+ * Only w is rounded to fp16 (2^-11 of w * code; weights below 2^-25 of the largest, 2^-36 of it); sums are fp32. */
 #ifndef QTR_BACKEND_CUDA_ATTENTION_COMMON_CUH
 #define QTR_BACKEND_CUDA_ATTENTION_COMMON_CUH
 
@@ -18,7 +23,8 @@
 #include "backend/cuda/kv_layout.h"
 
 #define LOG2_E 1.44269504088896341f
-#define WEIGHT_BITS 15.0f
+#define WEIGHT_BITS 15.0f /* log2 of the largest weight, */
+#define WEIGHT_TOP 11.0f  /* and in prefill of the largest when the maximum is raised */
 
 struct attention_params {
   const __half *qkv;    /* (n_tokens, width) */
@@ -56,9 +62,9 @@ struct kv_traits {
   static constexpr int fragments = FORMAT == QTR_KV_F16 ? 1 : FORMAT == QTR_KV_INT4 ? 4 : 2; /* in a chunk */
   static constexpr bool is_int = FORMAT != QTR_KV_F16;
   static constexpr bool has_params = FORMAT == QTR_KV_INT4 || FORMAT == QTR_KV_INT8;
-  /* q's factors for dims of the first and second column half; what (q . code) is to be multiplied with */
-  static constexpr float q_low = FORMAT == QTR_KV_INT4 ? 4.0f : 1.0f, q_high = FORMAT == QTR_KV_INT4 ? 0.25f : 1.0f;
-  static constexpr float unit = FORMAT == QTR_KV_F16 ? 1.0f : FORMAT == QTR_KV_INT4 ? 0x1p22f : 0x1p24f;
+  /* q's factor for dims of the second column half; what (q . code) is to be multiplied with */
+  static constexpr float q_high = FORMAT == QTR_KV_INT4 ? 0.0625f : 1.0f;
+  static constexpr float unit = FORMAT == QTR_KV_F16 ? 1.0f : 0x1p24f;
   /* what sums over V are to be multiplied with, rows of the first and the second half */
   static constexpr float out_low = is_int ? 0x1p24f : 1.0f, out_high = FORMAT == QTR_KV_INT4  ? 0x1p20f
                                                                        : FORMAT == QTR_KV_F16 ? 1.0f
@@ -127,14 +133,9 @@ __device__ __forceinline__ static struct token_params token_make(uint32_t k_pair
 /* q as the tensor cores want it, two neighbouring dims; high: of the second column half. */
 template <int FORMAT>
 __device__ __forceinline__ static uint32_t q_scale(uint32_t q, bool high) {
-  if (FORMAT == QTR_KV_INT4) {
-    __half2 x = *(__half2 *)&q;
-    __half2 limit = __float2half2_rn(65504.0f);
-    x = __hmul2(x, __float2half2_rn(high ? kv_traits<FORMAT>::q_high : kv_traits<FORMAT>::q_low));
-    x = __hmax2(__hmin2(x, limit), __hneg2(limit));
-    return *(uint32_t *)&x;
-  }
-  return q;
+  if (FORMAT != QTR_KV_INT4) return q;
+  __half2 x = __hmul2(*(__half2 *)&q, __float2half2_rn(high ? kv_traits<FORMAT>::q_high : 1.0f));
+  return *(uint32_t *)&x;
 }
 
 #endif

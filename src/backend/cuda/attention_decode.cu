@@ -32,10 +32,28 @@ __device__ __forceinline__ uint32_t transpose(uint32_t x) {
   return y;
 }
 
-__device__ __forceinline__ void barrier_init(uint32_t barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+/* The ring: blocks come in order, every slot_fill is one block or nothing. Before sm_90 each lane copies its share and a
+ * block's arrival is a count of groups; then bulk copies and a barrier a slot. */
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void ring_init(uint32_t barrier, int slots) {
+  if (threadIdx.x % 32 == 0) {
+    for (int i = 0; i < slots; i++) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier + 8 * i) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;\n fence.proxy.async.shared::cta;" ::: "memory");
+  }
+  __syncwarp();
 }
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+template <int BYTES>
+__device__ __forceinline__ void slot_fill(uint32_t to, const uint8_t *from, uint32_t barrier) {
+  if (threadIdx.x % 32 == 0) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "n"(BYTES) : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "n"(BYTES), "r"(barrier)
+                 : "memory");
+  }
+}
+__device__ __forceinline__ void slot_skip() {}
+__device__ __forceinline__ void slot_wait(uint32_t barrier, uint32_t parity, int slots) {
+  (void)slots;
   asm volatile(
       "{\n .reg .pred p;\n"
       "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
@@ -43,12 +61,27 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "r"(parity)
       : "memory");
 }
-__device__ __forceinline__ void copy_bulk(uint32_t to, const void *from, uint32_t n_bytes, uint32_t barrier) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(n_bytes) : "memory");
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "l"(from), "r"(n_bytes), "r"(barrier)
-               : "memory");
+#else
+__device__ __forceinline__ void ring_init(uint32_t, int) {}
+__device__ __forceinline__ void slot_skip() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int BYTES>
+__device__ __forceinline__ void slot_fill(uint32_t to, const uint8_t *from, uint32_t) {
+  for (int i = (int)threadIdx.x % 32 * 16; i < BYTES; i += 512) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + (uint32_t)i), "l"(from + i) : "memory");
+  }
+  slot_skip();
 }
+__device__ __forceinline__ void slot_wait(uint32_t, uint32_t, int slots) { /* slots - 1 younger blocks are on their way */
+  if (slots == 1) {
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+  } else if (slots == 2) {
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+  } else {
+    asm volatile("cp.async.wait_group 2;" ::: "memory");
+  }
+  __syncwarp();
+}
+#endif
 
 /* ---- walking over the plan ----------------------------------------------------------------------- */
 
@@ -127,11 +160,7 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
   uint32_t ring = shared_address(shared) + (uint32_t)(warp * slots * S::block_bytes);
   const uint8_t *ring_at = shared + warp * slots * S::block_bytes;
   uint32_t barrier = shared_address(&barriers[warp][0]);
-  if (lane == 0) {
-    for (int i = 0; i < slots; i++) barrier_init(barrier + 8 * i);
-    asm volatile("fence.mbarrier_init.release.cluster;\n fence.proxy.async.shared::cta;" ::: "memory");
-  }
-  __syncwarp();
+  ring_init(barrier, slots);
 
   int head_blocks = COLUMNS == 1 ? 1 : (p.group + HEADS - 1) / HEADS, pairs = p.n_kv_heads * head_blocks;
   int n_items = *(const int *)p.plan * pairs, head_stride = min(p.group, HEADS);
@@ -148,8 +177,17 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
       while (more && ahead.tile >= ahead.tile_end) {
         more = unit_advance(p, n_items, pairs, warp, ahead);
         ahead_first = ahead.tile;
+        int n_lines = head_stride * DIM * 2 / 128; /* its queries into the L2: a line of 128 bytes a lane */
+        if (more && ahead.segment == ahead.e.segment && lane < n_lines) {
+          const __half *line = p.qkv + (size_t)ahead.e.token * p.width +
+                               (size_t)(ahead.kv_head * p.group + ahead.head_block * HEADS) * DIM + lane * 64;
+          asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+        }
       }
-      if (!more) return;
+      if (!more) {
+        slot_skip();
+        return;
+      }
       int k = (ahead.tile - ahead_first) / WARPS;
       if (k % 32 == 0) {
         int tile = ahead.tile + lane * WARPS;
@@ -157,10 +195,8 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
       }
       ahead_at = (size_t)__shfl_sync(~0u, pages, k % 32) * p.page_bytes + (size_t)ahead.kv_head * S::block_bytes;
     }
-    if (lane == 0) {
-      copy_bulk(ring + (uint32_t)(filled * S::block_bytes), (next_is_v ? p.v : p.k) + ahead_at, S::block_bytes,
-                barrier + 8 * filled);
-    }
+    slot_fill<S::block_bytes>(ring + (uint32_t)(filled * S::block_bytes), (next_is_v ? p.v : p.k) + ahead_at,
+                              barrier + 8 * filled);
     if (next_is_v) ahead.tile += WARPS;
     next_is_v = !next_is_v;
     filled = filled + 1 == slots ? 0 : filled + 1;
@@ -180,6 +216,46 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
   struct total running[OUTPUTS];
   float running_sum[OUTPUTS][4];
 
+  /* The segment of a split sequence that was finished last: the block that counts the last of them merges all. */
+  struct {
+    int slot, n, token, first_head, n_heads, pair;
+  } last = {-1, 0, 0, 0, 0, 0};
+  int arrived = 0; /* thread 0: how many came before */
+  float result_scale = FORMAT == QTR_KV_INT8_STATIC ? p.v_scale : 1.0f;
+  auto split_look = [&]() {
+    if (threadIdx.x != 0) return;
+    is_last = last.slot >= 0 && arrived == last.n - 1;
+    if (is_last) {
+      ((int *)p.scratch)[(size_t)last.slot * QTR_MAX_SPLIT_HEADS + last.pair] = 0;
+      __threadfence();
+    }
+  };
+  auto split_merge = [&]() { /* a barrier after split_look */
+                             if (is_last) {
+#pragma unroll 1
+                               for (int i = (int)threadIdx.x; i < last.n_heads * (DIM / 4); i += THREADS) {
+                                 int head = last.first_head + i / (DIM / 4), d = i % (DIM / 4) * 4;
+                                 struct total t = {-INFINITY, 0};
+                                 float all[4] = {0, 0, 0, 0};
+#pragma unroll 4
+                                 for (int j = 0; j < last.n; j++) {
+                                   const float *from = (const float *)(p.scratch + QTR_COUNTER_BYTES) +
+                                                       ((size_t)(last.slot + j) * p.n_heads + head) * (DIM + 4);
+                                   float4 x = __ldcg((const float4 *)(from + d));
+                                   float2 y = __ldcg((const float2 *)(from + DIM));
+                                   float part[4] = {x.x, x.y, x.z, x.w};
+                                   merge(t, all, total{y.x, y.y}, part);
+                                 }
+                                 float f = result_scale / t.sum;
+                                 __half2 x = __floats2half2_rn(all[0] * f, all[1] * f),
+                                         y = __floats2half2_rn(all[2] * f, all[3] * f);
+                                 *(uint2 *)(p.out + ((size_t)last.token * p.n_heads + head) * DIM + d) =
+                                     make_uint2(*(uint32_t *)&x, *(uint32_t *)&y);
+                               }
+                             }
+                             last.slot = -1;
+  };
+
 #pragma unroll 1
   while (unit_advance(p, n_items, pairs, warp, u)) {
     int first_head = u.kv_head * p.group + u.head_block * HEADS, n_heads = min(HEADS, p.group - u.head_block * HEADS);
@@ -196,7 +272,7 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
             uint32_t x = head < n_heads ? __ldg((const unsigned *)(from + k * 16 + h * 8)) : 0;
             q[n][k][h] = x = q_scale<FORMAT>(x, h);
             float2 y = __half22float2(*(__half2 *)&x);
-            sum += (y.x + y.y) * (1 / (h ? traits::q_high : traits::q_low));
+            sum += (y.x + y.y) * (h ? 1 / traits::q_high : 1.0f);
           }
         }
         sum += __shfl_xor_sync(~0u, sum, 1);
@@ -227,7 +303,7 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
       float s[COLUMNS][4][4];
       uint32_t k_pair[4][2], v_pair[4][2];
       const uint8_t *at = ring_at + slot * S::block_bytes;
-      barrier_wait(barrier + 8 * slot, parity);
+      slot_wait(barrier + 8 * slot, parity, slots);
 #pragma unroll
       for (int m = 0; m < 4; m++) {
 #pragma unroll
@@ -258,7 +334,7 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
       __syncwarp();
       copy_next();
       at = ring_at + slot * S::block_bytes;
-      barrier_wait(barrier + 8 * slot, parity);
+      slot_wait(barrier + 8 * slot, parity, slots);
 #pragma unroll
       for (int m = 0; m < 4 && traits::has_params; m++) {
         v_pair[m][0] = *(const uint32_t *)(at + S::code_bytes + (m * 16 + row) * 4);
@@ -268,27 +344,41 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
       int left = u.e.n_tokens - u.tile * QTR_PAGE_TOKENS;
       float inv_s[4][2], zero[4][2], top[COLUMNS][2];
 #pragma unroll
-      for (int n = 0; n < COLUMNS; n++) top[n][0] = top[n][1] = -INFINITY;
-#pragma unroll
       for (int m = 0; m < 4; m++) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-          struct token_params t =
-              token_make<FORMAT>(k_pair[m][h], v_pair[m][h], log2_scale, p.k_scale, p.v_scale, m * 16 + h * 8 + row < left);
+          struct token_params t = token_make<FORMAT>(k_pair[m][h], v_pair[m][h], log2_scale, p.k_scale, p.v_scale, true);
           inv_s[m][h] = t.inv_s, zero[m][h] = t.zero;
 #pragma unroll
           for (int n = 0; n < COLUMNS; n++) {
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-              float x = __fmaf_rn(s[n][m][h * 2 + i], t.a, __fmaf_rn(-q_sum[n][i], t.b, t.log_s));
-              s[n][m][h * 2 + i] = x;
-              top[n][i] = fmaxf(top[n][i], x);
-            }
+            for (int i = 0; i < 2; i++)
+              s[n][m][h * 2 + i] = __fmaf_rn(s[n][m][h * 2 + i], t.a, __fmaf_rn(-q_sum[n][i], t.b, t.log_s));
           }
         }
       }
+      if (left < QTR_PAGE_TOKENS) { /* the last page */
+#pragma unroll
+        for (int m = 0; m < 4; m++) {
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            if (m * 16 + h * 8 + row < left) continue;
+            inv_s[m][h] = zero[m][h] = 0;
+#pragma unroll
+            for (int n = 0; n < COLUMNS; n++) s[n][m][h * 2] = s[n][m][h * 2 + 1] = -INFINITY;
+          }
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < COLUMNS; n++) {
+        top[n][0] = top[n][1] = -INFINITY;
+#pragma unroll
+        for (int m = 0; m < 4; m++) {
+#pragma unroll
+          for (int i = 0; i < 4; i++) top[n][i % 2] = fmaxf(top[n][i % 2], s[n][m][i]);
+        }
+      }
       bool grown = false;
-      float factor[COLUMNS][2];
 #pragma unroll
       for (int n = 0; n < COLUMNS; n++) {
 #pragma unroll
@@ -297,21 +387,24 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
           x = fmaxf(x, __shfl_xor_sync(~0u, x, 4));
           x = fmaxf(x, __shfl_xor_sync(~0u, x, 8));
           x = fmaxf(x, __shfl_xor_sync(~0u, x, 16));
-          x = fmaxf(max[n][i], x - WEIGHT_BITS);
-          factor[n][i] = fast_exp2(max[n][i] - x);
-          grown |= x != max[n][i];
-          max[n][i] = x;
+          top[n][i] = fmaxf(max[n][i], x - WEIGHT_BITS);
+          grown |= top[n][i] != max[n][i];
         }
       }
       if (__any_sync(~0u, grown)) {
 #pragma unroll
         for (int n = 0; n < COLUMNS; n++) {
+          float factor[2];
 #pragma unroll
-          for (int i = 0; i < 2; i++) sum[n][i] *= factor[n][i], zeros[n][i] *= factor[n][i];
+          for (int i = 0; i < 2; i++) {
+            factor[i] = fast_exp2(max[n][i] - top[n][i]);
+            max[n][i] = top[n][i];
+            sum[n][i] *= factor[i], zeros[n][i] *= factor[i];
+          }
 #pragma unroll
           for (int k = 0; k < K_STEPS; k++) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) o[n][k][i] *= factor[n][i % 2];
+            for (int i = 0; i < 4; i++) o[n][k][i] *= factor[i % 2];
           }
         }
       }
@@ -357,6 +450,7 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
       copy_next();
     }
     /* The segment's result: warps in order. */
+    split_look();
 #pragma unroll
     for (int n = 0; n < COLUMNS; n++) {
 #pragma unroll
@@ -378,8 +472,8 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
       }
     }
     __syncthreads();
+    split_merge();
     bool ends = u.segment + 1 == u.e.segment + u.e.n_segments;
-    float result_scale = FORMAT == QTR_KV_INT8_STATIC ? p.v_scale : 1.0f;
 #pragma unroll
     for (int k = 0; k < OUTPUTS; k++) {
       int i = (int)threadIdx.x + k * THREADS, head = i / (DIM / 4), d = i % (DIM / 4) * 4;
@@ -411,41 +505,18 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
       *(uint2 *)(p.out + ((size_t)u.e.token * p.n_heads + first_head + head) * DIM + d) =
           make_uint2(*(uint32_t *)&x, *(uint32_t *)&y);
     }
-    if (u.e.slot >= 0) { /* the last of the segments merges all */
-      int *counter = (int *)p.scratch + (size_t)u.e.slot * QTR_MAX_SPLIT_HEADS + u.kv_head * head_blocks + u.head_block;
-      __threadfence();
-      __syncthreads();
+    __syncthreads();     /* results and totals are used again */
+    if (u.e.slot >= 0) { /* counted now, looked at when the next unit is done: nobody waits */
+      last = {u.e.slot, u.e.all_segments, u.e.token, first_head, n_heads, u.kv_head * head_blocks + u.head_block};
       if (threadIdx.x == 0) {
-        is_last = atomicAdd(counter, 1) == u.e.all_segments - 1;
-        if (is_last) *counter = 0;
-      }
-      __syncthreads();
-      if (is_last) {
         __threadfence();
-#pragma unroll
-        for (int k = 0; k < OUTPUTS; k++) {
-          int i = (int)threadIdx.x + k * THREADS, head = i / (DIM / 4), d = i % (DIM / 4) * 4;
-          if (head >= n_heads) continue;
-          struct total t = {-INFINITY, 0};
-          float all[4] = {0, 0, 0, 0};
-#pragma unroll 4
-          for (int j = 0; j < u.e.all_segments; j++) {
-            const float *from = (const float *)(p.scratch + QTR_COUNTER_BYTES) +
-                                ((size_t)(u.e.slot + j) * p.n_heads + first_head + head) * (DIM + 4);
-            float4 x = __ldcg((const float4 *)(from + d));
-            float2 y = __ldcg((const float2 *)(from + DIM));
-            float part[4] = {x.x, x.y, x.z, x.w};
-            merge(t, all, total{y.x, y.y}, part);
-          }
-          float f = result_scale / t.sum;
-          __half2 x = __floats2half2_rn(all[0] * f, all[1] * f), y = __floats2half2_rn(all[2] * f, all[3] * f);
-          *(uint2 *)(p.out + ((size_t)u.e.token * p.n_heads + first_head + head) * DIM + d) =
-              make_uint2(*(uint32_t *)&x, *(uint32_t *)&y);
-        }
+        arrived = atomicAdd((int *)p.scratch + (size_t)last.slot * QTR_MAX_SPLIT_HEADS + last.pair, 1);
       }
     }
-    __syncthreads(); /* results, totals and is_last are used again */
   }
+  split_look();
+  __syncthreads();
+  split_merge();
 }
 
 /* As many blocks an SM as registers allow, if each warp can have three slots; the more warps, the less the chain of

@@ -59,6 +59,13 @@ __device__ __forceinline__ void wgmma(float (&d)[64], const uint32_t (&a)[4], ui
 }
 // clang-format on
 
+/* Both halves of B the same. */
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%8}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));
+}
+
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int N>
@@ -78,10 +85,9 @@ __device__ __forceinline__ void hold(uint32_t (&x)[N][4]) {
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
-/* K-major, 128-byte swizzle, 8 rows = 1,024 bytes. */
-__device__ __forceinline__ uint64_t descriptor(uint32_t address) {
-  return (uint64_t)(address >> 4) | (uint64_t)1 << 16 | (uint64_t)64 << 32 | (uint64_t)1 << 62;
-}
+/* Low and high word: K-major, 128-byte swizzle, 8 rows = 1,024 bytes. */
+__device__ __forceinline__ uint32_t descriptor_low(uint32_t address) { return address >> 4 | 1u << 16; }
+__device__ __forceinline__ uint64_t descriptor(uint32_t low) { return (uint64_t)0x40000040u << 32 | low; }
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t n) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(n) : "memory");
 }
@@ -233,6 +239,18 @@ struct entry { /* of the plan, for one KV head */
   struct qtr_prefill_entry e;
   int kv_head;
 };
+/* The same in all lanes: the compiler learns that loops over it do not diverge. */
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+__device__ __forceinline__ entry uniform(const entry &x) {
+  return {{uniform(x.e.seq),
+           uniform(x.e.first_token),
+           uniform(x.e.kv_len),
+           uniform(x.e.row),
+           uniform(x.e.n_rows),
+           uniform(x.e.n_tiles),
+           {0, 0}},
+          uniform(x.kv_head)};
+}
 __device__ __forceinline__ bool entry_load(const struct attention_params &p, int round, entry &x) {
   int n_items = ((const int *)p.plan)[1] * p.n_kv_heads, g = (int)gridDim.x, b = (int)blockIdx.x;
   int item = round * g + (round & 1 ? g - 1 - b : b);
@@ -279,8 +297,11 @@ __device__ __forceinline__ void produce(const struct attention_params &p, memory
     c.page = cursor_page(p, c);
     for (int i = 0; i < S::raw_stages; i++) copy_next(i);
   }
-  entry x;
-  for (int round = 0; entry_load(p, round, x); round++) {
+  entry x, next = {};
+  bool more = entry_load(p, 0, next);
+  for (int round = 1; more; round++) { /* the next entry is on its way while this one is worked on */
+    x = uniform(next);
+    more = entry_load(p, round, next);
     int last_row = x.e.row + x.e.n_rows - 1, n_tokens = x.e.kv_len + last_row / p.group + 1; /* that the last row sees */
     { /* the queries: a row a thread */
       int row = min(x.e.row + thread, last_row), head = x.kv_head * p.group + row % p.group;
@@ -325,8 +346,8 @@ struct rows { /* of a thread: two rows, l / 4 and + 8 of its warp's 16 */
   float o[DIM / 2], s[PAGE / 2], max[2], sum[2], zeros[2], q_sum[2];
   int last[2]; /* the last token that each sees */
 
-  /* Scores in s to weights; the factors for what was summed up before. */
-  __device__ __forceinline__ void weigh(const columns &c, int tile, bool masked, float slope, const float (&offset)[2],
+  /* Scores in s to weights. Returns whether what was summed up before must be multiplied by factor. */
+  __device__ __forceinline__ bool weigh(const columns &c, int tile, bool masked, float slope, const float (&offset)[2],
                                         float (&factor)[2]) {
     int pair = threadIdx.x % 4;
     float top[2] = {-INFINITY, -INFINITY};
@@ -358,19 +379,28 @@ struct rows { /* of a thread: two rows, l / 4 and + 8 of its warp's 16 */
       for (int j = 0; j < 4; j++) top[j / 2] = fmaxf(top[j / 2], s[4 * i + j]);
     }
     float shift[2];
+    bool grown = false;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      float x = top[r];
-      x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-      x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-      if (!traits::has_params) x = __fmaf_rn(x, slope, offset[r]);
-      x = fmaxf(max[r], x - WEIGHT_BITS);
-      factor[r] = fast_exp2(max[r] - x);
-      max[r] = x;
-      shift[r] = traits::has_params ? x : offset[r] - x;
-      sum[r] *= factor[r];
-      zeros[r] *= factor[r];
+      if (!traits::has_params) top[r] = __fmaf_rn(top[r], slope, offset[r]);
+      grown |= top[r] - max[r] > WEIGHT_BITS;
     }
+    grown = __any_sync(~0u, grown);
+    if (grown) {
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        float x = top[r];
+        x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+        x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+        x = x - max[r] > WEIGHT_BITS ? x - WEIGHT_TOP : max[r];
+        factor[r] = fast_exp2(max[r] - x);
+        max[r] = x;
+        sum[r] *= factor[r];
+        zeros[r] *= factor[r];
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) shift[r] = traits::has_params ? max[r] : offset[r] - max[r];
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       float4 iz = make_float4(1, 0, 1, 0);
@@ -388,6 +418,7 @@ struct rows { /* of a thread: two rows, l / 4 and + 8 of its warp's 16 */
         }
       }
     }
+    return grown;
   }
 
   __device__ __forceinline__ void pack() {
@@ -402,7 +433,11 @@ struct rows { /* of a thread: two rows, l / 4 and + 8 of its warp's 16 */
   }
 };
 
-template <int FORMAT, int DIM>
+/* The two warpgroups issue their products in turns, so that one multiplies while the other makes weights of scores. */
+__device__ __forceinline__ void turn_wait(int part) { asm volatile("bar.sync %0, 256;" ::"r"(2 + part) : "memory"); }
+__device__ __forceinline__ void turn_give(int part) { asm volatile("bar.arrive %0, 256;" ::"r"(2 + part) : "memory"); }
+
+template <int FORMAT, int DIM, bool TURNS>
 __device__ __forceinline__ void consume(const struct attention_params &p, memory<FORMAT, DIM> &m) {
   using traits = kv_traits<FORMAT>;
   using S = shape<FORMAT, DIM>;
@@ -413,24 +448,30 @@ __device__ __forceinline__ void consume(const struct attention_params &p, memory
   struct token_params same =
       token_make<FORMAT>(0, 0, log2_scale, p.k_scale, p.v_scale, true); /* if all tokens have the same */
   rows<FORMAT, DIM> x;
-  entry y;
+  entry y, next = {};
   auto release = [&](int i) {
     __syncwarp();
     if (lane == 0) barrier_arrive(empty + 8 * i);
   };
+  constexpr uint32_t TILE = sizeof m.tile[0] / 16;
+  uint32_t k_low = descriptor_low(shared_address(m.tile[0].k)), v_low = descriptor_low(shared_address(m.tile[0].v));
   auto scores = [&](int i) {
-    uint32_t k = shared_address(m.tile[i].k);
+    uint32_t low = k_low + (uint32_t)i * TILE;
 #pragma unroll
-    for (int j = 0; j < K_STEPS; j++) wgmma(x.s, x.q[j], descriptor(k + j / 4 * (PAGE * 128) + j % 4 * 32), j > 0);
+    for (int j = 0; j < K_STEPS; j++) wgmma(x.s, x.q[j], descriptor(low + (j / 4 * (PAGE * 128) + j % 4 * 32) / 16), j > 0);
     wgmma_commit();
   };
   auto results = [&](int i) {
-    uint32_t v = shared_address(m.tile[i].v);
+    uint32_t low = v_low + (uint32_t)i * TILE;
 #pragma unroll
-    for (int j = 0; j < 4; j++) wgmma(x.o, x.p[j], descriptor(v + j * 32), 1);
+    for (int j = 0; j < 4; j++) wgmma(x.o, x.p[j], descriptor(low + j * 2), 1);
     wgmma_commit();
   };
-  for (int round = 0; entry_load(p, round, y); round++) {
+  if (TURNS && part == 1) turn_give(0);
+  bool more = entry_load(p, 0, next);
+  for (int round = 1; more; round++) {
+    y = uniform(next);
+    more = entry_load(p, round, next);
     size_t to[2];
     bool exists[2];
     float offset[2];
@@ -444,39 +485,35 @@ __device__ __forceinline__ void consume(const struct attention_params &p, memory
       x.last[r] = y.e.kv_len + token;
       to[r] = ((size_t)(y.e.first_token + token) * p.n_heads + y.kv_head * p.group + row % p.group) * DIM;
       const uint8_t *q = m.q[in] + 16 * (pair % 2) + 32 * (pair / 2);
-      float sum = 0;
 #pragma unroll
       for (int j = 0; j < K_STEPS / 4; j++) {
 #pragma unroll
         for (int h = 0; h < 2; h++) { /* 8 dims: a pair of each of 4 steps */
           uint4 z = *(const uint4 *)(q + 64 * (2 * j + h));
-          uint32_t words[4] = {z.x, z.y, z.z, z.w};
-#pragma unroll
-          for (int i = 0; i < 4; i++) {
-            if (FORMAT == QTR_KV_INT4) {
-              __half2 f = __float2half2_rn(pair % 2 ? traits::q_high : traits::q_low), limit = __float2half2_rn(65504.0f);
-              __half2 w = __hmax2(__hmin2(__hmul2(*(__half2 *)&words[i], f), limit), __hneg2(limit));
-              words[i] = *(uint32_t *)&w;
-            }
-            x.q[4 * j + i][r + 2 * h] = words[i];
-            float2 w = __half22float2(*(__half2 *)&words[i]);
-            sum += w.x + w.y;
-          }
+          x.q[4 * j][r + 2 * h] = q_scale<FORMAT>(z.x, pair % 2), x.q[4 * j + 1][r + 2 * h] = q_scale<FORMAT>(z.y, pair % 2);
+          x.q[4 * j + 2][r + 2 * h] = q_scale<FORMAT>(z.z, pair % 2);
+          x.q[4 * j + 3][r + 2 * h] = q_scale<FORMAT>(z.w, pair % 2);
         }
       }
-      if (FORMAT == QTR_KV_INT4) sum *= pair % 2 ? 1 / traits::q_high : 1 / traits::q_low;
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
-      x.q_sum[r] = sum;
-      offset[r] = -sum * same.b;
       x.max[r] = -INFINITY;
       x.sum[r] = x.zeros[r] = 0;
     }
     __syncwarp();
     if (lane == 0) barrier_arrive(shared_address(&m.q_empty));
+    if (traits::is_int) { /* the rows' sums */
+      float sums[4] = {0, 0, 0, 0};
+      __half2 ones = __float2half2_rn(pair % 2 ? 1 / traits::q_high : 1.0f);
+#pragma unroll
+      for (int j = 0; j < K_STEPS; j++) mma(sums, x.q[j], *(uint32_t *)&ones);
+      x.q_sum[0] = sums[0], x.q_sum[1] = sums[2];
+      offset[0] = -sums[0] * same.b, offset[1] = -sums[2] * same.b;
+    } else {
+      offset[0] = offset[1] = 0;
+    }
     /* Pages that this warpgroup's last row sees; those that its first row does not see whole. */
     int first_row = min(y.e.row + part * 64, end - 1), last_row = min(y.e.row + part * 64 + 63, end - 1);
-    int n = (y.e.kv_len + last_row / p.group) / PAGE + 1, whole = (y.e.kv_len + first_row / p.group + 1) / PAGE;
+    int n = TURNS ? y.e.n_tiles : (y.e.kv_len + last_row / p.group) / PAGE + 1,
+        whole = (y.e.kv_len + first_row / p.group + 1) / PAGE;
 #pragma unroll
     for (int i = 0; i < DIM / 2; i++) x.o[i] = 0;
     auto advance = [&]() {
@@ -489,7 +526,7 @@ __device__ __forceinline__ void consume(const struct attention_params &p, memory
     scores(s);
     wgmma_wait<0>();
     hold(x.s);
-    x.weigh(m.column[s], 0, whole == 0, same.a, offset, factor);
+    (void)x.weigh(m.column[s], 0, whole == 0, same.a, offset, factor);
     x.pack();
     for (int tile = 1; tile < n; tile++) {
       int before = s;
@@ -498,18 +535,22 @@ __device__ __forceinline__ void consume(const struct attention_params &p, memory
       hold(x.s);
       hold(x.o);
       hold(x.p);
+      if (TURNS) turn_wait(part);
       wgmma_fence();
       scores(s);
       results(before);
+      if (TURNS) turn_give(1 - part);
       wgmma_wait<1>();
       hold(x.s);
-      x.weigh(m.column[s], tile, tile >= whole, same.a, offset, factor);
+      bool grown = x.weigh(m.column[s], tile, tile >= whole, same.a, offset, factor);
       wgmma_wait<0>();
       hold(x.o);
       hold(x.p);
       release(before);
+      if (grown) {
 #pragma unroll
-      for (int i = 0; i < DIM / 2; i++) x.o[i] *= factor[i / 2 % 2];
+        for (int i = 0; i < DIM / 2; i++) x.o[i] *= factor[i / 2 % 2];
+      }
       x.pack();
     }
     hold(x.o);
@@ -551,8 +592,8 @@ template <int FORMAT, int DIM>
 __global__ void __launch_bounds__(THREADS, 1) k_attention_prefill(const __grid_constant__ struct attention_params p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using S = shape<FORMAT, DIM>;
-  extern __shared__ uint8_t shared[];
-  memory<FORMAT, DIM> &m = *(memory<FORMAT, DIM> *)((uintptr_t)(shared + 1023) & ~(uintptr_t)1023);
+  extern __shared__ __align__(1024) uint8_t shared[]; /* the only shared memory: begins at a multiple of 1,024 */
+  memory<FORMAT, DIM> &m = *(memory<FORMAT, DIM> *)shared;
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::stages; i++) {
       barrier_init(shared_address(&m.full[i]), 128);
@@ -569,17 +610,21 @@ __global__ void __launch_bounds__(THREADS, 1) k_attention_prefill(const __grid_c
     produce<FORMAT, DIM>(p, m);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
-    consume<FORMAT, DIM>(p, m);
+    if (p.group > 1) { /* else the second warpgroup often sees a page more than the first */
+      consume<FORMAT, DIM, true>(p, m);
+    } else {
+      consume<FORMAT, DIM, false>(p, m);
+    }
   }
 #else
-  (void)p;
+  __trap(); /* built for another GPU than the launch takes it for */
 #endif
 }
 
 template <int FORMAT, int DIM>
 cudaError_t launch(const struct attention_params &p, const struct qtr_attention_plan *plan, int n_sms, cudaStream_t stream) {
   auto kernel = k_attention_prefill<FORMAT, DIM>;
-  constexpr size_t n_shared = sizeof(memory<FORMAT, DIM>) + 1023;
+  constexpr size_t n_shared = sizeof(memory<FORMAT, DIM>);
   static_assert(n_shared <= 232448, "shared memory of a block");
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)n_shared);
   if (error != cudaSuccess) return error;
@@ -592,13 +637,13 @@ cudaError_t launch(const struct attention_params &p, const struct qtr_attention_
 
 cudaError_t qtr_cuda_attention_prefill(const struct attention_params *p, int format, const struct qtr_attention_plan *plan,
                                        cudaStream_t stream) {
-  int device, n_sms, major;
+  int device, n_sms;
+  cudaFuncAttributes attributes;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, k_attention_prefill<QTR_KV_INT4, 128>);
   if (error != cudaSuccess) return error;
-  if (major != 9)
-    return qtr_cuda_attention_generic(p, format, stream); /* one-token sequences too: decode writes them again */
+  if (attributes.ptxVersion < 90) return qtr_cuda_attention_generic(p, format, stream); /* decode writes its rows again */
   bool large = p->dim == 128;
   switch (format) {
     case QTR_KV_F16:

@@ -332,6 +332,7 @@ cudaError_t qtr_cuda_linear_run(struct qtr_cuda *c, const struct qtr_linear_args
                                           .epilogue = args->epilogue,
                                           .out = args->out,
                                           .n_tokens = args->n_tokens,
+                                          .dependent = true,
                                           .workspace = c->gemm_workspace};
   return qtr_cuda_gemm(&gemm, c->stream);
 }

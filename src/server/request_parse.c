@@ -120,11 +120,46 @@ static bool check_size(const char *body, size_t len, struct qtr_api_error *err) 
   return true;
 }
 
+/* A member's name with \u0000 in it is none we know, but jansson would refuse the whole body for it: it becomes \u0001.
+ * name: the string (len) between its quotes. */
+static void mend_name(char *name, size_t len) {
+  for (size_t i = 0; i + 6 <= len; i += name[i] == '\\' ? 2 : 1) {
+    if (memcmp(name + i, "\\u0000", 6) == 0) name[i + 5] = '1';
+  }
+}
+
+static void mend_names(char *body, size_t len) {
+  for (size_t i = 0; i < len; i++) {
+    if (body[i] != '"') continue;
+    size_t from = ++i;
+    while (i < len && body[i] != '"') i += body[i] == '\\' ? 2 : 1;
+    size_t next = i + 1;
+    while (next < len && (body[next] == ' ' || body[next] == '\n' || body[next] == '\r' || body[next] == '\t')) next++;
+    if (i < len && next < len && body[next] == ':') mend_name(body + from, i - from);
+  }
+}
+
+/* Whole numbers beyond 64 bits become reals, so that one in a member nobody knows hurts nobody. */
+static json_t *load_leniently(const char *body, size_t len, json_error_t *where) {
+  json_t *root = json_loadb(body, len, JSON_ALLOW_NUL, where);
+  if (root ||
+      (json_error_code(where) != json_error_numeric_overflow && json_error_code(where) != json_error_null_byte_in_key)) {
+    return root;
+  }
+  char *mended = malloc(len + 1);
+  if (!mended) return NULL;
+  memcpy(mended, body, len);
+  mend_names(mended, len);
+  root = json_loadb(mended, len, JSON_ALLOW_NUL | JSON_DECODE_INT_AS_REAL, where);
+  free(mended);
+  return root;
+}
+
 static bool load(const char *body, size_t len, json_t **root, struct qtr_api_error *err) {
-  json_error_t where;
+  json_error_t where = {0};
   *root = NULL;
   if (!check_size(body, len, err)) return false;
-  *root = json_loadb(body, len, 0, &where);
+  *root = load_leniently(body, len, &where);
   if (!*root) {
     return qtr_api_fail(err, 400, NULL, "the body is not valid JSON: line %d, column %d: %s", where.line, where.column,
                         where.text);
@@ -210,6 +245,18 @@ static bool get_string(const json_t *o, const char *name, const char **value, st
   const json_t *v = member(o, name);
   if (!v) return true;
   if (!json_is_string(v)) return qtr_api_fail(err, 400, name, "%s must be a string, not %s", name, kind_name(v));
+  if (strlen(json_string_value(v)) != json_string_length(v)) {
+    return qtr_api_fail(err, 400, name, "%s must not hold a NUL character", name);
+  }
+  *value = json_string_value(v);
+  return true;
+}
+
+/* The same, but NUL may be inside: its length is json_string_length. */
+static bool get_text(const json_t *o, const char *name, const char **value, struct qtr_api_error *err) {
+  const json_t *v = member(o, name);
+  if (!v) return true;
+  if (!json_is_string(v)) return qtr_api_fail(err, 400, name, "%s must be a string, not %s", name, kind_name(v));
   *value = json_string_value(v);
   return true;
 }
@@ -221,9 +268,11 @@ static bool get_tokens(const json_t *array, const char *name, int32_t **token, s
   if (!*token) return no_memory(err);
   for (size_t i = 0; i < *n; i++) {
     const json_t *v = json_array_get(array, i);
-    json_int_t id = json_integer_value(v);
-    if (!json_is_integer(v))
-      return qtr_api_fail(err, 400, name, "%s[%zu] must be a token id, not %s", name, i, kind_name(v));
+    int64_t id = 0;
+    if (!json_is_number(v)) return qtr_api_fail(err, 400, name, "%s[%zu] must be a token id, not %s", name, i, kind_name(v));
+    if (!whole(v, &id)) {
+      return qtr_api_fail(err, 400, name, "%s[%zu] is %g, which is no token id", name, i, json_number_value(v));
+    }
     if (id < 0 || id > INT32_MAX) {
       return qtr_api_fail(err, 400, name, "%s[%zu] is %lld, which is no token id", name, i, (long long)id);
     }
@@ -254,10 +303,14 @@ static bool parse_sampling(const json_t *o, struct qtr_api_request *r, struct qt
   const json_t *seed = member(o, "seed");
   if (seed) {
     int64_t v;
-    if (!json_is_number(seed) || !whole(seed, &v)) {
+    double x = json_is_number(seed) ? json_number_value(seed) : NAN;
+    if (x < floor(x) || x > floor(x) || isnan(x)) {
       return qtr_api_fail(err, 400, "seed", "seed must be a whole number, not %s", kind_name(seed));
     }
-    s->seed = (uint64_t)v;
+    if (whole(seed, &v))
+      s->seed = (uint64_t)v;
+    else
+      memcpy(&s->seed, &x, sizeof s->seed); /* beyond 64 bits: its bits are as good a seed */
     s->has_seed = true;
   }
   return true;
@@ -276,6 +329,9 @@ static bool parse_stop(const json_t *o, struct qtr_api_request *r, struct qtr_ap
     if (!json_is_string(text))
       return qtr_api_fail(err, 400, "stop", "stop[%zu] must be a string, not %s", i, kind_name(text));
     size_t len = json_string_length(text);
+    if (len != strlen(json_string_value(text))) {
+      return qtr_api_fail(err, 400, "stop", "stop[%zu] must not hold a NUL character", i);
+    }
     if (len < 1 || len > 256) {
       return qtr_api_fail(err, 400, "stop", "stop[%zu] has %zu bytes; it must have 1 to 256", i, len);
     }
@@ -584,7 +640,7 @@ static bool parse_prompt(const json_t *o, struct qtr_api_request *r, struct qtr_
                         kind_name(prompt));
   }
   const json_t *first = json_array_get(prompt, 0);
-  bool single = json_is_string(prompt) || json_is_integer(first);
+  bool single = json_is_string(prompt) || json_is_number(first);
   size_t n = single ? 1 : json_array_size(prompt);
   if (n == 0) return qtr_api_fail(err, 400, "prompt", "prompt is empty");
   if (n > QTR_API_MAX_PROMPTS) {
@@ -613,9 +669,10 @@ static bool parse_prompt(const json_t *o, struct qtr_api_request *r, struct qtr_
 /* ---- whole requests ------------------------------------------------------------------------------ */
 
 static bool parse_common(const json_t *o, struct qtr_api_request *r, struct qtr_api_error *err) {
-  const char *user = NULL;
-  return get_string(o, "model", &r->model, err) && get_string(o, "user", &user, err) && parse_sampling(o, r, err) &&
-         parse_stop(o, r, err) && parse_bias(o, r, err) && parse_stream(o, r, err) && parse_format(o, r, err);
+  const json_t *user = member(o, "user"); /* for nobody: only its type is checked */
+  if (user && !json_is_string(user)) return qtr_api_fail(err, 400, "user", "user must be a string, not %s", kind_name(user));
+  return get_string(o, "model", &r->model, err) && parse_sampling(o, r, err) && parse_stop(o, r, err) &&
+         parse_bias(o, r, err) && parse_stream(o, r, err) && parse_format(o, r, err);
 }
 
 static bool parse_chat(const json_t *o, struct qtr_api_request *r, struct qtr_api_error *err) {
@@ -690,11 +747,11 @@ bool qtr_api_parse_tokenize(const char *body, size_t len, bool decode, struct qt
     ok = ok && (json_is_array(tokens) || qtr_api_fail(err, 400, "tokens", "tokens must be an array of token ids")) &&
          get_tokens(tokens, "tokens", &r->token, &r->n_token, err);
   } else {
-    ok = ok && get_string(o, "content", &r->text, err) && get_string(o, "prompt", &r->text, err) &&
+    ok = ok && get_text(o, "content", &r->text, err) && get_text(o, "prompt", &r->text, err) &&
          get_bool(o, "add_special_tokens", &r->add_special, err) &&
          get_bool(o, "add_generation_prompt", &r->add_generation_prompt, err);
     if (ok && r->text) {
-      r->len = strlen(r->text); /* NUL cannot be inside: the JSON reader refuses it */
+      r->len = json_string_length(member(o, "prompt") ? member(o, "prompt") : member(o, "content"));
     } else if (ok) {
       r->tools = member(o, "tools");
       ok = member(o, "messages")

@@ -153,6 +153,14 @@ static int get_version(struct qtr_server *s, struct qtr_http_conn *conn, const c
   return 200;
 }
 
+static int get_openapi(struct qtr_server *s, struct qtr_http_conn *conn, const char *id) {
+  struct qtr_buffer out = {0};
+  qtr_openapi_write(s, &out);
+  qtr_send_json(s, conn, 200, id, &out);
+  qtr_buffer_free(&out);
+  return 200;
+}
+
 static int get_metrics(struct qtr_server *s, struct qtr_http_conn *conn, const char *id) {
   struct qtr_buffer out = {0};
   struct qtr_stats stats;
@@ -207,7 +215,8 @@ static const struct route {
               {"/v1/models", false, false, get_models},         {"/v1/models/", false, false, get_model},
               {"/v1/embeddings", true, false, post_embeddings}, {"/tokenize", true, false, post_tokenize},
               {"/detokenize", true, false, post_detokenize},    {"/health", false, true, get_health},
-              {"/version", false, false, get_version},          {"/metrics", false, false, get_metrics}};
+              {"/version", false, false, get_version},          {"/openapi.json", false, false, get_openapi},
+              {"/metrics", false, false, get_metrics}};
 
 static const struct route *find_route(struct qtr_http_slice path) {
   for (size_t i = 0; i < sizeof routes / sizeof routes[0]; i++) {

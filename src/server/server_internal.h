@@ -119,6 +119,7 @@ const char *qtr_reply_finish(const struct qtr_choice *choice); /* "stop", "lengt
 
 /* ---- the rest of the routes and the log (routes.c, log.c) ------------------------------------------ */
 
+void qtr_openapi_write(const struct qtr_server *server, struct qtr_buffer *out); /* openapi.c */
 void qtr_route(struct qtr_http_conn *conn, void *server);
 void qtr_route_refuse(struct qtr_http_conn *conn, int status, const char *why, void *server);
 /* Answers with an error; extra: header lines or NULL. */

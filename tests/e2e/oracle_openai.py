@@ -211,6 +211,9 @@ def test_errors(server):
     fails(openai.InternalServerError, None, client.embeddings.create, model=name, input="x")
     check(httpx.post(server.url + "/v1/embeddings", json={}).status_code == 501, "embeddings")
     check(httpx.get(server.url + "/nothing").status_code == 404, "an unknown path")
+    described = httpx.get(server.url + "/openapi.json").json()
+    check(described["openapi"] == "3.1.0" and "/v1/chat/completions" in described["paths"], "/openapi.json")
+    check(described["components"]["schemas"]["ChatRequest"]["properties"]["model"]["enum"] == [name, None], "its model")
     check(httpx.get(server.url + "/v1/completions").status_code == 405, "a wrong method")
 
 

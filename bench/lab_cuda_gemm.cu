@@ -1,7 +1,7 @@
 /* lab_cuda_gemm.cu - laboratory of src/backend/cuda/gemm*.cu: checks against exact sums on the host, then times.
  *
- *   nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -Isrc -Iinclude bench/lab_cuda_gemm.cu
- * src/backend/cuda/gemm*.cu
+ *   nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -Isrc -Iinclude bench/lab_cuda_gemm.cu \
+ *        src/backend/cuda/gemm*.cu
  *   ./a.out check | check80 | small | [dependent] time TOKENS ... | time80 TOKENS ... | sweep FORMAT TOKENS N ...
  *
  * check: every format, epilogue, many shapes and token counts; poisoned outputs, fresh inputs, guard bytes, the same bits
@@ -271,9 +271,10 @@ static void check_path(enum qtr_cuda_path path) {
   }
 }
 
-static const int variants[][4] = {{8, 128, 1, 1},   {8, 64, 1, 1},    {16, 128, 1, 1}, {16, 64, 1, 1}, {32, 128, 1, 1},
-                                  {32, 64, 1, 1},   {64, 128, 1, 1},  {64, 128, 1, 2}, {64, 64, 1, 1}, {128, 128, 1, 1},
-                                  {128, 128, 1, 2}, {256, 128, 1, 1}, {256, 128, 2, 1}};
+static const int variants[][4] = {{8, 128, 1, 1},   {8, 64, 1, 1},    {16, 128, 1, 1},  {16, 64, 1, 1},
+                                  {32, 128, 1, 1},  {32, 64, 1, 1},   {64, 128, 1, 1},  {64, 128, 1, 2},
+                                  {64, 64, 1, 1},   {128, 128, 1, 1}, {128, 128, 1, 2}, {256, 128, 1, 1},
+                                  {256, 128, 2, 1}, {96, 128, 1, 1},  {96, 128, 1, 2},  {192, 128, 1, 1}};
 
 /* Forced plans: every tile, cut and whole, single and paired. */
 static void check_plans(int n_sms) {

@@ -3,12 +3,16 @@
 
 size_t qtr_cuda_gemm_workspace(void) { return 256; }
 
-/* Microseconds of tiles of n tokens and 128 rows, as measured on an H100 (bench/NOTES.md): the tensor cores take 4 n cycles
- * a step of 128 columns at 1.75 GHz, a tile's epilogue 1.65 us (n = 128) or 2.4 us (256), meeting of a split tile 2.2 us. */
-static double tile_time(size_t m_tiles, size_t k_steps, size_t n_tokens, int n, int split, int n_sms) {
+/* Microseconds of a product by tiles of n tokens and 128 rows, as measured on an H100 (bench/NOTES.md). The tensor cores
+ * take 4 n cycles at 1.75 GHz for a step of 128 columns; making group weights takes 330 + 2.5 n, which small tiles do not
+ * hide. A tile's epilogue takes 1.65 us at n = 128 and 2.4 us at 256; to meet, the two blocks of a split tile take 2.2 us.
+ */
+static double tile_time(enum qtr_linear_format format, size_t m_tiles, size_t k_steps, size_t n_tokens, int n, int split,
+                        int n_sms) {
   size_t tiles = m_tiles * ((n_tokens + (size_t)n - 1) / (size_t)n) * (size_t)split;
-  double waves = (double)((tiles + (size_t)n_sms - 1) / (size_t)n_sms);
-  double tile = (double)((k_steps + (size_t)split - 1) / (size_t)split) * n * 4 / 1750 + (n == 128 ? 1.65 : 2.4);
+  double waves = (double)((tiles + (size_t)n_sms - 1) / (size_t)n_sms), step = 4 * n;
+  if (format == QTR_LINEAR_W4A8_G128 && step < 330 + 2.5 * n) step = 330 + 2.5 * n;
+  double tile = (double)((k_steps + (size_t)split - 1) / (size_t)split) * step / 1750 + 0.9 + 0.006 * n;
   return waves * (tile + (split > 1 ? 2.2 : 0));
 }
 
@@ -27,16 +31,21 @@ struct qtr_gemm_plan qtr_gemm_choose(enum qtr_linear_format format, size_t n_row
   }
   if (n_tokens <= 64) return plan;
 
-  double best = tile_time(m_tiles, k_steps, n_tokens, 128, 1, n_sms);
-  plan.n = 128;
-  if (k_steps > 1 && tile_time(m_tiles, k_steps, n_tokens, 128, 2, n_sms) < best) {
-    best = tile_time(m_tiles, k_steps, n_tokens, 128, 2, n_sms);
-    plan.split = 2;
+  if (n_tokens >= 2048) { /* fewest bytes from L2: the chip runs at its power limit here */
+    plan.n = 256;
+    plan.pair = m_tiles > 1 ? 2 : 1;
+    return plan;
   }
-  if (n_tokens > 128 && tile_time(m_tiles, k_steps, n_tokens, 256, 1, n_sms) < best) plan.n = 256, plan.split = 1;
-  if (n_tokens >= 2048) plan.n = 256, plan.split = 1; /* fewest bytes from L2: the chip runs at its power limit */
-  if (n_tokens >= 2048 && m_tiles > 1)
-    plan.pair = 2; /* about 2 % slower than single blocks at 1,024 tokens, 1 to 7 % faster here */
+  static const struct { int n, split; } tile[] = {{256, 1}, {192, 1}, {128, 1}, {128, 2}, {96, 1}, {96, 2}};
+  double best = 0;
+  for (size_t i = 0; i < sizeof tile / sizeof tile[0]; i++) {
+    if ((size_t)tile[i].split > k_steps) continue;
+    double t = tile_time(format, m_tiles, k_steps, n_tokens, tile[i].n, tile[i].split, n_sms);
+    if (i && t >= best) continue;
+    best = t;
+    plan.n = tile[i].n;
+    plan.split = tile[i].split;
+  }
   return plan;
 }
 

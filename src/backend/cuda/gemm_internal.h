@@ -44,7 +44,8 @@ struct qtr_gemm_work {
 };
 
 /* How a product is cut; gemm.cu chooses, the laboratory tries others. gemm_sm90.cu has these (n, rows, pair, split):
- * 8, 16, 32: 128 1 1, 64 1 1; 64: 128 1 1, 128 1 2, 64 1 1; 128: 128 1 1, 128 1 2; 256: 128 1 1, 128 2 1. */
+ * 8, 16, 32: 128 1 1, 64 1 1; 64: 128 1 1, 128 1 2, 64 1 1; 96, 128: 128 1 1, 128 1 2; 192: 128 1 1; 256: 128 1 1, 128 2 1.
+ */
 struct qtr_gemm_plan {
   int32_t n, rows; /* of a tile: tokens, weight rows */
   int32_t pair;    /* blocks that share activations */

@@ -140,9 +140,12 @@ struct shape {
   static constexpr int GROUP = FORMAT == QTR_LINEAR_W4A8_G128 ? 128 : 0;            /* and its constants */
   static constexpr int BLOCK = CODES + GROUP, W_BYTES = CONSUMERS * BLOCK;
   static constexpr int X_BLOCK = N * QTR_TILE_K, X_BYTES = X_BLOCK * BLOCKS;
-  static constexpr int CHUNK = TOKENS < 32 ? TOKENS : 32, CHUNKS = TOKENS / CHUNK; /* tokens of an epilogue buffer */
-  static constexpr int BUFFERS = N < 256 ? CHUNKS : CODES == 8192 ? 3 : 7;         /* of a consumer; a store takes a while */
-  static constexpr int WRITERS = NARROW ? 1 : 2;                                   /* consumers that do an epilogue */
+  static constexpr int CHUNK = TOKENS % 32 == 0   ? 32
+                               : TOKENS % 16 == 0 ? 16
+                                                  : 8,
+                       CHUNKS = TOKENS / CHUNK;                            /* tokens of an epilogue buffer */
+  static constexpr int BUFFERS = N < 256 ? CHUNKS : CODES == 8192 ? 3 : 7; /* of a consumer; a store takes a while */
+  static constexpr int WRITERS = NARROW ? 1 : 2;                           /* consumers that do an epilogue */
   static constexpr int BUFFER = CHUNK * 128, EPILOGUE = WRITERS * BUFFERS * BUFFER;
   static constexpr int ROOM = CTAS == 1 ? SHARED_MAX : (SHARED_MAX + 1024) / 2 - 1024;
   static constexpr int FIXED = EPILOGUE + WRITERS * 2 * TOKENS * 4 + 256;
@@ -553,6 +556,10 @@ __global__ void __launch_bounds__((shape<FORMAT, N, ROWS, SPLIT>::THREADS), (sha
     if (threadIdx.x % 128 == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
   }
   if (PAIR > 1) cluster_sync(); /* nobody leaves while the other may still write here */
+#else
+  __shared__ volatile int absent; /* qtr_gemm_built_sm90 sees it */
+  absent = 1;
+  __trap();
 #endif
 }
 
@@ -634,18 +641,22 @@ static cudaError_t launch_format(const struct qtr_gemm_plan *plan, const struct 
     CASE(64, 128, 1, 1);
     CASE(64, 128, 1, 2);
     CASE(64, 64, 1, 1);
+    CASE(96, 128, 1, 1);
+    CASE(96, 128, 1, 2);
     CASE(128, 128, 1, 1);
     CASE(128, 128, 1, 2);
+    CASE(192, 128, 1, 1);
     CASE(256, 128, 1, 1);
     CASE(256, 128, 2, 1);
     default: return cudaErrorInvalidValue;
   }
 }
 
+/* Static shared memory marks a kernel without its body: code for sm_90 that is not sm_90a, or for something older. */
 bool qtr_gemm_built_sm90(void) {
   struct cudaFuncAttributes a;
   return cudaFuncGetAttributes(&a, (const void *)k_gemm_sm90<QTR_LINEAR_W4A8, 8, 64, 1, 1>) == cudaSuccess &&
-         a.ptxVersion >= 90;
+         a.sharedSizeBytes == 0;
 }
 
 cudaError_t qtr_gemm_launch_sm90(enum qtr_linear_format format, const struct qtr_gemm_plan *plan,

@@ -69,6 +69,19 @@ struct wgmma<64> {
   }
 };
 template <>
+struct wgmma<96> {
+  static __device__ __forceinline__ void mma(int32_t (&d)[48], const uint32_t *a, uint64_t b, int accumulate) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %53, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n96k32.s32.s8.s8 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, "
+                 "{%48, %49, %50, %51}, %52, p;\n}\n"
+                 : D16(0), D16(16), D16(32)
+                 : A4, "l"(b), "r"(accumulate));
+  }
+};
+template <>
 struct wgmma<128> {
   static __device__ __forceinline__ void mma(int32_t (&d)[64], const uint32_t *a, uint64_t b, int accumulate) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"

@@ -1,12 +1,13 @@
 /* rope_kv.cu - RoPE on q and k in place (spec C.4), then K and V into their pages (C.3): codes, scales and zeros have the
  * bits of backend/common/kv_quant.h for the fp16 values that are left in qkv. Layout: kv_layout.h.
  *
- * One block a token, one warp a row (head of q, k or v): every value is read once, the row's range is reduced in the warp,
- * codes change places through shared memory. Bound by the bytes of qkv. */
+ * A block is eight rows (heads of q, k or v) of a token, one warp a row: every value is read once, the row's range is
+ * reduced in the warp, codes change places through shared memory. Bound by the bytes of qkv. */
 #include <cuda_fp16.h>
 
 #include "backend/cuda/attention.h"
 #include "backend/cuda/kv_layout.h"
+#include "backend/cuda/launch.cuh"
 
 enum { ROPE_WARPS = 8, MAX_DIM = 256 };
 
@@ -120,6 +121,7 @@ __device__ static void row_store(const struct rope_params &p, uint8_t *block, bo
 template <int FORMAT, int NJ>
 __global__ static void __launch_bounds__(ROPE_WARPS * 32) k_rope_kv(const struct rope_params p) {
   __shared__ uint8_t codes[ROPE_WARPS][MAX_DIM];
+  qtr_begin();
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, half = p.dim / 2;
   int token = blockIdx.x, seq = p.token_seq[token], n_rows = p.n_heads + 2 * p.n_kv_heads;
   int place = p.kv_len[seq] + token - p.q_start[seq], slot = place % QTR_PAGE_TOKENS;
@@ -131,7 +133,8 @@ __global__ static void __launch_bounds__(ROPE_WARPS * 32) k_rope_kv(const struct
     cos[j] = i < half ? p.cos[(size_t)token * half + i] : 1;
     sin[j] = i < half ? p.sin[(size_t)token * half + i] : 0;
   }
-  for (int row = warp; row < n_rows; row += ROPE_WARPS) {
+  int row = blockIdx.y * ROPE_WARPS + warp;
+  if (row < n_rows) {
     __half *x = p.qkv + ((size_t)token * n_rows + row) * p.dim;
     bool is_v = row >= p.n_heads + p.n_kv_heads;
     float a[NJ], b[NJ];
@@ -154,7 +157,7 @@ __global__ static void __launch_bounds__(ROPE_WARPS * 32) k_rope_kv(const struct
         b[j] = __half2float(w);
       }
     }
-    if (row < p.n_heads) continue;
+    if (row < p.n_heads) return;
     int head = is_v ? row - p.n_heads - p.n_kv_heads : row - p.n_heads;
     uint8_t *block = (is_v ? p.v : p.k) + page * p.page_bytes + head * p.block_bytes;
     row_store<FORMAT, NJ>(p, block, is_v, slot, a, b, codes[warp]);
@@ -162,15 +165,11 @@ __global__ static void __launch_bounds__(ROPE_WARPS * 32) k_rope_kv(const struct
 }
 
 template <int FORMAT>
-static void launch(const struct rope_params &p, int32_t n_tokens, cudaStream_t stream) {
-  unsigned grid = (unsigned)n_tokens;
-  if (p.dim <= 64) {
-    k_rope_kv<FORMAT, 1><<<grid, ROPE_WARPS * 32, 0, stream>>>(p);
-  } else if (p.dim <= 128) {
-    k_rope_kv<FORMAT, 2><<<grid, ROPE_WARPS * 32, 0, stream>>>(p);
-  } else {
-    k_rope_kv<FORMAT, 4><<<grid, ROPE_WARPS * 32, 0, stream>>>(p);
-  }
+static cudaError_t launch(const struct rope_params &p, int32_t n_tokens, cudaStream_t stream) {
+  dim3 grid((unsigned)n_tokens, (unsigned)((p.n_heads + 2 * p.n_kv_heads + ROPE_WARPS - 1) / ROPE_WARPS));
+  if (p.dim <= 64) return qtr_launch(k_rope_kv<FORMAT, 1>, grid, ROPE_WARPS * 32, 0, stream, p);
+  if (p.dim <= 128) return qtr_launch(k_rope_kv<FORMAT, 2>, grid, ROPE_WARPS * 32, 0, stream, p);
+  return qtr_launch(k_rope_kv<FORMAT, 4>, grid, ROPE_WARPS * 32, 0, stream, p);
 }
 
 cudaError_t qtr_cuda_rope_kv_write(const struct qtr_rope_kv_args *args, const struct qtr_cuda_batch *batch,
@@ -200,16 +199,16 @@ cudaError_t qtr_cuda_rope_kv_write(const struct qtr_rope_kv_args *args, const st
   p.n_kv_heads = args->n_kv_heads;
   p.dim = args->head_dim;
   switch (kv->config.format) {
-    case QTR_KV_F16: launch<QTR_KV_F16>(p, batch->n_tokens, stream); break;
-    case QTR_KV_INT8: launch<QTR_KV_INT8>(p, batch->n_tokens, stream); break;
-    case QTR_KV_INT4: launch<QTR_KV_INT4>(p, batch->n_tokens, stream); break;
-    default: launch<QTR_KV_INT8_STATIC>(p, batch->n_tokens, stream); break;
+    case QTR_KV_F16: return launch<QTR_KV_F16>(p, batch->n_tokens, stream);
+    case QTR_KV_INT8: return launch<QTR_KV_INT8>(p, batch->n_tokens, stream);
+    case QTR_KV_INT4: return launch<QTR_KV_INT4>(p, batch->n_tokens, stream);
+    default: return launch<QTR_KV_INT8_STATIC>(p, batch->n_tokens, stream);
   }
-  return cudaGetLastError();
 }
 
 __global__ static void k_rope_table(const int32_t *position, const float *inv_freq, int n_tokens, int half, float *cos,
                                     float *sin) {
+  qtr_begin();
   size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= (size_t)n_tokens * half) return;
   sincosf((float)position[i / half] * inv_freq[i % half], &sin[i], &cos[i]);
@@ -219,6 +218,6 @@ cudaError_t qtr_cuda_rope_table(const int32_t *position, const float *inv_freq, 
                                 float *sin, cudaStream_t stream) {
   size_t n = n_tokens * half_dim;
   if (n == 0) return cudaSuccess;
-  k_rope_table<<<(unsigned)((n + 255) / 256), 256, 0, stream>>>(position, inv_freq, (int)n_tokens, (int)half_dim, cos, sin);
-  return cudaGetLastError();
+  return qtr_launch(k_rope_table, (unsigned)((n + 255) / 256), 256, 0, stream, position, inv_freq, (int)n_tokens,
+                    (int)half_dim, cos, sin);
 }

@@ -9,6 +9,8 @@
 #include "base/status.h"
 #include "text/tokenizer.h"
 
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -36,6 +38,20 @@ struct qtr_masks {
   const struct qtr_vocabulary *vocabulary;
   uint32_t **mask; /* (n_masks) by state; NULL = not made */
   size_t n_masks, n_bytes;
+  atomic_int n_references;
+  atomic_bool spent; /* so large, or failed, that no further request shall use it */
+};
+
+#define CACHED 8
+
+struct qtr_mask_cache {
+  pthread_mutex_t mutex;
+  struct {
+    char *key;
+    struct qtr_masks *masks;
+    uint64_t used; /* when, for throwing out the oldest */
+  } item[CACHED];
+  uint64_t now;
 };
 
 struct position { /* of one completion */
@@ -97,11 +113,13 @@ struct qtr_masks *qtr_masks_create(struct qtr_grammar *grammar, const struct qtr
   if (!m) return NULL;
   m->grammar = grammar;
   m->vocabulary = vocabulary;
+  atomic_init(&m->n_references, 1);
+  atomic_init(&m->spent, false);
   return m;
 }
 
-void qtr_masks_free(struct qtr_masks *m) {
-  if (!m) return;
+void qtr_masks_unref(struct qtr_masks *m) {
+  if (!m || atomic_fetch_sub(&m->n_references, 1) > 1) return;
   for (size_t i = 0; i < m->n_masks; i++) free(m->mask[i]);
   free(m->mask);
   qtr_grammar_free(m->grammar);
@@ -160,7 +178,7 @@ static uint32_t *keep(struct qtr_masks *m, int32_t state, size_t n_words) {
   return m->mask[state];
 }
 
-static bool mask(void *state, uint32_t *allowed) {
+static bool make_mask(void *state, uint32_t *allowed) {
   const struct position *p = state;
   struct qtr_masks *m = p->masks;
   const struct qtr_vocabulary *v = m->vocabulary;
@@ -187,6 +205,13 @@ static bool mask(void *state, uint32_t *allowed) {
   return any;
 }
 
+static bool mask(void *state, uint32_t *allowed) {
+  struct qtr_masks *m = ((struct position *)state)->masks;
+  bool any = make_mask(state, allowed);
+  if (qtr_grammar_failed(m->grammar) || qtr_grammar_bytes(m->grammar) > MAX_GRAMMAR_BYTES / 4) atomic_store(&m->spent, true);
+  return any;
+}
+
 static void accept(void *state, int32_t token) {
   struct position *p = state;
   const struct qtr_vocabulary *v = p->masks->vocabulary;
@@ -202,4 +227,57 @@ static void accept(void *state, int32_t token) {
 
 struct qtr_constraint qtr_masks_constraint(struct qtr_masks *m) {
   return (struct qtr_constraint){.start = start, .mask = mask, .accept = accept, .stop = stop, .user = m};
+}
+
+/* ---- the cache ----------------------------------------------------------------------------------- */
+
+struct qtr_mask_cache *qtr_mask_cache_create(void) {
+  struct qtr_mask_cache *c = calloc(1, sizeof *c);
+  if (c) (void)pthread_mutex_init(&c->mutex, NULL);
+  return c;
+}
+
+void qtr_mask_cache_free(struct qtr_mask_cache *c) {
+  if (!c) return;
+  for (int i = 0; i < CACHED; i++) {
+    free(c->item[i].key);
+    qtr_masks_unref(c->item[i].masks);
+  }
+  (void)pthread_mutex_destroy(&c->mutex);
+  free(c);
+}
+
+struct qtr_masks *qtr_mask_cache_find(struct qtr_mask_cache *c, const char *key) {
+  struct qtr_masks *found = NULL;
+  pthread_mutex_lock(&c->mutex);
+  for (int i = 0; i < CACHED && !found; i++) {
+    if (!c->item[i].key || strcmp(c->item[i].key, key) != 0 || atomic_load(&c->item[i].masks->spent)) continue;
+    found = c->item[i].masks;
+    (void)atomic_fetch_add(&found->n_references, 1);
+    c->item[i].used = ++c->now;
+  }
+  pthread_mutex_unlock(&c->mutex);
+  return found;
+}
+
+/* Takes the place of the same key, else of the one not used for longest. */
+void qtr_mask_cache_add(struct qtr_mask_cache *c, const char *key, struct qtr_masks *masks) {
+  char *copy = strdup(key);
+  if (!copy) return;
+  pthread_mutex_lock(&c->mutex);
+  int to = 0;
+  for (int i = 0; i < CACHED; i++) {
+    if (c->item[i].used < c->item[to].used) to = i;
+  }
+  for (int i = 0; i < CACHED; i++) {
+    if (c->item[i].key && strcmp(c->item[i].key, key) == 0) to = i;
+  }
+  struct qtr_masks *old = c->item[to].masks;
+  free(c->item[to].key);
+  c->item[to].key = copy;
+  c->item[to].masks = masks;
+  c->item[to].used = ++c->now;
+  (void)atomic_fetch_add(&masks->n_references, 1);
+  pthread_mutex_unlock(&c->mutex);
+  qtr_masks_unref(old);
 }

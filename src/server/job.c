@@ -28,7 +28,7 @@ static void job_free(struct qtr_job *job) {
     for (int k = 0; k < 4; k++) qtr_buffer_free(&job->choice[i].lp[k]);
     qtr_tool_parser_free(&job->choice[i].tool);
   }
-  qtr_masks_free(job->masks);
+  qtr_masks_unref(job->masks);
   free(job->run);
   free(job->choice);
   free(job->body);

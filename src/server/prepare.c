@@ -77,6 +77,20 @@ static bool prepare_prompt(struct qtr_job *job, size_t i, struct qtr_api_error *
   return true;
 }
 
+/* What describes the grammar, as a text; malloc'ed, NULL when there is no memory. The order of members counts. */
+static char *grammar_key(const struct qtr_job *job, bool forced) {
+  const struct qtr_api_request *r = &job->request;
+  struct qtr_buffer out = {0};
+  const json_t *about = forced ? r->tools : r->schema;
+  char *text = about ? json_dumps(about, JSON_COMPACT | JSON_ENCODE_ANY) : NULL;
+  qtr_buffer_printf(&out, "%d %s ", forced, forced && r->tool_name ? r->tool_name : "");
+  qtr_buffer_puts(&out, text ? text : "any object");
+  if (about && !text) out.failed = true;
+  free(text);
+  if (out.failed) qtr_buffer_free(&out);
+  return out.data;
+}
+
 /* The grammar of the answer, where the request asks for one. */
 static bool prepare_grammar(struct qtr_job *job, struct qtr_api_error *err) {
   const struct qtr_api_request *r = &job->request;
@@ -86,6 +100,12 @@ static bool prepare_grammar(struct qtr_job *job, struct qtr_api_error *err) {
   if (!job->server->vocabulary) {
     return qtr_api_fail(err, 400, forced ? "tool_choice" : "response_format",
                         "this model has no tokenizer: its text is not known");
+  }
+  char *key = grammar_key(job, forced);
+  job->masks = key ? qtr_mask_cache_find(job->server->mask_cache, key) : NULL;
+  if (job->masks) {
+    free(key);
+    return true;
   }
   bool ok;
   if (forced) {
@@ -100,11 +120,13 @@ static bool prepare_grammar(struct qtr_job *job, struct qtr_api_error *err) {
     bool any = r->format == QTR_FORMAT_JSON;
     ok = qtr_grammar_from_schema(any ? NULL : r->schema, "response_format.json_schema.schema", &g, err);
   }
-  if (!ok) return false;
-  job->masks = qtr_masks_create(g, job->server->vocabulary);
-  if (job->masks) return true;
-  qtr_grammar_free(g);
-  return qtr_api_fail(err, 503, NULL, "out of memory");
+  if (ok && !(job->masks = qtr_masks_create(g, job->server->vocabulary))) {
+    qtr_grammar_free(g);
+    ok = qtr_api_fail(err, 503, NULL, "out of memory");
+  }
+  if (ok && key) qtr_mask_cache_add(job->server->mask_cache, key, job->masks);
+  free(key);
+  return ok;
 }
 
 static bool prepare_completion(struct qtr_job *job, struct qtr_api_error *err) {

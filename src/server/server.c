@@ -197,6 +197,7 @@ static void close_all(struct qtr_server *s) {
     (void)event_base_loop(s->base, EVLOOP_NONBLOCK); /* callbacks that bufferevents had deferred still hold them */
     event_base_free(s->base);
   }
+  qtr_mask_cache_free(s->mask_cache);
   qtr_vocabulary_free(s->vocabulary);
 }
 
@@ -211,6 +212,8 @@ enum qtr_status qtr_server_run(struct qtr_engine *engine, const struct qtr_serve
     status =
         qtr_vocabulary_create(engine->tokenizer, engine->eos_token, engine->n_eos, engine->vocab_size, &s.vocabulary, err);
   }
+  s.mask_cache = qtr_mask_cache_create();
+  if (!status && !s.mask_cache) status = qtr_fail_memory(err, "a cache", 0);
   if (!status) status = open_all(&s, err);
   if (!status) {
     bool six = strchr(o->host, ':') != NULL;

@@ -30,6 +30,7 @@ struct qtr_server {
   bool draining;
   bool tools_rendered; /* the chat template shows tools to the model */
   enum qtr_tool_format tool_format;
+  struct qtr_mask_cache *mask_cache;
   struct qtr_vocabulary *vocabulary; /* NULL: a model without a tokenizer */
   uint64_t next_id;
 };
@@ -79,7 +80,7 @@ struct qtr_job {
   struct qtr_api_tokenize tokenize;
   struct qtr_buffer result; /* of tokenize and detokenize */
   struct qtr_api_error error;
-  struct qtr_masks *masks; /* of a constrained answer; NULL = none */
+  struct qtr_masks *masks;   /* of a constrained answer; NULL = none */
   struct qtr_run *run;       /* (request.n_prompts) */
   struct qtr_choice *choice; /* (n_choices) */
   int32_t n_choices, n_live;

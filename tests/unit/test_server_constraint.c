@@ -59,7 +59,26 @@ static void follow(const char *schema_text, const char *text) {
   free(allowed);
   free(token);
   json_decref(schema);
-  qtr_masks_free(masks);
+  struct qtr_mask_cache *cache = qtr_mask_cache_create();
+  assert_non_null(cache);
+  assert_null(qtr_mask_cache_find(cache, "a"));
+  qtr_mask_cache_add(cache, "a", masks);
+  assert_ptr_equal(qtr_mask_cache_find(cache, "a"), masks);
+  qtr_masks_unref(masks);
+  for (int i = 0; i < 8; i++) { /* so many others that the first is thrown out, but not the one asked for last */
+    char key[2] = {(char)('b' + i), 0};
+    struct qtr_grammar *other = NULL;
+    assert_true(qtr_grammar_from_schema(NULL, "p", &other, &why));
+    struct qtr_masks *more = qtr_masks_create(other, vocabulary);
+    qtr_mask_cache_add(cache, key, more);
+    qtr_masks_unref(more);
+    more = qtr_mask_cache_find(cache, "b");
+    assert_non_null(more);
+    qtr_masks_unref(more);
+  }
+  assert_null(qtr_mask_cache_find(cache, "a"));
+  qtr_mask_cache_free(cache);
+  qtr_masks_unref(masks);
   qtr_grammar_free(check);
   qtr_vocabulary_free(vocabulary);
   qtr_tokenizer_close(tokenizer);

@@ -2,7 +2,11 @@
  * rope_kv.cu, attention_*.cu, host side in kv.c and attention_plan.c.
  *
  * Attention reads K and V of every token from the pages, those of this step included (backend.h). The layout inside a page
- * is this backend's own; a page of one layer, K or V, holds all KV heads of 64 tokens. */
+ * is this backend's own (kv_layout.h); a page of one layer, K or V, holds all KV heads of 64 tokens.
+ *
+ * Bits. A sequence's result depends on nothing else in the batch. Head sizes other than 64 and 128: on nothing but its
+ * tokens. 64 and 128: chunks of two tokens or more give the same bits however a prompt is cut; a sequence with one new token
+ * takes the decode kernel, which rounds otherwise (both round weights to fp16, sums are fp32), unless one_kernel is set. */
 #ifndef QTR_BACKEND_CUDA_ATTENTION_H
 #define QTR_BACKEND_CUDA_ATTENTION_H
 
@@ -18,7 +22,8 @@ struct qtr_kv {
   struct qtr_kv_config config;
   float *static_scale; /* host (n_layers, 2); INT8_STATIC */
   uint8_t *data;       /* device */
-  size_t page_bytes;   /* of one layer, K or V: the pool of layer l, is_v begins at ((l * 2 + is_v) * n_pages) * page_bytes */
+  size_t page_bytes;   /* of one layer, K or V: the pool of layer l, is_v begins at ((l * 2 + is_v) * (n_pages + 1)) *
+                          page_bytes */
 };
 
 /* A step on the device. Counts are the host's; arrays are device copies of struct qtr_batch, valid until the step's end.
@@ -39,6 +44,7 @@ struct qtr_cuda_batch {
 struct qtr_cuda_plan_config {
   enum qtr_kv_format format;
   int32_t n_heads, n_kv_heads, head_dim, n_sms;
+  bool one_kernel; /* single tokens take prefill's kernel too: bits do not depend on how a prompt is cut; decode is slow */
 };
 /* Most bytes a plan can have for a batch of at most these sizes; with a fixed batch shape (all sequences one token: decode)
  * launches depend on n_seqs and these bounds only, so that a captured graph serves any context lengths. */

@@ -177,12 +177,6 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
       while (more && ahead.tile >= ahead.tile_end) {
         more = unit_advance(p, n_items, pairs, warp, ahead);
         ahead_first = ahead.tile;
-        int n_lines = head_stride * DIM * 2 / 128; /* its queries into the L2: a line of 128 bytes a lane */
-        if (more && ahead.segment == ahead.e.segment && lane < n_lines) {
-          const __half *line = p.qkv + (size_t)ahead.e.token * p.width +
-                               (size_t)(ahead.kv_head * p.group + ahead.head_block * HEADS) * DIM + lane * 64;
-          asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
-        }
       }
       if (!more) {
         slot_skip();
@@ -215,46 +209,6 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
   float q_sum[COLUMNS][2];
   struct total running[OUTPUTS];
   float running_sum[OUTPUTS][4];
-
-  /* The segment of a split sequence that was finished last: the block that counts the last of them merges all. */
-  struct {
-    int slot, n, token, first_head, n_heads, pair;
-  } last = {-1, 0, 0, 0, 0, 0};
-  int arrived = 0; /* thread 0: how many came before */
-  float result_scale = FORMAT == QTR_KV_INT8_STATIC ? p.v_scale : 1.0f;
-  auto split_look = [&]() {
-    if (threadIdx.x != 0) return;
-    is_last = last.slot >= 0 && arrived == last.n - 1;
-    if (is_last) {
-      ((int *)p.scratch)[(size_t)last.slot * QTR_MAX_SPLIT_HEADS + last.pair] = 0;
-      __threadfence();
-    }
-  };
-  auto split_merge = [&]() { /* a barrier after split_look */
-                             if (is_last) {
-#pragma unroll 1
-                               for (int i = (int)threadIdx.x; i < last.n_heads * (DIM / 4); i += THREADS) {
-                                 int head = last.first_head + i / (DIM / 4), d = i % (DIM / 4) * 4;
-                                 struct total t = {-INFINITY, 0};
-                                 float all[4] = {0, 0, 0, 0};
-#pragma unroll 4
-                                 for (int j = 0; j < last.n; j++) {
-                                   const float *from = (const float *)(p.scratch + QTR_COUNTER_BYTES) +
-                                                       ((size_t)(last.slot + j) * p.n_heads + head) * (DIM + 4);
-                                   float4 x = __ldcg((const float4 *)(from + d));
-                                   float2 y = __ldcg((const float2 *)(from + DIM));
-                                   float part[4] = {x.x, x.y, x.z, x.w};
-                                   merge(t, all, total{y.x, y.y}, part);
-                                 }
-                                 float f = result_scale / t.sum;
-                                 __half2 x = __floats2half2_rn(all[0] * f, all[1] * f),
-                                         y = __floats2half2_rn(all[2] * f, all[3] * f);
-                                 *(uint2 *)(p.out + ((size_t)last.token * p.n_heads + head) * DIM + d) =
-                                     make_uint2(*(uint32_t *)&x, *(uint32_t *)&y);
-                               }
-                             }
-                             last.slot = -1;
-  };
 
 #pragma unroll 1
   while (unit_advance(p, n_items, pairs, warp, u)) {
@@ -344,41 +298,27 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
       int left = u.e.n_tokens - u.tile * QTR_PAGE_TOKENS;
       float inv_s[4][2], zero[4][2], top[COLUMNS][2];
 #pragma unroll
+      for (int n = 0; n < COLUMNS; n++) top[n][0] = top[n][1] = -INFINITY;
+#pragma unroll
       for (int m = 0; m < 4; m++) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-          struct token_params t = token_make<FORMAT>(k_pair[m][h], v_pair[m][h], log2_scale, p.k_scale, p.v_scale, true);
+          struct token_params t =
+              token_make<FORMAT>(k_pair[m][h], v_pair[m][h], log2_scale, p.k_scale, p.v_scale, m * 16 + h * 8 + row < left);
           inv_s[m][h] = t.inv_s, zero[m][h] = t.zero;
 #pragma unroll
           for (int n = 0; n < COLUMNS; n++) {
 #pragma unroll
-            for (int i = 0; i < 2; i++)
-              s[n][m][h * 2 + i] = __fmaf_rn(s[n][m][h * 2 + i], t.a, __fmaf_rn(-q_sum[n][i], t.b, t.log_s));
+            for (int i = 0; i < 2; i++) {
+              float x = __fmaf_rn(s[n][m][h * 2 + i], t.a, __fmaf_rn(-q_sum[n][i], t.b, t.log_s));
+              s[n][m][h * 2 + i] = x;
+              top[n][i] = fmaxf(top[n][i], x);
+            }
           }
-        }
-      }
-      if (left < QTR_PAGE_TOKENS) { /* the last page */
-#pragma unroll
-        for (int m = 0; m < 4; m++) {
-#pragma unroll
-          for (int h = 0; h < 2; h++) {
-            if (m * 16 + h * 8 + row < left) continue;
-            inv_s[m][h] = zero[m][h] = 0;
-#pragma unroll
-            for (int n = 0; n < COLUMNS; n++) s[n][m][h * 2] = s[n][m][h * 2 + 1] = -INFINITY;
-          }
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < COLUMNS; n++) {
-        top[n][0] = top[n][1] = -INFINITY;
-#pragma unroll
-        for (int m = 0; m < 4; m++) {
-#pragma unroll
-          for (int i = 0; i < 4; i++) top[n][i % 2] = fmaxf(top[n][i % 2], s[n][m][i]);
         }
       }
       bool grown = false;
+      float factor[COLUMNS][2];
 #pragma unroll
       for (int n = 0; n < COLUMNS; n++) {
 #pragma unroll
@@ -387,24 +327,21 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
           x = fmaxf(x, __shfl_xor_sync(~0u, x, 4));
           x = fmaxf(x, __shfl_xor_sync(~0u, x, 8));
           x = fmaxf(x, __shfl_xor_sync(~0u, x, 16));
-          top[n][i] = fmaxf(max[n][i], x - WEIGHT_BITS);
-          grown |= top[n][i] != max[n][i];
+          x = fmaxf(max[n][i], x - WEIGHT_BITS);
+          factor[n][i] = fast_exp2(max[n][i] - x);
+          grown |= x != max[n][i];
+          max[n][i] = x;
         }
       }
       if (__any_sync(~0u, grown)) {
 #pragma unroll
         for (int n = 0; n < COLUMNS; n++) {
-          float factor[2];
 #pragma unroll
-          for (int i = 0; i < 2; i++) {
-            factor[i] = fast_exp2(max[n][i] - top[n][i]);
-            max[n][i] = top[n][i];
-            sum[n][i] *= factor[i], zeros[n][i] *= factor[i];
-          }
+          for (int i = 0; i < 2; i++) sum[n][i] *= factor[n][i], zeros[n][i] *= factor[n][i];
 #pragma unroll
           for (int k = 0; k < K_STEPS; k++) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) o[n][k][i] *= factor[i % 2];
+            for (int i = 0; i < 4; i++) o[n][k][i] *= factor[n][i % 2];
           }
         }
       }
@@ -450,7 +387,6 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
       copy_next();
     }
     /* The segment's result: warps in order. */
-    split_look();
 #pragma unroll
     for (int n = 0; n < COLUMNS; n++) {
 #pragma unroll
@@ -472,8 +408,8 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
       }
     }
     __syncthreads();
-    split_merge();
     bool ends = u.segment + 1 == u.e.segment + u.e.n_segments;
+    float result_scale = FORMAT == QTR_KV_INT8_STATIC ? p.v_scale : 1.0f;
 #pragma unroll
     for (int k = 0; k < OUTPUTS; k++) {
       int i = (int)threadIdx.x + k * THREADS, head = i / (DIM / 4), d = i % (DIM / 4) * 4;
@@ -505,18 +441,41 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
       *(uint2 *)(p.out + ((size_t)u.e.token * p.n_heads + first_head + head) * DIM + d) =
           make_uint2(*(uint32_t *)&x, *(uint32_t *)&y);
     }
-    __syncthreads();     /* results and totals are used again */
-    if (u.e.slot >= 0) { /* counted now, looked at when the next unit is done: nobody waits */
-      last = {u.e.slot, u.e.all_segments, u.e.token, first_head, n_heads, u.kv_head * head_blocks + u.head_block};
+    if (u.e.slot >= 0) { /* the last of the segments merges all */
+      int *counter = (int *)p.scratch + (size_t)u.e.slot * QTR_MAX_SPLIT_HEADS + u.kv_head * head_blocks + u.head_block;
+      __threadfence();
+      __syncthreads();
       if (threadIdx.x == 0) {
+        is_last = atomicAdd(counter, 1) == u.e.all_segments - 1;
+        if (is_last) *counter = 0;
+      }
+      __syncthreads();
+      if (is_last) {
         __threadfence();
-        arrived = atomicAdd((int *)p.scratch + (size_t)last.slot * QTR_MAX_SPLIT_HEADS + last.pair, 1);
+#pragma unroll
+        for (int k = 0; k < OUTPUTS; k++) {
+          int i = (int)threadIdx.x + k * THREADS, head = i / (DIM / 4), d = i % (DIM / 4) * 4;
+          if (head >= n_heads) continue;
+          struct total t = {-INFINITY, 0};
+          float all[4] = {0, 0, 0, 0};
+#pragma unroll 4
+          for (int j = 0; j < u.e.all_segments; j++) {
+            const float *from = (const float *)(p.scratch + QTR_COUNTER_BYTES) +
+                                ((size_t)(u.e.slot + j) * p.n_heads + first_head + head) * (DIM + 4);
+            float4 x = __ldcg((const float4 *)(from + d));
+            float2 y = __ldcg((const float2 *)(from + DIM));
+            float part[4] = {x.x, x.y, x.z, x.w};
+            merge(t, all, total{y.x, y.y}, part);
+          }
+          float f = result_scale / t.sum;
+          __half2 x = __floats2half2_rn(all[0] * f, all[1] * f), y = __floats2half2_rn(all[2] * f, all[3] * f);
+          *(uint2 *)(p.out + ((size_t)u.e.token * p.n_heads + first_head + head) * DIM + d) =
+              make_uint2(*(uint32_t *)&x, *(uint32_t *)&y);
+        }
       }
     }
+    __syncthreads(); /* results, totals and is_last are used again */
   }
-  split_look();
-  __syncthreads();
-  split_merge();
 }
 
 /* As many blocks an SM as registers allow, if each warp can have three slots; the more warps, the less the chain of

@@ -1,5 +1,6 @@
 /* attention_plan.c - cuts the attention of a step into entries (attention_plan.h), longest first, so that blocks that take
- * them in turn end together. Sequences with one new token go to decode, the others to prefill. */
+ * them in turn end together. Sequences with one new token go to decode, the others (with one_kernel:
+ * all) to prefill. */
 #include "backend/cuda/attention_plan.h"
 
 #include <stdlib.h>
@@ -42,6 +43,10 @@ static int prefill_longer(const void *a, const void *b) {
   return x->seq != y->seq ? (x->seq > y->seq) - (x->seq < y->seq) : (x->row > y->row) - (x->row < y->row);
 }
 
+static bool decodes(const struct qtr_cuda_plan_config *config, const struct qtr_batch *batch, int32_t s) {
+  return batch->q_start[s + 1] - batch->q_start[s] == 1 && !config->one_kernel;
+}
+
 static int32_t tiles(int32_t n_tokens) { return (n_tokens + QTR_PAGE_TOKENS - 1) / QTR_PAGE_TOKENS; }
 
 void qtr_cuda_attention_plan(const struct qtr_cuda_plan_config *config, const struct qtr_batch *batch, void *plan) {
@@ -49,18 +54,21 @@ void qtr_cuda_attention_plan(const struct qtr_cuda_plan_config *config, const st
   memset(p, 0, sizeof *p);
   struct qtr_decode_entry *decode = (struct qtr_decode_entry *)(p + 1);
   int32_t group = (int32_t)group_of(config);
-  size_t pairs = (size_t)config->n_kv_heads * (size_t)qtr_decode_head_blocks(group), all = 0, n_whole = 0;
+  size_t pairs = (size_t)config->n_kv_heads * (size_t)qtr_decode_head_blocks(group), all = 0, n_whole = 0, longest = 0;
   size_t n_slots = slots_most(config, (size_t)batch->n_seqs);
   for (int32_t s = 0; s < batch->n_seqs; s++) {
-    if (batch->q_start[s + 1] - batch->q_start[s] != 1) continue;
+    if (!decodes(config, batch, s)) continue;
     all += (size_t)tiles(batch->kv_len[s] + 1) * pairs;
     n_whole++;
+    longest = QTR_MAX(longest, (size_t)tiles(batch->kv_len[s] + 1));
   }
-  /* Whole sequences in rounds: if the last round is nearly full, only those longer than a block's share need splitting. */
+  /* Splitting costs writing and reading parts. Sequences of about one length stay whole where that keeps the GPU busy; else
+   * what is longer than a share (half of one if the last round of blocks would be rather empty) is split. */
   size_t blocks = (size_t)config->n_sms * BLOCKS_PER_SM, items = n_whole * pairs, rounds = (items + blocks - 1) / blocks;
   size_t share = all / blocks / (items * 10 >= rounds * blocks * 8 || rounds > 4 ? 1 : 2);
+  if (items * 2 >= (size_t)config->n_sms * 3 && longest * items * 10 <= all * 11) share = longest;
   for (int32_t s = 0; s < batch->n_seqs; s++) {
-    if (batch->q_start[s + 1] - batch->q_start[s] != 1) continue;
+    if (!decodes(config, batch, s)) continue;
     int32_t n_tokens = batch->kv_len[s] + 1, n_tiles = tiles(n_tokens),
             segment_tiles = n_tiles <= QTR_WHOLE_TILES ? QTR_WHOLE_TILES : QTR_SEGMENT_TILES;
     while ((n_tiles + segment_tiles - 1) / segment_tiles > QTR_MAX_SEGMENTS) segment_tiles *= 2;
@@ -83,7 +91,7 @@ void qtr_cuda_attention_plan(const struct qtr_cuda_plan_config *config, const st
   p->prefill_offset = (int32_t)((char *)prefill - (char *)p);
   for (int32_t s = 0; s < batch->n_seqs; s++) {
     int32_t n_q = batch->q_start[s + 1] - batch->q_start[s], n_rows = n_q * group;
-    if (n_q <= 1) continue;
+    if (n_q <= (config->one_kernel ? 0 : 1)) continue;
     for (int32_t row = 0; row < n_rows; row += QTR_PREFILL_ROWS) {
       int32_t n = QTR_MIN(n_rows - row, (int32_t)QTR_PREFILL_ROWS), last = (row + n - 1) / group;
       prefill[p->n_prefill++] = (struct qtr_prefill_entry){.seq = s,

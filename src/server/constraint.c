@@ -141,17 +141,28 @@ static void stop(void *state) { free(state); }
 /* Sets the bits of every token whose bytes the automaton can take from `from`. Returns whether there is any. */
 static bool walk(struct qtr_masks *m, int32_t from, uint32_t *allowed) {
   const struct qtr_vocabulary *v = m->vocabulary;
-  int32_t at[MAX_TOKEN_BYTES + 1]; /* at[k]: the state after k bytes of the running entry */
-  int32_t dead = INT32_MAX;        /* the entry died at this byte */
+  int32_t at[MAX_TOKEN_BYTES + 1];         /* at[k]: the state after k bytes of the running entry */
+  const int32_t *row[MAX_TOKEN_BYTES + 1]; /* its known transitions */
+  int32_t dead = INT32_MAX;                /* the entry died at this byte */
   bool any = false;
   at[0] = from;
+  row[0] = qtr_grammar_row(m->grammar, from);
   for (size_t i = 0; i < v->n; i++) {
     const struct entry *e = &v->entry[i];
     if (e->shared > dead) continue;
     dead = INT32_MAX;
     for (int32_t k = e->shared; k < e->len; k++) {
-      at[k + 1] = qtr_grammar_next(m->grammar, at[k], (unsigned char)e->bytes[k]);
-      if (at[k + 1] != QTR_GRAMMAR_DEAD) continue;
+      unsigned char byte = (unsigned char)e->bytes[k];
+      int32_t to = row[k] ? row[k][byte] : QTR_GRAMMAR_UNKNOWN;
+      if (to == QTR_GRAMMAR_UNKNOWN) {
+        to = qtr_grammar_next(m->grammar, at[k], byte);
+        row[k] = qtr_grammar_row(m->grammar, at[k]);
+      }
+      if (to != QTR_GRAMMAR_DEAD) {
+        at[k + 1] = to;
+        row[k + 1] = qtr_grammar_row(m->grammar, to);
+        continue;
+      }
       dead = k;
       break;
     }

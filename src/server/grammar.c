@@ -34,7 +34,7 @@ struct state {
   int32_t *next; /* (256) UNKNOWN, DEAD or a state; NULL until asked */
 };
 
-enum { UNKNOWN = -2 };
+enum { UNKNOWN = QTR_GRAMMAR_UNKNOWN };
 
 struct vector {
   void *data;
@@ -368,6 +368,10 @@ int32_t qtr_grammar_next(struct qtr_grammar *g, int32_t from, unsigned char byte
   int32_t to = intern_state(g, accepts);
   if (!g->failed) AT(g->state, struct state, from).next[byte] = to; /* the array of states may have moved */
   return to;
+}
+
+const int32_t *qtr_grammar_row(const struct qtr_grammar *g, int32_t state) {
+  return state >= 0 && !g->failed ? AT(g->state, struct state, state).next : NULL;
 }
 
 bool qtr_grammar_accepts(const struct qtr_grammar *g, int32_t state) {

@@ -28,9 +28,12 @@ void qtr_grammar_alternative(struct qtr_grammar *g, int32_t rule, const char *te
 int32_t qtr_grammar_repeat(struct qtr_grammar *g, int32_t item, int32_t min, int32_t max);
 
 /* ---- running ---- */
-enum { QTR_GRAMMAR_DEAD = -1 };
+enum { QTR_GRAMMAR_DEAD = -1, QTR_GRAMMAR_UNKNOWN = -2 };
 int32_t qtr_grammar_start(struct qtr_grammar *g);
 int32_t qtr_grammar_next(struct qtr_grammar *g, int32_t state, unsigned char byte);
+/* (256) what follows each byte where it is known already, else QTR_GRAMMAR_UNKNOWN: for loops over many bytes. NULL before
+ * the state was first asked; stays where it is as long as the grammar lives. */
+const int32_t *qtr_grammar_row(const struct qtr_grammar *g, int32_t state);
 bool qtr_grammar_accepts(const struct qtr_grammar *g, int32_t state); /* may the text end here? */
 int32_t qtr_grammar_states(const struct qtr_grammar *g);              /* how many there are so far */
 size_t qtr_grammar_bytes(const struct qtr_grammar *g);                /* memory in use, roughly */

@@ -501,7 +501,7 @@ cudaError_t launch(const struct attention_params &p, cudaStream_t stream) {
     if (slots >= 3 || blocks == 1) break;
   }
   if (slots > MAX_SLOTS) slots = MAX_SLOTS;
-  if (slots < 1) return cudaErrorInvalidConfiguration;
+  if (slots < 1) return qtr_cuda_attention_generic(&p, FORMAT, stream); /* too little shared memory: small GPUs, F16 */
   int n_shared = WARPS * slots * S::block_bytes + results;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, n_shared);
   if (error == cudaSuccess)

@@ -2,7 +2,7 @@
  *
  *   nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -Isrc -Iinclude bench/lab_cuda_gemm.cu \
  *        src/backend/cuda/gemm*.cu
- *   ./a.out check | check80 | small | [dependent] time TOKENS ... | time80 TOKENS ... | sweep FORMAT TOKENS N ...
+ *   ./a.out [rows] [dependent] check | check80 | small | time TOKENS ... | time80 TOKENS ... | sweep FORMAT TOKENS N ...
  *
  * check: every format, epilogue, many shapes and token counts; poisoned outputs, fresh inputs, guard bytes, the same bits
  * twice and alone. time: the four Llama-3-8B shapes with the plan of gemm.cu. sweep: other plans beside it. Times are
@@ -123,8 +123,9 @@ static int weight_at(const struct matrix *w, size_t row, size_t k, const struct 
   return (int8_t)(uint8_t)(q * p->s2[at] + p->z[at]);
 }
 
+static bool more_rows; /* x has rows past the last token, of anything */
 struct tokens {
-  size_t n, stride;
+  size_t n, stride, rows;
   std::vector<int8_t> x;
   std::vector<float> scale, sum;
   int8_t *d_x;
@@ -133,7 +134,9 @@ struct tokens {
 static struct tokens tokens_make(size_t n, size_t n_in) {
   struct tokens t;
   t.n = n, t.stride = (n_in + 127) / 128 * 128;
-  t.x.assign(n * t.stride, 0);
+  t.rows = more_rows ? (n + 255) / 256 * 256 : 0;
+  t.x.assign(std::max(n, t.rows) * t.stride, 0);
+  for (size_t i = n * t.stride; i < t.x.size(); i++) t.x[i] = (int8_t)(draw() >> 32);
   for (size_t i = 0; i < n; i++) {
     for (size_t k = 0; k < n_in; k++) t.x[i * t.stride + k] = (int8_t)(draw() >> 32);
     t.scale.push_back(uniform(0.005f, 0.02f));
@@ -177,7 +180,8 @@ static bool check_one(enum qtr_cuda_path path, enum qtr_linear_format format, si
     }
     uint8_t *out;
     TRY(cudaMalloc(&out, before.size()));
-    struct qtr_cuda_gemm_args a = {&w.m, t.d_x, t.d_scale, t.d_sum, t.stride, epilogue, out, n, dependent, workspace};
+    struct qtr_cuda_gemm_args a = {&w.m,     t.d_x, t.d_scale, t.d_sum,   t.stride, t.rows,
+                                   epilogue, out,   n,         dependent, workspace};
     for (int run = 0; run < 2; run++) {
       TRY(cudaMemcpy(out, before.data(), before.size(), cudaMemcpyHostToDevice));
       cudaError_t e = plan ? qtr_cuda_gemm_planned(&a, plan, 0) : qtr_cuda_gemm(&a, 0);
@@ -225,7 +229,8 @@ static bool check_one(enum qtr_cuda_path path, enum qtr_linear_format format, si
     for (size_t i = n * n_out * size; i < after.size(); i++) guard = guard && after[i] == 0xff;
     /* The last token alone gives the same bits. */
     struct qtr_cuda_gemm_args one = a;
-    one.x = t.d_x + (n - 1) * t.stride, one.x_scale = t.d_scale + n - 1, one.x_sum = t.d_sum + n - 1, one.n_tokens = 1;
+    one.x_rows = 0, one.x = t.d_x + (n - 1) * t.stride, one.x_scale = t.d_scale + n - 1, one.x_sum = t.d_sum + n - 1,
+    one.n_tokens = 1;
     TRY(cudaMemcpy(out, before.data() + (n - 1) * n_out * size, n_out * size, cudaMemcpyHostToDevice));
     TRY(qtr_cuda_gemm(&one, 0));
     TRY(cudaDeviceSynchronize());
@@ -343,7 +348,7 @@ static void check_dependent(int n_sms) {
     uint8_t *out, *copy;
     TRY(cudaMalloc(&out, bytes));
     TRY(cudaMalloc(&copy, bytes));
-    struct qtr_cuda_gemm_args a = {&w.m, right.d_x, right.d_scale, right.d_sum, right.stride, QTR_EPILOGUE_STORE,
+    struct qtr_cuda_gemm_args a = {&w.m, right.d_x, right.d_scale, right.d_sum, right.stride, 0, QTR_EPILOGUE_STORE,
                                    out,  n,         false,         NULL};
     TRY(qtr_cuda_gemm_planned(&a, &plan, stream));
     TRY(cudaStreamSynchronize(stream));
@@ -403,7 +408,8 @@ static double time_one(const struct matrix *w, const struct tokens *t, enum qtr_
   for (int i = 0; i < launches; i++) {
     struct qtr_cuda_matrix m = w->m;
     m.code = code[i % copies];
-    struct qtr_cuda_gemm_args a = {&m, t->d_x, t->d_scale, t->d_sum, t->stride, epilogue, out, t->n, dependent, workspace};
+    struct qtr_cuda_gemm_args a = {&m,       t->d_x, t->d_scale, t->d_sum,  t->stride, t->rows,
+                                   epilogue, out,    t->n,       dependent, workspace};
     TRY(plan ? qtr_cuda_gemm_planned(&a, plan, stream) : qtr_cuda_gemm(&a, stream));
   }
   TRY(cudaStreamEndCapture(stream, &graph));
@@ -503,7 +509,9 @@ int main(int argc, char **argv) {
   int n_sms = prop.multiProcessorCount;
   const std::vector<int> all = {QTR_LINEAR_W4A8, QTR_LINEAR_W4A8_G128, QTR_LINEAR_W8A8};
   for (int i = 1; i < argc; i++) {
-    if (!strcmp(argv[i], "dependent")) {
+    if (!strcmp(argv[i], "rows")) {
+      more_rows = true;
+    } else if (!strcmp(argv[i], "dependent")) {
       dependent = true;
     } else if (!strcmp(argv[i], "check")) {
       check_groups();

@@ -22,10 +22,12 @@ struct qtr_gemm_plan qtr_gemm_choose(enum qtr_linear_format format, size_t n_row
   while (plan.n < 64 && n_tokens > (size_t)plan.n) plan.n *= 2;
   /* Weights' bytes rule. One SM streams about 50 GB/s with 128 rows, twice that with 64 rows and four warpgroups, so narrow
    * tiles win while they fit the GPU at once: o at 1 token 5.8 us against 8.3, qkv 7.3 against 8.6, gate_up 25.5
-   * against 23.5. Two such tiles of 64 tokens do 128 (o: 7.8 us against 10.6); int8 codes leave them too few stages when
-   * columns are many (down: 31 us against 27.5). */
+   * against 23.5. Two such tiles of 64 tokens do 128 (o: 7.8 us against 10.6); not 72 (down: 32 us: rows past the last token
+   * cost the copy engine more than tokens); and int8 codes leave them too few stages when columns are many (down: 31 us
+   * against 27.5). */
   size_t narrow = 2 * m_tiles * ((n_tokens + 63) / 64);
-  if (n_tokens <= 128 && narrow <= (size_t)n_sms && (n_tokens <= 64 || format != QTR_LINEAR_W8A8 || k_steps <= 64)) {
+  bool two = n_tokens > 112 && n_tokens <= 128 && (format != QTR_LINEAR_W8A8 || k_steps <= 64);
+  if (narrow <= (size_t)n_sms && (n_tokens <= 64 || two)) {
     plan.rows = 64;
     return plan;
   }
@@ -69,6 +71,7 @@ cudaError_t qtr_cuda_gemm_planned(const struct qtr_cuda_gemm_args *a, const stru
   p.scale = w->scale, p.szero = w->szero, p.bias = w->bias;
   p.x_scale = a->x_scale, p.x_sum = a->x_sum;
   p.x = a->x, p.x_stride = a->x_stride;
+  p.x_rows = a->x_rows > a->n_tokens ? a->x_rows : a->n_tokens;
   p.out = a->out;
   p.n_tokens = (int32_t)a->n_tokens, p.n_out = (int32_t)n_out;
   p.m_tiles = (int32_t)m_tiles, p.n_tiles = (int32_t)n_tiles, p.k_steps = (int32_t)k_steps;

@@ -61,6 +61,8 @@ struct qtr_cuda_gemm_args {
   const float *x_scale;  /* (n_tokens) */
   const float *x_sum;    /* (n_tokens) */
   size_t x_stride;
+  size_t x_rows; /* rows of x that may be read, whatever is in those past n_tokens; less than n_tokens (0): n_tokens. The copy
+                    engine reads a row faster than it makes zeros: give it n_tokens rounded up to 256 where there is room */
   enum qtr_epilogue epilogue; /* out row length: n_out; n_out/2 with SILU_MUL */
   void *out;                  /* fp16, or F32 with LOGITS; no padding between rows, 2-byte aligned rows are possible */
   size_t n_tokens;

@@ -33,7 +33,7 @@ struct qtr_gemm_work {
   const float *x_scale, *x_sum;      /* (n_tokens) */
   const int8_t *x;                   /* (n_tokens, x_stride) */
   void *out;                         /* (n_tokens, n_out) */
-  size_t x_stride;
+  size_t x_stride, x_rows;           /* x_rows >= n_tokens: what may be read */
   int32_t n_tokens, n_out;           /* n_out: values of an output row (half the matrix's rows with SILU_MUL) */
   int32_t m_tiles, n_tiles, k_steps; /* m_tiles: of the plan's rows */
   int32_t n_pairs;                   /* tiles in all, those of a pair as one */

@@ -590,7 +590,7 @@ static cudaError_t launch(const struct qtr_gemm_plan *plan, const struct qtr_gem
   CUtensorMap x_map, out_map;
   memset(&out_map, 0, sizeof out_map);
   const cuuint64_t tokens = (cuuint64_t)p->n_tokens;
-  const cuuint64_t x_dims[3] = {QTR_TILE_K, tokens, (cuuint64_t)p->k_steps}, x_strides[2] = {p->x_stride, QTR_TILE_K};
+  const cuuint64_t x_dims[3] = {QTR_TILE_K, p->x_rows, (cuuint64_t)p->k_steps}, x_strides[2] = {p->x_stride, QTR_TILE_K};
   const cuuint32_t x_box[3] = {QTR_TILE_K, N / PAIR, S::BLOCKS};
   cudaError_t e =
       make_map(&x_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, p->x, x_dims, x_strides, x_box, CU_TENSOR_MAP_SWIZZLE_128B);

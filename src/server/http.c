@@ -487,7 +487,8 @@ void qtr_http_reply(struct qtr_http_conn *c, int status, const char *type, const
   if (c->state != STATE_ANSWER) return;
   struct evbuffer *out = bufferevent_get_output(c->bev);
   write_head(c, status, type, headers);
-  (void)evbuffer_add_printf(out, "Content-Length: %zu\r\n\r\n", len);
+  if (status != 204) (void)evbuffer_add_printf(out, "Content-Length: %zu\r\n", len);
+  (void)evbuffer_add(out, "\r\n", 2);
   if (!c->is_head && len > 0) (void)evbuffer_add(out, body, len);
   finish_answer(c);
 }

@@ -121,6 +121,23 @@ same $? 0 "exit code after SIGTERM"
 [ $((SECONDS - start)) -lt 10 ] || fail "the idle server took $((SECONDS - start)) s to end"
 says "$T/log" 'stopped'
 
+# a log that cannot be written stops nothing
+if [ -c /dev/full ]; then
+  "$Q" serve --model "$MODEL" --port "$port" 2>/dev/full &
+  server=$!
+  for _ in $(seq 300); do
+    (exec 9<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null && break
+    sleep 0.1
+  done
+  post /v1/completions "$body"
+  same "$(tail -1 "$T/out" | field text)" "$wanted" "a completion with a full disk under the log"
+  ask "GET /health HTTP/1.1\r\n$C\r\n"
+  says "$T/out" '^HTTP/1.1 200 OK'
+  kill -INT $server
+  wait $server
+  same $? 0 "exit code after SIGINT"
+fi
+
 # the command line
 run 1 serve --model "$MODEL" --port 0 --api-key "$T/none"
 says "$T/err" 'none'

@@ -31,6 +31,11 @@ static enum qtr_status failing_end(struct qtr_backend *b, struct qtr_error *err)
   return QTR_ERR_BACKEND;
 }
 
+static enum qtr_status slow_end(struct qtr_backend *b, struct qtr_error *err) {
+  (void)nanosleep(&(struct timespec){.tv_nsec = 10000000}, NULL);
+  return qtr_backend_reference.end_step(b, err);
+}
+
 static struct sockaddr_in address(int port) {
   return (struct sockaddr_in){
       .sin_family = AF_INET, .sin_port = htons((uint16_t)port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
@@ -238,6 +243,25 @@ static void test_many(void **state) {
   stop(&f);
 }
 
+/* A request that takes longer than it may is told so, and leaves nothing behind. */
+static void test_timeout(void **state) {
+  (void)state;
+  struct fixture f;
+  begin(&f, 0);
+  broken_ops = qtr_backend_reference;
+  broken_ops.end_step = slow_end;
+  f.engine->model->backend->ops = &broken_ops;
+  f.options.timeout = 0.3;
+  start(&f);
+  expect(ask(&f, "POST", COMPLETIONS, LONG), "HTTP/1.1 504", "longer than 0.3 seconds");
+  char *text = ask(&f, "POST", COMPLETIONS, STREAM);
+  assert_non_null(strstr(text, "longer than 0.3 seconds"));
+  assert_null(strstr(text, "[DONE]"));
+  free(text);
+  expect(ask(&f, "POST", COMPLETIONS, SHORT), "HTTP/1.1 200", "\"completion_tokens\":4");
+  stop(&f);
+}
+
 /* SIGTERM: what runs has its grace, then it is told; a second signal does not wait. */
 static void test_end(void **state) {
   (void)state;
@@ -274,6 +298,7 @@ int main(void) {
   (void)pthread_sigmask(SIG_BLOCK, &set, NULL);
   (void)signal(SIGPIPE, SIG_IGN);
   const struct CMUnitTest tests[] = {cmocka_unit_test(test_device_fails), cmocka_unit_test(test_vanishing),
-                                     cmocka_unit_test(test_many), cmocka_unit_test(test_end)};
+                                     cmocka_unit_test(test_many), cmocka_unit_test(test_timeout),
+                                     cmocka_unit_test(test_end)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

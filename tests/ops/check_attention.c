@@ -229,11 +229,11 @@ static void step_attend(const struct op_device *d, struct qtr_kv *kv, const stru
   d->ops->free(d->b, result);
 }
 
-/* K and V of one head of a sequence as stored, over its first n tokens: k, v (n, dim), largest magnitudes of each row (n).
- */
+/* K and V of one head of a sequence as stored, over its first n tokens: k, v (n, dim), largest magnitudes of each row (n);
+ * v_code: of what a GPU multiplies with weights in fp16, codes * scale (zero points outside). */
 struct head {
   size_t n, dim;
-  double *k, *v, *k_max, *v_max, *weight, *error, v_all; /* v_all: the largest of v_max */
+  double *k, *v, *k_max, *v_max, *v_code, *weight, *error, v_all; /* v_all: the largest of v_max */
 };
 
 static struct head head_read(const struct op_check *c, const struct cache *k, enum qtr_kv_format format, int32_t s,
@@ -247,6 +247,7 @@ static struct head head_read(const struct op_check *c, const struct cache *k, en
                    .v = op_malloc(rows * dim, sizeof(double)),
                    .k_max = op_malloc(rows, sizeof(double)),
                    .v_max = op_malloc(rows, sizeof(double)),
+                   .v_code = op_malloc(rows, sizeof(double)),
                    .weight = op_malloc(rows, sizeof(double)),
                    .error = op_malloc(rows, sizeof(double))};
   uint16_t *code = op_malloc(dim, sizeof *code);
@@ -263,6 +264,14 @@ static struct head head_read(const struct op_check *c, const struct cache *k, en
         max = fmax(max, fabs(to[i]));
       }
       *(is_v ? &h.v_max[t] : &h.k_max[t]) = max;
+      if (is_v) {
+        for (size_t i = 0; i < dim; i++) {
+          double coded = format == QTR_KV_F16           ? fabs(to[i])
+                         : format == QTR_KV_INT8_STATIC ? ((double)(int16_t)code[i] + 128) * (double)scale
+                                                        : (double)code[i] * (double)scale;
+          h.v_code[t] = fmax(h.v_code[t], coded);
+        }
+      }
     }
     h.v_all = fmax(h.v_all, h.v_max[t]);
   }
@@ -275,6 +284,7 @@ static void head_free(struct head *h) {
   free(h->v);
   free(h->k_max);
   free(h->v_max);
+  free(h->v_code);
   free(h->weight);
   free(h->error);
 }
@@ -305,6 +315,9 @@ static void compare_attention(const struct op_check *c, const struct cache *k, e
   const struct op_entry *e = k->entry;
   size_t dim = (size_t)e->head_dim, width = width_of(e), row = (size_t)e->n_heads * dim;
   double act = c->dev.caps.act_dtype == QTR_DTYPE_F32 ? 0 : 0x1p-10;
+  /* Tensor cores take weights as fp16 (half a unit in 11 bits; below 2^-21 of the largest, 2^-32 of it) and codes exactly.
+   */
+  double weight16 = act > 0 ? 0x1p-11 : 0;
   double *tolerance = op_malloc(dim, sizeof *tolerance);
   /* With AMX the cpu backend multiplies codes by q and weights that are split into two bf16 parts: 16 bits of each.
    * Codes times scale reach twice the largest value. */
@@ -317,12 +330,16 @@ static void compare_attention(const struct op_check *c, const struct cache *k, e
       for (int32_t i = 0; i < (n_all - batch->kv_len[s]) * group; i++) {
         size_t token = (size_t)(batch->q_start[s] + i / group), h = (size_t)(index * group + i % group);
         size_t n = (size_t)(batch->kv_len[s] + i / group) + 1;
-        double mean_error = weigh(&head, k->qkv + token * width + h * dim, n, 1 / sqrt((double)dim), split), rounding = 0;
+        double mean_error = weigh(&head, k->qkv + token * width + h * dim, n, 1 / sqrt((double)dim), split), rounding = 0,
+               coded = 0;
         const float *want = expected + token * row + h * dim;
-        for (size_t t = 0; t < n; t++) rounding += head.weight[t] * head.v_max[t];
+        for (size_t t = 0; t < n; t++) {
+          rounding += head.weight[t] * head.v_max[t];
+          coded += (head.weight[t] + 0x1p-21) * head.v_code[t];
+        }
         for (size_t j = 0; j < dim; j++) {
           tolerance[j] = (EPS * (4 + (double)n / 4) + 2 * split) * rounding + 1e-20 * head.v_all +
-                         act * (fabs((double)want[j]) + 0x1p-14) + 1e-37;
+                         act * (fabs((double)want[j]) + 0x1p-14) + 1e-37 + weight16 * coded;
         }
         for (size_t t = 0; t < n; t++) {
           double share = head.weight[t] * (head.error[t] + mean_error + 8 * EPS + split);
@@ -346,8 +363,10 @@ static void check_alone(struct op_check *c, struct cache *k, int32_t s, const fl
   const int32_t *table = batch->block_table + (size_t)s * (size_t)batch->max_blocks;
   int32_t n = batch->q_start[s + 1] - batch->q_start[s];
   size_t row = (size_t)(e->n_heads * e->head_dim), first = (size_t)batch->q_start[s];
-  int32_t cuts[2] = {0, n > 1 ? 1 + (int32_t)op_rng_below(&c->rng, (size_t)n - 1) : 0};
-  for (int i = 0; i < (n > 1 ? 2 : 1); i++) {
+  /* On GPUs a step's single tokens take another kernel: no piece of one token there. */
+  int32_t least = c->dev.caps.act_dtype == QTR_DTYPE_F32 ? 1 : 2;
+  int32_t cuts[2] = {0, n >= 2 * least ? least + (int32_t)op_rng_below(&c->rng, (size_t)(n - 2 * least) + 1) : 0};
+  for (int i = 0; i < (n >= 2 * least ? 2 : 1); i++) {
     for (int32_t from = 0; from < n;) {
       int32_t to = cuts[i] > from ? cuts[i] : n;
       struct op_batch b;

@@ -10,6 +10,7 @@
  *
  * Bits: a warp's pages, the order of warps and of segments are fixed by the sequence, so no other sequence matters. */
 #include "backend/cuda/attention_kernels.h"
+#include "backend/cuda/launch.cuh"
 
 namespace {
 
@@ -147,6 +148,7 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
                                            : DIM == 64  ? 4
                                                         : 3)
     k_attention_decode(const __grid_constant__ struct attention_params p, const int slots) {
+  qtr_begin();
   using traits = kv_traits<FORMAT>;
   using S = shape<FORMAT, DIM>;
   constexpr int K_STEPS = DIM / 16, HEADS = 8 * COLUMNS, PER_CHUNK = traits::fragments;
@@ -509,8 +511,7 @@ cudaError_t launch(const struct attention_params &p, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   size_t grid = (size_t)n_sms * (size_t)per_sm;
   size_t items = (size_t)p.n_seqs * (size_t)p.n_kv_heads * (size_t)qtr_decode_head_blocks(p.group) * QTR_MAX_SEGMENTS;
-  kernel<<<(unsigned)(items < grid ? items : grid), THREADS, (size_t)n_shared, stream>>>(p, slots);
-  return cudaGetLastError();
+  return qtr_launch(kernel, (unsigned)(items < grid ? items : grid), THREADS, (size_t)n_shared, stream, p, slots);
 }
 
 template <int FORMAT>

@@ -5,11 +5,13 @@
  * One block a token and query head; warp w takes the keys w, w + 8, ... and keeps its own maximum, sum and result; the
  * warps' results are merged in order. A result depends on nothing but its sequence. */
 #include "backend/cuda/attention_kernels.h"
+#include "backend/cuda/launch.cuh"
 
 enum { GENERIC_WARPS = 8, MAX_DIM = 256, PER_LANE = MAX_DIM / 32 };
 
 template <int FORMAT>
 __global__ static void __launch_bounds__(GENERIC_WARPS * 32) k_attention_generic(const struct attention_params p) {
+  qtr_begin();
   __shared__ float results[GENERIC_WARPS][MAX_DIM];
   __shared__ float maxima[GENERIC_WARPS], totals[GENERIC_WARPS];
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, token = blockIdx.x, head = blockIdx.y, dim = p.dim;
@@ -92,10 +94,10 @@ __global__ static void __launch_bounds__(GENERIC_WARPS * 32) k_attention_generic
 cudaError_t qtr_cuda_attention_generic(const struct attention_params *p, int format, cudaStream_t stream) {
   dim3 grid((unsigned)p->n_tokens, (unsigned)p->n_heads);
   switch (format) {
-    case QTR_KV_F16: k_attention_generic<QTR_KV_F16><<<grid, GENERIC_WARPS * 32, 0, stream>>>(*p); break;
-    case QTR_KV_INT8: k_attention_generic<QTR_KV_INT8><<<grid, GENERIC_WARPS * 32, 0, stream>>>(*p); break;
-    case QTR_KV_INT4: k_attention_generic<QTR_KV_INT4><<<grid, GENERIC_WARPS * 32, 0, stream>>>(*p); break;
-    default: k_attention_generic<QTR_KV_INT8_STATIC><<<grid, GENERIC_WARPS * 32, 0, stream>>>(*p); break;
+    case QTR_KV_F16: return qtr_launch(k_attention_generic<QTR_KV_F16>, grid, GENERIC_WARPS * 32, 0, stream, *p);
+    case QTR_KV_INT8: return qtr_launch(k_attention_generic<QTR_KV_INT8>, grid, GENERIC_WARPS * 32, 0, stream, *p);
+    case QTR_KV_INT4: return qtr_launch(k_attention_generic<QTR_KV_INT4>, grid, GENERIC_WARPS * 32, 0, stream, *p);
+    default: return qtr_launch(k_attention_generic<QTR_KV_INT8_STATIC>, grid, GENERIC_WARPS * 32, 0, stream, *p);
   }
   return cudaGetLastError();
 }

@@ -16,6 +16,7 @@
  * Bits: a row walks its pages from the first; pages and columns behind it change nothing. So results do not depend on the
  * batch or on how a prompt is cut into chunks (of two tokens or more: one token is attention_decode.cu's). */
 #include "backend/cuda/attention_kernels.h"
+#include "backend/cuda/launch.cuh"
 
 namespace {
 
@@ -605,6 +606,7 @@ __global__ void __launch_bounds__(THREADS, 1) k_attention_prefill(const __grid_c
     asm volatile("fence.mbarrier_init.release.cluster;\n fence.proxy.async.shared::cta;" ::: "memory");
   }
   __syncthreads();
+  qtr_begin();
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
     produce<FORMAT, DIM>(p, m);
@@ -629,8 +631,7 @@ cudaError_t launch(const struct attention_params &p, const struct qtr_attention_
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)n_shared);
   if (error != cudaSuccess) return error;
   long items = (long)plan->n_prefill * p.n_kv_heads;
-  kernel<<<(unsigned)(items < n_sms ? items : n_sms), THREADS, n_shared, stream>>>(p);
-  return cudaGetLastError();
+  return qtr_launch(kernel, (unsigned)(items < n_sms ? items : n_sms), THREADS, n_shared, stream, p);
 }
 
 }  // namespace

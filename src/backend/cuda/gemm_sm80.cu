@@ -35,6 +35,8 @@ template <int LEFT>
 static __device__ __forceinline__ void copy_wait(void) {
   asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
+/* Beyond fp16: the largest number, no infinity. */
+static __device__ __forceinline__ float finite(float x) { return fminf(fmaxf(x, -65504.0f), 65504.0f); }
 static __device__ __forceinline__ uint32_t word_at(uint32_t at) {
   uint32_t v;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(at));
@@ -217,7 +219,7 @@ __global__ void __launch_bounds__(THREADS, N == 128 ? 1 : 2) k_gemm_sm80(const _
         if (logits) {
           ((float *)p.out)[at + j] = from[j];
         } else {
-          __half *o = (__half *)p.out + at + j, y = __float2half_rn(from[j]);
+          __half *o = (__half *)p.out + at + j, y = __float2half_rn(finite(from[j]));
           *o = p.epilogue == QTR_EPILOGUE_ADD ? __hadd(*o, y) : y;
         }
       }
@@ -225,7 +227,7 @@ __global__ void __launch_bounds__(THREADS, N == 128 ? 1 : 2) k_gemm_sm80(const _
     }
     uint4 *o = (uint4 *)((__half *)p.out + at), v, old = {0, 0, 0, 0};
     __half2 y[4], x[4];
-    for (int j = 0; j < 4; j++) y[j] = __floats2half2_rn(from[2 * j], from[2 * j + 1]);
+    for (int j = 0; j < 4; j++) y[j] = __floats2half2_rn(finite(from[2 * j]), finite(from[2 * j + 1]));
     if (p.epilogue == QTR_EPILOGUE_ADD) {
       old = *o;
       memcpy(x, &old, 16);

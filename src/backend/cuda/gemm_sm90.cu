@@ -119,9 +119,11 @@ static __device__ __forceinline__ void matrix_store2(uint32_t at, uint32_t a, ui
 static __device__ __forceinline__ void matrix_store1(uint32_t at, uint32_t a) {
   asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(at), "r"(a) : "memory");
 }
+/* Beyond fp16: the largest number, no infinity. */
 static __device__ __forceinline__ uint32_t pack_half(float low, float high) {
-  __half2 h = __floats2half2_rn(low, high);
-  return *(uint32_t *)&h;
+  uint32_t h;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(h) : "f"(high), "f"(low));
+  return h;
 }
 
 /* ---- shapes -------------------------------------------------------------------------------------- */
@@ -397,6 +399,7 @@ static __device__ __forceinline__ void epilogue(const int32_t (&acc)[T / 2], con
         ((float *)p.out)[at] = y;
       } else {
         __half *out = (__half *)p.out + at;
+        y = fminf(fmaxf(y, -65504.0f), 65504.0f);
         *out = add ? __hadd(*out, __float2half_rn(y)) : __float2half_rn(y);
       }
     }

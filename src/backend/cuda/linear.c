@@ -329,6 +329,7 @@ cudaError_t qtr_cuda_linear_run(struct qtr_cuda *c, const struct qtr_linear_args
                                           .x_scale = args->input->scale,
                                           .x_sum = args->input->sum,
                                           .x_stride = qtr_cuda_stride(l->n_in),
+                                          .x_rows = QTR_MIN(qtr_round_up(args->n_tokens, 256), args->input->max_tokens),
                                           .epilogue = args->epilogue,
                                           .out = args->out,
                                           .n_tokens = args->n_tokens,

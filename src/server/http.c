@@ -193,9 +193,8 @@ static bool read_head(struct qtr_http_conn *c) {
   size_t n = evbuffer_get_length(in);
   if (n == 0) return false;
   if (n > QTR_HTTP_MAX_HEAD) n = QTR_HTTP_MAX_HEAD;
-  struct evbuffer_ptr end = {.pos = 0};
   if (n < QTR_HTTP_MAX_HEAD) { /* do not parse again and again what drips in */
-    end = evbuffer_search(in, "\r\n\r\n", 4, NULL);
+    struct evbuffer_ptr end = evbuffer_search(in, "\r\n\r\n", 4, NULL);
     struct evbuffer_ptr bad = evbuffer_search(in, "\n\n", 2, NULL);
     if (end.pos < 0 && bad.pos < 0) {
       if (!c->began) { /* the first bytes of a request: from now on its own time runs */
@@ -396,7 +395,7 @@ enum qtr_status qtr_http_open(struct event_base *base, const char *host, int por
     goto done;
   }
   evconnlistener_set_error_cb(http->listener, on_accept_error);
-  struct sockaddr_storage bound;
+  struct sockaddr_storage bound = {0};
   socklen_t len = sizeof bound;
   http->port = port;
   if (getsockname(evconnlistener_get_fd(http->listener), (struct sockaddr *)&bound, &len) == 0) {
@@ -427,7 +426,10 @@ void qtr_http_drain(struct qtr_http *http) {
 
 void qtr_http_close(struct qtr_http *http) {
   if (!http) return;
-  while (http->first) conn_free(http->first);
+  for (struct qtr_http_conn *c = http->first, *next; c; c = next) {
+    next = c->next;
+    conn_free(c);
+  }
   if (http->listener) evconnlistener_free(http->listener);
   if (http->resume) event_free(http->resume);
   free(http);

@@ -67,9 +67,10 @@ static void answer_error(struct qtr_job *job, const struct qtr_api_error *err, c
   job_answered(job, job->conn ? err->http : 499);
 }
 
-/* Takes the rest of a job out of the engine; the last events still come. */
+/* Takes the rest of a job out of the engine; the last events still come. A job that a worker prepares has nothing there. */
 static void cancel_runs(struct qtr_job *job) {
   bool any = false;
+  if (!job->prepared) return;
   for (size_t i = 0; job->run && i < job->request.n_prompts; i++) {
     if (job->run[i].id == 0) continue;
     (void)qtr_engine_cancel(job->server->engine, job->run[i].id, NULL); /* NOT_FOUND: its end is on the way */

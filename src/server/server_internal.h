@@ -1,6 +1,6 @@
 /* server_internal.h - the inside of the server, shared by its files. Everything here belongs to the event loop's thread; a
- * job's `task.work` alone runs in a worker, and until its `task.done` the loop touches nothing of that job but `conn`,
- * `list` and `abandoned`. */
+ * job's `task.work` alone runs in a worker, and until its `task.done` (`prepared`) the loop touches nothing of what struct
+ * qtr_job marks as the worker's, and the worker writes nothing else. */
 #ifndef QTR_SERVER_SERVER_INTERNAL_H
 #define QTR_SERVER_SERVER_INTERNAL_H
 
@@ -73,18 +73,21 @@ struct qtr_job {
   char id[48];
   int64_t created;
   double t_arrival, t_first, t_written;
-  bool chat, abandoned, streaming, prepared, answered, use_tools;
+  bool chat, streaming, prepared, answered;
+  struct qtr_choice *choice; /* (n_choices) */
+  int32_t n_choices, n_live;
+  int64_t n_prompt_tokens, n_cached_tokens, n_output_tokens;
+
+  /* The worker's until `prepared`. */
   char *body;
   size_t body_len;
+  bool use_tools;
   struct qtr_api_request request;
   struct qtr_api_tokenize tokenize;
   struct qtr_buffer result; /* of tokenize and detokenize */
   struct qtr_api_error error;
-  struct qtr_masks *masks;   /* of a constrained answer; NULL = none */
-  struct qtr_run *run;       /* (request.n_prompts) */
-  struct qtr_choice *choice; /* (n_choices) */
-  int32_t n_choices, n_live;
-  int64_t n_prompt_tokens, n_cached_tokens, n_output_tokens;
+  struct qtr_masks *masks; /* of a constrained answer; NULL = none */
+  struct qtr_run *run;     /* (request.n_prompts) */
 };
 
 /* A complete request of this kind has come: takes its body and answers it, now or later. */

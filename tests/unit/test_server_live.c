@@ -104,10 +104,13 @@ static void stop(struct fixture *f) {
 }
 
 static void send_request(int fd, const char *method, const char *path, const char *body) {
-  char text[2048];
-  int n = snprintf(text, sizeof text, "%s %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %zu\r\n\r\n%s",
-                   method, path, strlen(body), body);
+  size_t size = strlen(body) + 256;
+  char *text = malloc(size);
+  assert_non_null(text);
+  int n = snprintf(text, size, "%s %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %zu\r\n\r\n%s", method,
+                   path, strlen(body), body);
   assert_true(send(fd, text, (size_t)n, MSG_NOSIGNAL) == n);
+  free(text);
 }
 
 /* All there is until the server closes; malloc'ed. */
@@ -262,6 +265,46 @@ static void test_timeout(void **state) {
   stop(&f);
 }
 
+/* The end of a request comes while a worker still reads its body: the client leaves, the time is over, the server stops. */
+static void test_end_of_unprepared(void **state) {
+  (void)state;
+  enum { N_TOKENS = 600000, N_CLIENTS = 6 };
+  static const char first[] = "{\"prompt\":[50";
+  char *body = malloc(sizeof first + 3 * N_TOKENS + 2), *at = body + sizeof first - 1;
+  assert_non_null(body);
+  memcpy(body, first, sizeof first);
+  for (int i = 0; i < N_TOKENS; i++, at += 3) memcpy(at, ",51", 3);
+  memcpy(at, "]}", 3);
+  for (int round = 0; round < 3; round++) {
+    struct fixture f;
+    begin(&f, 0);
+    if (round == 1) f.options.timeout = 0.001;
+    if (round == 2) f.options.grace = 0;
+    start(&f);
+    int fd[N_CLIENTS];
+    for (int i = 0; i < N_CLIENTS; i++) {
+      fd[i] = dial(&f);
+      send_request(fd[i], "POST", COMPLETIONS, body);
+      if (round == 0) (void)close(fd[i]);
+    }
+    if (round == 2) {
+      pause_ms(20);
+      (void)kill(getpid(), SIGTERM);
+    }
+    for (int i = 0; i < N_CLIENTS && round > 0; i++) {
+      char *answer = hear(fd[i]);
+      bool ended = strstr(answer, round == 1 ? "longer than 0.001 seconds" : "shutting down") != NULL;
+      bool in_time = strncmp(answer, "HTTP/1.1 400", 12) == 0; /* it was read before that, and is too long */
+      bool closed = round == 2 && !answer[0];                  /* the server stopped before it had read all */
+      if (!ended && !in_time && !closed) fail_msg("round %d: %.600s", round, answer);
+      free(answer);
+    }
+    if (round == 0) expect(ask(&f, "POST", COMPLETIONS, SHORT), "HTTP/1.1 200", "\"completion_tokens\":4");
+    stop(&f);
+  }
+  free(body);
+}
+
 /* SIGTERM: what runs has its grace, then it is told; a second signal does not wait. */
 static void test_end(void **state) {
   (void)state;
@@ -297,8 +340,8 @@ int main(void) {
   (void)sigaddset(&set, SIGTERM);
   (void)pthread_sigmask(SIG_BLOCK, &set, NULL);
   (void)signal(SIGPIPE, SIG_IGN);
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_device_fails), cmocka_unit_test(test_vanishing),
-                                     cmocka_unit_test(test_many), cmocka_unit_test(test_timeout),
-                                     cmocka_unit_test(test_end)};
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(test_device_fails), cmocka_unit_test(test_vanishing),         cmocka_unit_test(test_many),
+      cmocka_unit_test(test_timeout),      cmocka_unit_test(test_end_of_unprepared), cmocka_unit_test(test_end)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

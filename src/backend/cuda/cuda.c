@@ -87,14 +87,16 @@ static enum qtr_status choose_path(struct qtr_cuda *c, const struct cudaDevicePr
   }
   const char *wish = getenv("QUATTUOR_ISA"); /* may name a CPU's */
   if (!isa && wish && strncmp(wish, "sm", 2) == 0) isa = wish;
-  c->path = p->major == 9 ? QTR_CUDA_SM90 : QTR_CUDA_SM80;
+  if (!qtr_cuda_ok(c, qtr_cuda_gemm_path(&c->path), "choosing kernels")) return qtr_cuda_status(c, err);
+  (void)cudaGetLastError(); /* asking for kernels that this build does not have may leave one */
   if (!isa) return QTR_OK;
   if (strcmp(isa, "sm80") == 0) {
     c->path = QTR_CUDA_SM80;
   } else if (strcmp(isa, "sm90") != 0) {
     return qtr_fail(err, QTR_ERR_UNSUPPORTED, "isa \"%.20s\" is none of the GPU's: sm80 or sm90", isa);
   } else if (c->path != QTR_CUDA_SM90) {
-    return qtr_fail(err, QTR_ERR_UNSUPPORTED, "GPU %d is a %s: it cannot run sm90 kernels", c->device, p->name);
+    return qtr_fail(err, QTR_ERR_UNSUPPORTED, "GPU %d is a %s: it cannot run sm90 kernels, or this build has none",
+                    c->device, p->name);
   }
   return QTR_OK;
 }
@@ -136,7 +138,8 @@ static enum qtr_status cuda_open(const struct qtr_backend_options *o, struct qtr
   c->threads = o->threads > 0 ? o->threads : n_cores < 1 ? 1 : n_cores > 16 ? 16 : (int32_t)n_cores;
   struct cudaDeviceProp p;
   enum qtr_status status = QTR_OK;
-  if (qtr_cuda_ok(c, cudaGetDeviceProperties(&p, c->device), "reading the GPU's properties")) {
+  if (qtr_cuda_ok(c, cudaSetDevice(c->device), "choosing the GPU") &&
+      qtr_cuda_ok(c, cudaGetDeviceProperties(&p, c->device), "reading the GPU's properties")) {
     status = choose_path(c, &p, o->isa, err);
     c->n_sms = p.multiProcessorCount;
     c->memory_total = p.totalGlobalMem;
@@ -147,7 +150,7 @@ static enum qtr_status cuda_open(const struct qtr_backend_options *o, struct qtr
                    p.minor, c->path == QTR_CUDA_SM80 && p.major == 9 ? " with sm_80 kernels" : "", version, driver / 1000,
                    driver % 1000 / 10);
   }
-  if (!status && qtr_cuda_ok(c, cudaSetDevice(c->device), "choosing the GPU")) {
+  if (!status && c->error == cudaSuccess) {
     (void)qtr_cuda_ok(c, cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking), "making a stream");
   }
   if (!status) status = qtr_cuda_status(c, err);

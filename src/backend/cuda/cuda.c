@@ -125,7 +125,10 @@ static enum qtr_status cuda_open(const struct qtr_backend_options *o, struct qtr
   if (error != cudaSuccess || n_devices < 1) {
     (void)cudaGetLastError();
     return qtr_fail(err, QTR_ERR_UNSUPPORTED, "no usable GPU: %s; use --device cpu",
-                    error == cudaSuccess ? "none is there" : cudaGetErrorString(error));
+                    error == cudaSuccess ? "none is there"
+                    : error == cudaErrorInsufficientDriver
+                        ? "no NVIDIA driver is loaded, or it is older than this build's CUDA"
+                        : cudaGetErrorString(error));
   }
   if (o->gpu < 0 || o->gpu >= n_devices) {
     return qtr_fail(err, QTR_ERR_ARGUMENT, "there is no GPU %d: this machine has %d, counted from 0", o->gpu, n_devices);

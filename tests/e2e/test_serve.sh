@@ -15,11 +15,11 @@ for _ in $(seq 300); do
 done
 [ -n "$port" ] || { cat "$T/log" >&2; fail "no address"; finish; }
 
-# ask TEXT: sends bytes (printf escapes), reads until the server closes or 5 s have gone; the answer is in $T/out.
+# ask TEXT: sends bytes (printf escapes), reads until the server closes or 30 s have gone; the answer is in $T/out.
 ask() {
   exec 9<>"/dev/tcp/127.0.0.1/$port" || { fail "cannot connect"; return; }
   printf "$1" >&9
-  timeout 5 cat <&9 >"$T/out"
+  timeout 30 cat <&9 >"$T/out"
   exec 9<&- 9>&-
 }
 C='Connection: close\r\nHost: x\r\n'
@@ -91,7 +91,7 @@ says "$T/out" '^HTTP/1.1 400'
   exec 9<>"/dev/tcp/127.0.0.1/$port"
   printf "POST /v1/completions HTTP/1.1\r\n${C}Transfer-Encoding: chunked\r\n\r\n6400000\r\n" >&9
   head -c 104857600 /dev/zero >&9
-  timeout 5 cat <&9 >"$T/out"
+  timeout 30 cat <&9 >"$T/out"
   exec 9<&- 9>&-
 } 2>/dev/null
 says "$T/out" '^HTTP/1.1 413'

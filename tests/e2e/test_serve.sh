@@ -54,6 +54,12 @@ ask "POST /v1/completions HTTP/1.0\r\nContent-Length: ${#stream}\r\n\r\n$stream"
 says "$T/out" '^data: \[DONE\]'
 grep -q chunked "$T/out" && fail "HTTP/1.0 got chunks"
 
+# every metric that the dashboard draws is there
+ask "GET /metrics HTTP/1.1\r\n$C\r\n"
+for name in $(grep -oE '(vllm|quattuor):[a-z0-9_]+' "$SRC/deploy/grafana.json" | sort -u); do
+  grep -q "^$name[{ ]" "$T/out" || fail "deploy/grafana.json draws $name, which /metrics does not have"
+done
+
 # an answer that must fit a schema
 post /v1/chat/completions '{"messages":[{"role":"user","content":"Hello"}],"max_tokens":100,"seed":1,"response_format":{"type":"json_schema","json_schema":{"name":"x","schema":{"type":"object","properties":{"meal":{"enum":["lunch","dinner"]},"people":{"type":"integer","minimum":1,"maximum":9}},"required":["meal","people"]}}}}'
 tail -1 "$T/out" | grep -qE '"content":"\{[ nt\\]*\\"meal\\"[ nt\\]*:[ nt\\]*\\"(lunch|dinner)\\"[ nt\\]*,[ nt\\]*\\"people\\"[ nt\\]*:[ nt\\]*[1-9][ nt\\]*\}"' ||

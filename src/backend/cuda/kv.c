@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "backend/cuda/attention.h"
+#include "backend/cuda/cuda.h"
 #include "backend/cuda/kv_layout.h"
 #include "base/checked.h"
 #include "base/half.h"
@@ -72,8 +72,9 @@ done:
 enum qtr_kv_format qtr_cuda_kv_format(const struct qtr_kv *kv) { return kv->config.format; }
 
 void qtr_cuda_kv_free(struct qtr_backend *b, struct qtr_kv *kv) {
-  (void)b;
   if (!kv) return;
+  qtr_cuda_wait(b);
+  qtr_cuda_forget_graphs((struct qtr_cuda *)b);
   if (kv->data) (void)cudaFree(kv->data);
   free(kv->static_scale);
   free(kv);

@@ -57,7 +57,7 @@ grep -q chunked "$T/out" && fail "HTTP/1.0 got chunks"
 # every metric that the dashboard draws is there
 ask "GET /metrics HTTP/1.1\r\n$C\r\n"
 for name in $(grep -oE '(vllm|quattuor):[a-z0-9_]+' "$SRC/deploy/grafana.json" | sort -u); do
-  grep -q "^$name[{ ]" "$T/out" || fail "deploy/grafana.json draws $name, which /metrics does not have"
+  grep -q "^${name}[{ ]" "$T/out" || fail "deploy/grafana.json draws $name, which /metrics does not have"
 done
 
 # an answer that must fit a schema

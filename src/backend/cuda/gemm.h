@@ -44,7 +44,7 @@ size_t qtr_cuda_matrix_padded_rows(enum qtr_cuda_path path, size_t n_out);
 struct qtr_cuda_part {
   size_t n_out, first_row; /* rows, and where they begin in the whole matrix: part 1 of gate_up begins at n_out of part 0 */
   const void *weight;      /* W8A8 (n_out, n_in) int8 row major; W4A8*: packed nibbles, spec A.3 */
-  const uint8_t *s2_scale, *s2_zero;  /* (n_in/128, n_out) permuted as on disk (A.4.2); else NULL */
+  const uint8_t *s2_scale, *s2_zero; /* (n_in/128, n_out) permuted as on disk (A.4.2); else NULL */
   const float *scale, *szero, *bias; /* (n_out), NULL where there is none (m->bias set, part->bias NULL: zeros) */
 };
 /* Writes one part into m (padding rows and columns become zero; call qtr_cuda_matrix_clear first). */
@@ -57,17 +57,18 @@ cudaError_t qtr_cuda_g128_expand(const struct qtr_cuda_part *part, size_t n_in, 
 
 struct qtr_cuda_gemm_args {
   const struct qtr_cuda_matrix *w;
-  const int8_t *x;       /* (n_tokens, x_stride) codes; x_stride: n_in rounded up to 128, the tail zero; 128-byte aligned */
-  const float *x_scale;  /* (n_tokens) */
-  const float *x_sum;    /* (n_tokens) */
+  const int8_t *x;      /* (n_tokens, x_stride) codes; x_stride: n_in rounded up to 128, the tail zero; 128-byte aligned */
+  const float *x_scale; /* (n_tokens) */
+  const float *x_sum;   /* (n_tokens) */
   size_t x_stride;
-  size_t x_rows; /* rows of x that may be read, whatever is in those past n_tokens; less than n_tokens (0): n_tokens. The copy
-                    engine reads a row faster than it makes zeros: give it n_tokens rounded up to 256 where there is room */
+  size_t
+      x_rows; /* rows of x that may be read, whatever is in those past n_tokens; less than n_tokens (0): n_tokens. The copy
+                 engine reads a row faster than it makes zeros: give it n_tokens rounded up to 256 where there is room */
   enum qtr_epilogue epilogue; /* out row length: n_out; n_out/2 with SILU_MUL */
   void *out;                  /* fp16, or F32 with LOGITS; no padding between rows, 2-byte aligned rows are possible */
   size_t n_tokens;
-  bool dependent; /* launched as a programmatic dependent: asks for weights while the kernel before it ends, waits for its
-                     results before it reads or writes anything else (Hopper; ignored on the older path) */
+  bool dependent;  /* launched as a programmatic dependent: asks for weights while the kernel before it ends, waits for its
+                      results before it reads or writes anything else (Hopper; ignored on the older path) */
   void *workspace; /* (qtr_cuda_gemm_workspace) zeroed once; the present kernels do without, NULL is fine */
 };
 /* Enough for any n_tokens. */

@@ -44,11 +44,12 @@ static enum qtr_status add_prompts(struct qtr_engine *engine, const struct qtr_b
 
 enum qtr_status qtr_bench_round_run(struct qtr_engine *engine, const struct qtr_bench_options *options,
                                     struct qtr_bench_round *round, struct qtr_error *err) {
-  struct qtr_stats before, after, step_before, step_after;
+  struct qtr_stats before, after, last;
   struct qtr_event event;
   enum qtr_status status = add_prompts(engine, options, err);
   if (status) return status;
   qtr_engine_stats(engine, &before);
+  last = before;
   size_t total = (size_t)options->batch * (size_t)options->gen_len, n_tokens = 0;
   int32_t n_started = 0, n_ended = 0;
   bool has_work = true, failed = false;
@@ -60,7 +61,6 @@ enum qtr_status qtr_bench_round_run(struct qtr_engine *engine, const struct qtr_
   while (has_work && !status) {
     bool whole = n_started == options->batch && n_ended == 0;
     size_t n_before = n_tokens;
-    qtr_engine_stats(engine, &step_before);
     double t = qtr_now();
     status = qtr_engine_step(engine, &has_work, err);
     double t_after = qtr_now();
@@ -71,14 +71,15 @@ enum qtr_status qtr_bench_round_run(struct qtr_engine *engine, const struct qtr_
       failed = failed || (event.finish && event.finish != QTR_FINISH_LENGTH);
     }
     if (n_started == options->batch && t_prefill == 0) t_prefill = t_after;
+    qtr_engine_stats(engine, &after);
     if (whole && n_tokens - n_before == (size_t)options->batch) { /* not after a preemption */
       decode_s += t_after - t;
-      qtr_engine_stats(engine, &step_after);
-      busy += step_after.device_busy_seconds - step_before.device_busy_seconds;
-      idle += step_after.device_idle_seconds - step_before.device_idle_seconds;
+      busy += after.device_busy_seconds - last.device_busy_seconds;
+      idle += after.device_idle_seconds - last.device_idle_seconds;
       n_decoded += n_tokens - n_before;
       round->n_decode_steps++;
     }
+    last = after;
     qtr_progress_update(&progress, n_tokens);
   }
   round->seconds = qtr_now() - t_start;
@@ -87,7 +88,6 @@ enum qtr_status qtr_bench_round_run(struct qtr_engine *engine, const struct qtr_
   if (failed || n_tokens != total) {
     return qtr_fail(err, QTR_ERR_BACKEND, "%zu of %zu tokens came: the engine ended requests early", n_tokens, total);
   }
-  qtr_engine_stats(engine, &after);
   round->throughput_tok_s = (double)total / round->seconds;
   round->prefill_s = t_prefill - t_start;
   round->decode_ms_per_step = round->n_decode_steps ? decode_s * 1e3 / (double)round->n_decode_steps : (double)NAN;

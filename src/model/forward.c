@@ -20,6 +20,7 @@ enum { MARKS_PER_LAYER = 10, MARKS_BESIDES = 8 };
 struct qtr_workspace {
   struct qtr_backend *backend;
   size_t max_tokens, max_rows, n_bytes;
+  size_t act_unit;         /* bytes of an activation */
   void *x;                 /* (max_tokens, hidden) the residual stream */
   void *qkv;               /* (max_tokens, (n_heads + 2 n_kv_heads) * head_dim) */
   void *attn;              /* (max_tokens, n_heads * head_dim) */
@@ -49,7 +50,7 @@ enum qtr_status qtr_workspace_create(const struct qtr_model *model, size_t max_t
   *w = (struct qtr_workspace){.backend = b, .max_tokens = max_tokens, .max_rows = max_rows};
   struct qtr_caps caps;
   b->ops->caps(b, &caps);
-  size_t unit = qtr_dtype_bytes(caps.act_dtype);
+  size_t unit = w->act_unit = qtr_dtype_bytes(caps.act_dtype);
   size_t hidden = (size_t)c->hidden_size, heads = (size_t)c->n_heads * (size_t)c->head_dim;
   size_t widest = QTR_MAX(QTR_MAX(hidden, heads), (size_t)c->intermediate_size);
   const struct {
@@ -246,9 +247,7 @@ enum qtr_status qtr_model_forward(struct qtr_model *model, struct qtr_kv *kv, st
     return qtr_fail(err, QTR_ERR_ARGUMENT, "a batch of %d tokens and %d logit rows does not fit a workspace of %zu and %zu",
                     batch->n_tokens, batch->n_logit_rows, w->max_tokens, w->max_rows);
   }
-  struct qtr_caps caps;
-  b->ops->caps(b, &caps);
-  struct step s = {.model = model, .b = b, .kv = kv, .w = w, .batch = batch, .act_unit = qtr_dtype_bytes(caps.act_dtype)};
+  struct step s = {.model = model, .b = b, .kv = kv, .w = w, .batch = batch, .act_unit = w->act_unit};
   struct qtr_batch roomy = *batch;
   roomy.room_tokens = (int32_t)w->max_tokens;
   roomy.room_rows = (int32_t)w->max_rows;

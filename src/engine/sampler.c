@@ -10,6 +10,7 @@
 #include "backend/backend.h"
 #include "base/checked.h"
 #include "base/half.h"
+#include "base/philox.h"
 #include "base/status.h"
 
 #include <float.h>
@@ -122,23 +123,6 @@ static inline float exp_negative(float x) {
   p = p * r + 1.0f;
   p *= qtr_f32_from_bits((n + 127u) << 23); /* 2^n; the shift's own bits fall out at the top */
   return keep_if(some, p);
-}
-
-/* Philox4x32-10; 53 bits of its output as a number in [0, 1). */
-static double random_unit(uint64_t seed, uint64_t position) {
-  uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
-  uint32_t c0 = (uint32_t)position, c1 = (uint32_t)(position >> 32), c2 = 0, c3 = 0;
-  for (int round = 0; round < 10; round++) {
-    uint64_t p0 = (uint64_t)0xD2511F53u * c0, p1 = (uint64_t)0xCD9E8D57u * c2;
-    c0 = (uint32_t)(p1 >> 32) ^ c1 ^ key0;
-    c1 = (uint32_t)p1;
-    c2 = (uint32_t)(p0 >> 32) ^ c3 ^ key1;
-    c3 = (uint32_t)p0;
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
-  }
-  uint64_t bits = ((uint64_t)c1 << 32 | c0) >> 11;
-  return (double)bits * 0x1p-53;
 }
 
 /* Comparable value of a logit: NaN is the lowest, +inf the largest finite number, so that differences stay defined. */
@@ -373,7 +357,7 @@ static int32_t draw(const struct qtr_sampler *s, int32_t n, double total, double
 static int32_t draw_token(struct qtr_sampler *s, const struct qtr_sample_args *a, const float *x, float best) {
   const struct qtr_sampling *p = a->sampling;
   const float inverse = 1.0f / p->temperature;
-  const double unit = random_unit(a->seed, a->position);
+  const double unit = qtr_philox_unit(a->seed, a->position);
   const bool some = p->top_k > 0 && p->top_k < s->vocab_size;
   int32_t n = s->vocab_size;
   if (!some && p->top_p >= 1) { /* nothing to sort: weights by id. The best token's is 1 */

@@ -11,7 +11,7 @@
 #define VOCAB 1300 /* several blocks of the sampler */
 
 static uint64_t rng = 1;
-static double uniform(void) { return random_unit(7, rng++); }
+static double uniform(void) { return qtr_philox_unit(7, rng++); }
 static int pick(int n) { return (int)(uniform() * n); }
 static const struct qtr_sampling plain = {.temperature = 1, .top_k = -1, .top_p = 1, .repetition_penalty = 1};
 
@@ -21,11 +21,11 @@ static const struct qtr_sampling plain = {.temperature = 1, .top_k = -1, .top_p 
 static void test_stream_known_answer(void **unused) {
   (void)unused;
   uint64_t words = (uint64_t)0xe169c58du << 32 | 0x6627e8d5u;
-  assert_true(random_unit(0, 0) == (double)(words >> 11) * 0x1p-53);
-  assert_true(random_unit(0, 1) != random_unit(0, 0) && random_unit(1, 0) != random_unit(0, 0));
+  assert_true(qtr_philox_unit(0, 0) == (double)(words >> 11) * 0x1p-53);
+  assert_true(qtr_philox_unit(0, 1) != qtr_philox_unit(0, 0) && qtr_philox_unit(1, 0) != qtr_philox_unit(0, 0));
   double sum = 0;
   for (uint64_t i = 0; i < 100000; i++) {
-    double u = random_unit(3, i);
+    double u = qtr_philox_unit(3, i);
     assert_true(u >= 0 && u < 1);
     sum += u;
   }
@@ -159,7 +159,7 @@ static void test_brute_force(void **unused) {
     qtr_sample(sampler, &a, &r);
     brute_filter(&b, &a);
     if (p.top_k == 1) assert_int_equal(r.token, b.kept[0]);
-    int expected = brute_draw(&b, random_unit(a.seed, a.position));
+    int expected = brute_draw(&b, qtr_philox_unit(a.seed, a.position));
     if (expected < 0) continue;
     n_compared++;
     if (r.token != expected) fail_msg("round %d: token %d, not %d", round, r.token, expected);

@@ -1,6 +1,7 @@
 /* kv.c - the KV cache of the CPU backend: its memory, reading it back for tests, and the operation that rotates q and k and
  * writes K and V into pages (spec C.1, C.3, C.4). The layout is drawn in kv.h, the arithmetic is common/kv_quant.h's. */
 #include "backend/cpu/kv.h"
+#include "backend/common/kv_static.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -56,22 +57,7 @@ enum qtr_status qtr_cpu_kv_create(struct qtr_backend *b, const struct qtr_kv_con
     status = qtr_fail_memory(err, "KV cache", kv->n_bytes);
     goto done;
   }
-  if (config->format == QTR_KV_INT8_STATIC) {
-    size_t n = (size_t)config->n_layers * 2;
-    kv->static_scale = malloc(n * sizeof(float));
-    if (!kv->static_scale) {
-      status = qtr_fail_memory(err, "static KV scales", n * sizeof(float));
-      goto done;
-    }
-    for (size_t i = 0; i < n; i++) {
-      kv->static_scale[i] = qtr_f16_round(config->static_scale[i]);
-      if (!(kv->static_scale[i] > 0) || !isfinite(kv->static_scale[i])) {
-        status = qtr_fail(err, QTR_ERR_FORMAT, "static %s scale of layer %zu is %g as fp16: it must be positive and finite",
-                          i % 2 ? "V" : "K", i / 2, (double)config->static_scale[i]);
-        goto done;
-      }
-    }
-  }
+  if (config->format == QTR_KV_INT8_STATIC && (status = qtr_kv_static_scales(config, &kv->static_scale, err))) goto done;
   kv->partial_bytes = qtr_cpu_attention_partial_bytes((size_t)config->head_dim);
   kv->partial = qtr_cpu_alloc(kv->partial_bytes);
   if (!kv->partial) {

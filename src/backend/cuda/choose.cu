@@ -10,6 +10,7 @@
 #include "backend/cuda/choose.h"
 
 #include "backend/cuda/launch.cuh"
+#include "base/philox.h"
 
 #include <float.h>
 
@@ -41,21 +42,6 @@ __device__ static float weight_of(float x, float best, float inverse) {
 }
 
 __device__ static float clean(float x) { return x > -INFINITY ? (x < FLT_MAX ? x : FLT_MAX) : -INFINITY; }
-
-__device__ static double random_unit(uint64_t seed, uint64_t position) {
-  uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
-  uint32_t c0 = (uint32_t)position, c1 = (uint32_t)(position >> 32), c2 = 0, c3 = 0;
-  for (int round = 0; round < 10; round++) {
-    uint64_t p0 = (uint64_t)0xD2511F53u * c0, p1 = (uint64_t)0xCD9E8D57u * c2;
-    c0 = (uint32_t)(p1 >> 32) ^ c1 ^ key0;
-    c1 = (uint32_t)p1;
-    c2 = (uint32_t)(p0 >> 32) ^ c3 ^ key1;
-    c3 = (uint32_t)p0;
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
-  }
-  return (double)(((uint64_t)c1 << 32 | c0) >> 11) * 0x1p-53;
-}
 
 /* ---- a block's common work ----------------------------------------------------------------------- */
 
@@ -295,7 +281,7 @@ __global__ void __launch_bounds__(THREADS) k_choose(float *logits, const qtr_cho
   if (b.token >= 0 && !greedy) {
     bool some = p.top_k > 0 && p.top_k < n;
     float inverse = 1.0f / p.temperature;
-    double unit = random_unit(p.seed, p.position);
+    double unit = qtr_philox_unit(p.seed, p.position);
     if (some && p.top_k > CANDIDATES) {
       if (threadIdx.x == 0) token = QTR_CHOOSE_UNDECIDED;
     } else if (!some && p.top_p >= 1) {

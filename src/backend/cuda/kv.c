@@ -1,10 +1,10 @@
 /* kv.c - the KV cache of the cuda backend on the host: making, freeing, and reading it back for tests. Layout: kv_layout.h;
  * what is stored: spec C.3 by backend/common/kv_quant.h. The pages begin as zeros, so that every slot is a finite number
  * for kernels that multiply unused slots by zero. One page more than asked is there for padding (attention.h). */
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "backend/common/kv_static.h"
 #include "backend/cuda/cuda.h"
 #include "backend/cuda/kv_layout.h"
 #include "base/checked.h"
@@ -31,22 +31,7 @@ enum qtr_status qtr_cuda_kv_create(struct qtr_backend *b, const struct qtr_kv_co
   k->config = *c;
   k->config.static_scale = NULL;
   k->page_bytes = all / (size_t)c->n_layers / 2;
-  if (c->format == QTR_KV_INT8_STATIC) {
-    size_t n = (size_t)c->n_layers * 2;
-    k->static_scale = calloc(n, sizeof *k->static_scale);
-    if (!k->static_scale) {
-      status = qtr_fail_memory(err, "KV scales", n * sizeof *k->static_scale);
-      goto done;
-    }
-    for (size_t i = 0; i < n; i++) {
-      k->static_scale[i] = qtr_f16_round(c->static_scale[i]); /* A.2.5 */
-      if (!(k->static_scale[i] > 0 && isfinite(k->static_scale[i]))) {
-        status = qtr_fail(err, QTR_ERR_FORMAT, "layer %zu: the static %s scale %g is not a positive fp16 number", i / 2,
-                          i % 2 ? "V" : "K", (double)c->static_scale[i]);
-        goto done;
-      }
-    }
-  }
+  if (c->format == QTR_KV_INT8_STATIC && (status = qtr_kv_static_scales(c, &k->static_scale, err))) goto done;
   void *data = NULL;
   cudaError_t error = cudaMalloc(&data, n_bytes);
   k->data = data;

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "backend/common/kv_quant.h"
+#include "backend/common/kv_static.h"
 #include "backend/reference/reference.h"
 #include "base/checked.h"
 #include "base/status.h"
@@ -34,19 +35,7 @@ enum qtr_status qtr_reference_kv_create(struct qtr_backend *b, const struct qtr_
   k->page_bytes = all / (size_t)c->n_layers / 2;
   k->data = qtr_reference_alloc(n_bytes, 1, "the KV cache", err);
   if (!k->data) goto done;
-  if (c->format == QTR_KV_INT8_STATIC) {
-    size_t n = (size_t)c->n_layers * 2;
-    k->static_scale = qtr_reference_alloc(n, sizeof *k->static_scale, "KV scales", err);
-    if (!k->static_scale) goto done;
-    for (size_t i = 0; i < n; i++) {
-      k->static_scale[i] = qtr_f16_round(c->static_scale[i]); /* A.2.5 */
-      if (!(k->static_scale[i] > 0 && isfinite(k->static_scale[i]))) {
-        status = qtr_fail(err, QTR_ERR_FORMAT, "layer %zu: the static %s scale %g is not a positive fp16 number", i / 2,
-                          i % 2 ? "V" : "K", (double)c->static_scale[i]);
-        goto done;
-      }
-    }
-  }
+  if (c->format == QTR_KV_INT8_STATIC && (status = qtr_kv_static_scales(c, &k->static_scale, err))) goto done;
   *kv = k;
   k = NULL;
   status = QTR_OK;

@@ -162,7 +162,6 @@ static double linear_value(const struct matrix *w, const struct tokens *t, size_
 static bool dependent; /* launches overlap the end of those before them */
 static cudaStream_t stream;
 static int n_bad;
-static void *workspace;
 
 static bool check_one(enum qtr_cuda_path path, enum qtr_linear_format format, size_t n_in, std::vector<size_t> rows,
                       enum qtr_epilogue epilogue, bool bias, std::vector<size_t> counts, const struct qtr_gemm_plan *plan) {
@@ -181,7 +180,7 @@ static bool check_one(enum qtr_cuda_path path, enum qtr_linear_format format, si
     uint8_t *out;
     TRY(cudaMalloc(&out, before.size()));
     struct qtr_cuda_gemm_args a = {&w.m,     t.d_x, t.d_scale, t.d_sum,   t.stride, t.rows,
-                                   epilogue, out,   n,         dependent, workspace};
+                                   epilogue, out,   n,         dependent};
     for (int run = 0; run < 2; run++) {
       TRY(cudaMemcpy(out, before.data(), before.size(), cudaMemcpyHostToDevice));
       cudaError_t e = plan ? qtr_cuda_gemm_planned(&a, plan, 0) : qtr_cuda_gemm(&a, 0);
@@ -349,7 +348,7 @@ static void check_dependent(int n_sms) {
     TRY(cudaMalloc(&out, bytes));
     TRY(cudaMalloc(&copy, bytes));
     struct qtr_cuda_gemm_args a = {&w.m, right.d_x, right.d_scale, right.d_sum, right.stride, 0, QTR_EPILOGUE_STORE,
-                                   out,  n,         false,         NULL};
+                                   out,  n,         false};
     TRY(qtr_cuda_gemm_planned(&a, &plan, stream));
     TRY(cudaStreamSynchronize(stream));
     TRY(cudaMemcpy(want.data(), out, bytes, cudaMemcpyDeviceToHost));
@@ -409,7 +408,7 @@ static double time_one(const struct matrix *w, const struct tokens *t, enum qtr_
     struct qtr_cuda_matrix m = w->m;
     m.code = code[i % copies];
     struct qtr_cuda_gemm_args a = {&m,       t->d_x, t->d_scale, t->d_sum,  t->stride, t->rows,
-                                   epilogue, out,    t->n,       dependent, workspace};
+                                   epilogue, out,    t->n,       dependent};
     TRY(plan ? qtr_cuda_gemm_planned(&a, plan, stream) : qtr_cuda_gemm(&a, stream));
   }
   TRY(cudaStreamEndCapture(stream, &graph));
@@ -502,8 +501,6 @@ int main(int argc, char **argv) {
   struct cudaDeviceProp prop;
   TRY(cudaGetDeviceProperties(&prop, 0));
   printf("%s, %d SMs, L2 %d MB\n", prop.name, prop.multiProcessorCount, prop.l2CacheSize >> 20);
-  TRY(cudaMalloc(&workspace, qtr_cuda_gemm_workspace()));
-  TRY(cudaMemset(workspace, 0, qtr_cuda_gemm_workspace()));
   TRY(cudaStreamCreate(&stream));
   seed ^= argc > 1 ? (uint64_t)(uintptr_t)&prop : 0;
   int n_sms = prop.multiProcessorCount;

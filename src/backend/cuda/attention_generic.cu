@@ -99,7 +99,6 @@ cudaError_t qtr_cuda_attention_generic(const struct attention_params *p, int for
     case QTR_KV_INT4: return qtr_launch(k_attention_generic<QTR_KV_INT4>, grid, GENERIC_WARPS * 32, 0, stream, *p);
     default: return qtr_launch(k_attention_generic<QTR_KV_INT8_STATIC>, grid, GENERIC_WARPS * 32, 0, stream, *p);
   }
-  return cudaGetLastError();
 }
 
 void qtr_cuda_attention_params(const struct qtr_attention_args *args, const struct qtr_cuda_batch *batch, void *scratch,

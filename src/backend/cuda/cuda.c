@@ -71,7 +71,6 @@ static void cuda_close(struct qtr_backend *b) {
   if (c->stream) (void)cudaStreamSynchronize(c->stream);
   qtr_cuda_step_free(c);
   qtr_cuda_release(c->lt_workspace);
-  qtr_cuda_release(c->gemm_workspace);
   qtr_cuda_release(c->product);
   qtr_cuda_release(c->staging);
   if (c->lt) (void)cublasLtDestroy(c->lt);
@@ -161,7 +160,6 @@ static enum qtr_status cuda_open(const struct qtr_backend_options *o, struct qtr
     status = qtr_fail(err, QTR_ERR_BACKEND, "cuBLASLt does not start on GPU %d", c->device);
   }
   if (!status) status = qtr_cuda_malloc(c, QTR_CUDA_LT_BYTES, "the workspace of cuBLASLt", &c->lt_workspace, err);
-  if (!status) status = qtr_cuda_malloc(c, qtr_cuda_gemm_workspace(), "the workspace of matrices", &c->gemm_workspace, err);
   if (!status) status = qtr_cuda_step_create(c, err);
   if (status) {
     cuda_close(&c->base);

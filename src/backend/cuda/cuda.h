@@ -28,10 +28,9 @@ struct qtr_cuda {
   cudaError_t error; /* the first that went wrong; stays until the backend is closed */
   const char *where; /* in what */
   cublasLtHandle_t lt;
-  void *lt_workspace;   /* (QTR_CUDA_LT_BYTES) device */
-  void *gemm_workspace; /* device, zero between uses */
-  float *product;       /* (QTR_CUDA_PRODUCT_BYTES) device: products of floating-point matrices before their epilogue */
-  void *staging;        /* device, for parts of matrices while they are repacked */
+  void *lt_workspace; /* (QTR_CUDA_LT_BYTES) device */
+  float *product;     /* (QTR_CUDA_PRODUCT_BYTES) device: products of floating-point matrices before their epilogue */
+  void *staging;      /* device, for parts of matrices while they are repacked */
   size_t staging_bytes;
   struct qtr_cuda_step *step;
 };
@@ -42,7 +41,6 @@ struct qtr_cuda {
 struct qtr_linear {
   enum qtr_linear_format format; /* of the source: decides the quantisation of the input */
   size_t n_in, n_out, n_bytes;
-  bool gate_up;
   struct qtr_cuda_matrix matrix; /* integer formats */
   void *weight;                  /* floating-point formats: (n_out, n_in) fp16, or F32 for F32 */
   float *bias;                   /* (n_out) of floating-point formats; NULL = none */

@@ -1,8 +1,6 @@
 /* gemm.cu - launching an integer matrix product: what is refused, which tile, how the work is cut (gemm.h). */
 #include "backend/cuda/gemm_internal.h"
 
-size_t qtr_cuda_gemm_workspace(void) { return 256; }
-
 /* Microseconds of a product by tiles of n tokens and 128 rows, as measured on an H100 (bench/NOTES.md). The tensor cores
  * take 4 n cycles at 1.75 GHz for a step of 128 columns; making group weights takes 330 + 2.5 n, which small tiles do not
  * hide. A tile's epilogue takes 1.65 us at n = 128 and 2.4 us at 256; to meet, the two blocks of a split tile take 2.2 us.

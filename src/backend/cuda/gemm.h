@@ -67,12 +67,9 @@ struct qtr_cuda_gemm_args {
   enum qtr_epilogue epilogue; /* out row length: n_out; n_out/2 with SILU_MUL */
   void *out;                  /* fp16, or F32 with LOGITS; no padding between rows, 2-byte aligned rows are possible */
   size_t n_tokens;
-  bool dependent;  /* launched as a programmatic dependent: asks for weights while the kernel before it ends, waits for its
-                      results before it reads or writes anything else (Hopper; ignored on the older path) */
-  void *workspace; /* (qtr_cuda_gemm_workspace) zeroed once; the present kernels do without, NULL is fine */
+  bool dependent; /* launched as a programmatic dependent: asks for weights while the kernel before it ends, waits for its
+                     results before it reads or writes anything else (Hopper; ignored on the older path) */
 };
-/* Enough for any n_tokens. */
-size_t qtr_cuda_gemm_workspace(void);
 /* Capturable in a graph: no synchronisation, no allocation. */
 cudaError_t qtr_cuda_gemm(const struct qtr_cuda_gemm_args *args, cudaStream_t stream);
 

@@ -232,7 +232,6 @@ enum qtr_status qtr_cuda_linear_create(struct qtr_backend *b, const struct qtr_l
   l->format = source->format;
   l->n_in = source->n_in;
   l->n_out = n_out;
-  l->gate_up = source->gate_up;
   status = source->format <= QTR_LINEAR_BF16 ? create_float(c, source, l, err) : create_integer(c, source, l, err);
   if (status) {
     qtr_cuda_linear_free(b, l);
@@ -333,7 +332,6 @@ cudaError_t qtr_cuda_linear_run(struct qtr_cuda *c, const struct qtr_linear_args
                                           .epilogue = args->epilogue,
                                           .out = args->out,
                                           .n_tokens = args->n_tokens,
-                                          .dependent = true,
-                                          .workspace = c->gemm_workspace};
+                                          .dependent = true};
   return qtr_cuda_gemm(&gemm, c->stream);
 }

@@ -287,6 +287,7 @@ static int chat(struct flags *flags) {
     goto done;
   }
   if (s.terminal) {
+    qtr_interrupt_watch(); /* loading could be interrupted; from here on Ctrl-C is about lines and answers */
     struct qtr_engine_info info;
     qtr_engine_get_info(s.engine, &info);
     (void)fprintf(stderr, "%s, %s, context %d. /help lists the commands.\n", info.model_dir, info.precision,

@@ -46,6 +46,7 @@ await() { # until the terminal has shown what matches
     sleep 0.1
   done
 }
+# exec: a shell between the terminal and the program would have its own idea of Ctrl-C (dash then ends with 130).
 if command -v script >/dev/null; then
   {
     await "lists the commands"
@@ -61,7 +62,7 @@ if command -v script >/dev/null; then
     await "new conversation"
     printf '\004'
     sleep 1
-  } | timeout 120 script -qfec "'$Q' chat --model '$MODEL' --temperature 0 --ignore-eos --max-tokens 8000" "$T/tty" >/dev/null 2>&1
+  } | timeout 120 script -qfec "exec '$Q' chat --model '$MODEL' --temperature 0 --ignore-eos --max-tokens 8000" "$T/tty" >/dev/null 2>&1
   same $? 0 "exit code of a terminal session"
   says "$T/tty" "\(stopped\)"
   says "$T/tty" "new conversation"

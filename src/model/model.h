@@ -61,6 +61,12 @@ enum qtr_status qtr_workspace_create(const struct qtr_model *model, size_t max_t
 void qtr_workspace_free(struct qtr_workspace *workspace);
 size_t qtr_workspace_bytes(const struct qtr_workspace *workspace);
 
+/* From now on every forward pass with this workspace keeps the residual stream of the rows whose logits are wanted, for
+ * comparing models. State 0 is the embedding, state i what layer i - 1 leaves, n_layers + 1 in all: device (n_logit_rows,
+ * hidden_size) in the activation type, valid until the next call. */
+enum qtr_status qtr_workspace_tap(const struct qtr_model *model, struct qtr_workspace *workspace, struct qtr_error *err);
+const void *qtr_workspace_state(const struct qtr_workspace *workspace, size_t i);
+
 /* Runs one batch: writes its K and V to `kv`; *logits (n_logit_rows, vocab_size) F32 in device memory of the workspace,
  * valid until the next call. Refuses a batch larger than the workspace with QTR_ERR_ARGUMENT. */
 enum qtr_status qtr_model_forward(struct qtr_model *model, struct qtr_kv *kv, struct qtr_workspace *workspace,

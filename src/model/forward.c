@@ -9,6 +9,7 @@
 #include "model/model.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 /* An operation of a profiled step, booked when the device's clock is read. */
 struct marked {
@@ -202,6 +203,11 @@ static void run_linear(struct step *s, enum qtr_profile_op op, const struct qtr_
        2.0 * (double)n_tokens * (double)n_in * (double)n_out);
 }
 
+static void look(const struct step *s, enum qtr_tap_point point, int32_t layer, const void *x, size_t dim) {
+  const struct qtr_tap *tap = s->model->tap;
+  if (tap) tap->see(tap->user, point, layer, x, (size_t)s->batch->n_tokens, dim);
+}
+
 static void run_layer(struct step *s, int32_t i) {
   const struct qtr_config *c = &s->model->config;
   const struct qtr_layer *layer = &s->model->layer[i];
@@ -210,12 +216,14 @@ static void run_layer(struct step *s, int32_t i) {
   size_t n_tokens = (size_t)s->batch->n_tokens, hidden = (size_t)c->hidden_size;
   size_t heads = (size_t)c->n_heads * (size_t)c->head_dim, inner = (size_t)c->intermediate_size;
 
+  look(s, QTR_TAP_LAYER_IN, i, w->x, hidden);
   run_norm(s, w->x, layer->input_norm, n_tokens, format, s->model->norm);
   run_linear(s, QTR_PROFILE_QKV, layer->qkv, QTR_EPILOGUE_STORE, w->qkv, n_tokens, hidden, qkv_width(c));
 
   const struct qtr_rope_kv_args rope = {
       .qkv = w->qkv, .kv = s->kv, .layer = i, .n_heads = c->n_heads, .n_kv_heads = c->n_kv_heads, .head_dim = c->head_dim};
   s->b->ops->rope_kv_write(s->b, &rope);
+  look(s, QTR_TAP_QKV, i, w->qkv, qkv_width(c));
   mark(s, QTR_PROFILE_ROPE_KV, (double)(2 * n_tokens * qkv_width(c) * s->act_unit), 0);
 
   const struct qtr_attention_args attention = {
@@ -232,13 +240,17 @@ static void run_layer(struct step *s, int32_t i) {
   mark(s, QTR_PROFILE_ATTENTION, s->n_keys * (double)s->kv_row + (double)(2 * n_tokens * heads * s->act_unit),
        4.0 * s->n_pairs * (double)heads);
 
+  look(s, QTR_TAP_ATTENTION, i, w->attn, heads);
   run_quant(s, w->attn, heads);
   run_linear(s, QTR_PROFILE_O, layer->o, QTR_EPILOGUE_ADD, w->x, n_tokens, heads, hidden);
 
+  look(s, QTR_TAP_MLP_IN, i, w->x, hidden);
   run_norm(s, w->x, layer->post_norm, n_tokens, format, s->model->norm);
   run_linear(s, QTR_PROFILE_GATE_UP, layer->gate_up, QTR_EPILOGUE_SILU_MUL, w->mlp, n_tokens, hidden, 2 * inner);
+  look(s, QTR_TAP_MLP, i, w->mlp, inner);
   run_quant(s, w->mlp, inner);
   run_linear(s, QTR_PROFILE_DOWN, layer->down, QTR_EPILOGUE_ADD, w->x, n_tokens, inner, hidden);
+  look(s, QTR_TAP_LAYER_OUT, i, w->x, hidden);
 }
 
 /* Keeps state i of the residual stream where somebody wants to look at it. Gathering is the copy that every backend has. */
@@ -263,26 +275,55 @@ static void count_attention(struct step *s, enum qtr_kv_format format) {
   }
 }
 
-enum qtr_status qtr_model_forward(struct qtr_model *model, struct qtr_kv *kv, struct qtr_workspace *w,
-                                  const struct qtr_batch *batch, const float **logits, struct qtr_error *err) {
-  const struct qtr_config *c = &model->config;
+/* Checks the batch and the tap, and opens the step on the backend. */
+static enum qtr_status open_step(struct step *s, struct qtr_model *model, struct qtr_kv *kv, struct qtr_workspace *w,
+                                 const struct qtr_batch *batch, struct qtr_error *err) {
   struct qtr_backend *b = model->backend;
   if (batch->n_tokens < 1 || (size_t)batch->n_tokens > w->max_tokens || (size_t)batch->n_logit_rows > w->max_rows) {
     return qtr_fail(err, QTR_ERR_ARGUMENT, "a batch of %d tokens and %d logit rows does not fit a workspace of %zu and %zu",
                     batch->n_tokens, batch->n_logit_rows, w->max_tokens, w->max_rows);
   }
-  struct step s = {.model = model, .b = b, .kv = kv, .w = w, .batch = batch, .act_unit = w->act_unit};
+  if (model->tap && w->act_unit != sizeof(float)) {
+    return qtr_fail(err, QTR_ERR_UNSUPPORTED, "backend %s does not show its layers; choose --device cpu", b->ops->name);
+  }
+  *s = (struct step){.model = model, .b = b, .kv = kv, .w = w, .batch = batch, .act_unit = w->act_unit};
   struct qtr_batch roomy = *batch;
   roomy.room_tokens = (int32_t)w->max_tokens;
   roomy.room_rows = (int32_t)w->max_rows;
-  enum qtr_status status = b->ops->begin_step(b, &roomy, model->inv_freq, (size_t)c->head_dim / 2, err);
-  if (status) return status;
-  if (model->profile) {
-    count_attention(&s, b->ops->kv_format(kv));
-    w->n_marked = 0;
-    if (b->ops->stamp) b->ops->stamp(b);
-    s.t_mark = qtr_now();
+  enum qtr_status status = b->ops->begin_step(b, &roomy, model->inv_freq, (size_t)model->config.head_dim / 2, err);
+  if (status || !model->profile) return status;
+  count_attention(s, b->ops->kv_format(kv));
+  w->n_marked = 0;
+  if (b->ops->stamp) b->ops->stamp(b);
+  s->t_mark = qtr_now();
+  return QTR_OK;
+}
+
+enum qtr_status qtr_model_run_layers(struct qtr_model *model, struct qtr_kv *kv, struct qtr_workspace *w,
+                                     const struct qtr_batch *batch, int32_t first, int32_t n, float *x,
+                                     struct qtr_error *err) {
+  struct qtr_backend *b = model->backend;
+  size_t n_bytes = (size_t)batch->n_tokens * (size_t)model->config.hidden_size * sizeof *x;
+  if (w->act_unit != sizeof *x) {
+    return qtr_fail(err, QTR_ERR_UNSUPPORTED, "backend %s does not run single layers; choose --device cpu", b->ops->name);
   }
+  struct step s;
+  enum qtr_status status = open_step(&s, model, kv, w, batch, err);
+  if (status) return status;
+  memcpy(w->x, x, n_bytes);
+  for (int32_t i = first; i < first + n; i++) run_layer(&s, i);
+  status = b->ops->end_step(b, err);
+  if (!status) memcpy(x, w->x, n_bytes);
+  return status;
+}
+
+enum qtr_status qtr_model_forward(struct qtr_model *model, struct qtr_kv *kv, struct qtr_workspace *w,
+                                  const struct qtr_batch *batch, const float **logits, struct qtr_error *err) {
+  const struct qtr_config *c = &model->config;
+  struct qtr_backend *b = model->backend;
+  struct step s;
+  enum qtr_status status = open_step(&s, model, kv, w, batch, err);
+  if (status) return status;
 
   const struct qtr_embed_args embed = {.table = model->embed, .out = w->x};
   b->ops->embed(b, &embed);

@@ -37,6 +37,23 @@ struct qtr_model {
   enum qtr_norm norm;
   size_t weight_bytes;         /* embedding, head and projections */
   struct qtr_profile *profile; /* borrowed; NULL = no profile */
+  const struct qtr_tap *tap;   /* borrowed; NULL = nobody looks */
+};
+
+/* What a tap sees of each layer, in this order. */
+enum qtr_tap_point {
+  QTR_TAP_LAYER_IN, /* (n_tokens, hidden) the residual stream */
+  QTR_TAP_QKV,      /* (n_tokens, (n_heads + 2 n_kv_heads) * head_dim) q and k after RoPE, before the cache rounds k and v */
+  QTR_TAP_ATTENTION, /* (n_tokens, n_heads * head_dim) the input of o_proj */
+  QTR_TAP_MLP_IN,    /* (n_tokens, hidden) the residual stream after attention */
+  QTR_TAP_MLP,       /* (n_tokens, intermediate) the input of down_proj */
+  QTR_TAP_LAYER_OUT  /* (n_tokens, hidden) */
+};
+/* Looks at intermediate values, for calibration and comparison. Only on backends whose activations are floats in host memory
+ * (reference, cpu). x: (n_tokens, dim), valid during the call. */
+struct qtr_tap {
+  void (*see)(void *user, enum qtr_tap_point point, int32_t layer, const float *x, size_t n_tokens, size_t dim);
+  void *user;
 };
 
 struct qtr_model_options {
@@ -71,5 +88,11 @@ const void *qtr_workspace_state(const struct qtr_workspace *workspace, size_t i)
  * valid until the next call. Refuses a batch larger than the workspace with QTR_ERR_ARGUMENT. */
 enum qtr_status qtr_model_forward(struct qtr_model *model, struct qtr_kv *kv, struct qtr_workspace *workspace,
                                   const struct qtr_batch *batch, const float **logits, struct qtr_error *err);
+
+/* Runs layers [first, first + n) alone. x: host (batch.n_tokens, hidden), the residual stream before and after; batch.token
+ * and logit_row are not looked at. For calibration, on the backends that taps work on: QTR_ERR_UNSUPPORTED on others. */
+enum qtr_status qtr_model_run_layers(struct qtr_model *model, struct qtr_kv *kv, struct qtr_workspace *workspace,
+                                     const struct qtr_batch *batch, int32_t first, int32_t n, float *x,
+                                     struct qtr_error *err);
 
 #endif

@@ -124,11 +124,12 @@ struct step {
   struct qtr_kv *kv;
   struct qtr_workspace *w;
   const struct qtr_batch *batch;
-  double t_mark;   /* end of the operation before, when profiling */
-  size_t act_unit; /* bytes of an activation */
-  size_t kv_row;   /* bytes of one token's K and V of all heads of one layer, when profiling; 0 until known */
-  double n_pairs;  /* sum over sequences of query tokens x keys they see */
-  double n_keys;   /* sum over sequences of keys */
+  struct qtr_batch roomy; /* what the backend sees until end_step: the batch and the room of the buffers */
+  double t_mark;          /* end of the operation before, when profiling */
+  size_t act_unit;        /* bytes of an activation */
+  size_t kv_row;          /* bytes of one token's K and V of all heads of one layer, when profiling; 0 until known */
+  double n_pairs;         /* sum over sequences of query tokens x keys they see */
+  double n_keys;          /* sum over sequences of keys */
 };
 
 static void book(struct qtr_profile *profile, enum qtr_profile_op op, double seconds, double bytes, double ops) {
@@ -287,10 +288,10 @@ static enum qtr_status open_step(struct step *s, struct qtr_model *model, struct
     return qtr_fail(err, QTR_ERR_UNSUPPORTED, "backend %s does not show its layers; choose --device cpu", b->ops->name);
   }
   *s = (struct step){.model = model, .b = b, .kv = kv, .w = w, .batch = batch, .act_unit = w->act_unit};
-  struct qtr_batch roomy = *batch;
-  roomy.room_tokens = (int32_t)w->max_tokens;
-  roomy.room_rows = (int32_t)w->max_rows;
-  enum qtr_status status = b->ops->begin_step(b, &roomy, model->inv_freq, (size_t)model->config.head_dim / 2, err);
+  s->roomy = *batch;
+  s->roomy.room_tokens = (int32_t)w->max_tokens;
+  s->roomy.room_rows = (int32_t)w->max_rows;
+  enum qtr_status status = b->ops->begin_step(b, &s->roomy, model->inv_freq, (size_t)model->config.head_dim / 2, err);
   if (status || !model->profile) return status;
   count_attention(s, b->ops->kv_format(kv));
   w->n_marked = 0;

@@ -1,11 +1,16 @@
 #!/usr/bin/env bash
-# Installs what is missing, builds Quattuor, and lets the built-in demo model answer. Arguments go to `quattuor generate`:
-#   ./run.sh                       several prompts at once through in-flight batching
-#   ./run.sh --prompt "Hello"      one prompt
-#   ./run.sh --help                all options
+# Installs what is missing, builds Quattuor, and puts the built-in demo model on http://127.0.0.1:8080 until Ctrl-C.
+#   ./run.sh                       `quattuor serve`; it prints the address and what to try
+#   ./run.sh --port 9000           arguments go to it (--help lists them; --model DIR serves a model of yours)
+#   ./run.sh --prompt "Hello"      with a prompt: `quattuor generate` answers once and ends; arguments go there
 set -euo pipefail
 steps=3
 . "$(dirname "${BASH_SOURCE[0]}")/scripts/common.sh"
+
+command=serve
+for argument in "$@"; do
+  case $argument in --prompt | --prompt=* | --prompts-file | --prompts-file=*) command=generate ;; esac
+done
 
 step "packages"
 # shellcheck disable=SC2086
@@ -15,11 +20,7 @@ step "building"
 # shellcheck disable=SC2046
 build release -DQTR_TESTS=OFF $(cuda_options)
 step_done
-binary=$root/build/release/quattuor
-step "demo model, W4A8KV4 on this CPU"
+step "quattuor $command, demo model"
 [ "$tty" = 1 ] && printf '\n' >&2
 rm -f "$log"
-if [ $# -eq 0 ]; then
-  exec "$binary" generate --model "$root/models/demo" --prompts-file "$root/models/demo/prompts.jsonl" --max-tokens 96 --temperature 0.7 --top-p 0.95 --seed 1
-fi
-exec "$binary" generate --model "$root/models/demo" "$@"
+QUATTUOR_MODEL=$root/models/demo exec "$root/build/release/quattuor" "$command" "$@"

@@ -390,8 +390,10 @@ enum qtr_status qtr_http_open(struct event_base *base, const char *host, int por
       evconnlistener_new_bind(base, on_accept, http, LEV_OPT_CLOSE_ON_FREE | LEV_OPT_REUSEABLE | LEV_OPT_CLOSE_ON_EXEC, 1024,
                               address->ai_addr, (int)address->ai_addrlen);
   if (!http->resume || !http->listener) {
-    status = qtr_fail(err, QTR_ERR_IO, "cannot listen on %.100s port %d: %s; choose another --port, or stop what uses it",
-                      host, port, strerror(errno));
+    status = errno == EADDRINUSE
+                 ? qtr_fail(err, QTR_ERR_IO, "port %d of %.100s is taken: stop what uses it, or choose another with --port N",
+                            port, host)
+                 : qtr_fail(err, QTR_ERR_IO, "cannot listen on %.100s port %d: %s", host, port, strerror(errno));
     goto done;
   }
   evconnlistener_set_error_cb(http->listener, on_accept_error);

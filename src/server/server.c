@@ -217,8 +217,14 @@ enum qtr_status qtr_server_run(struct qtr_engine *engine, const struct qtr_serve
   if (!status) status = open_all(&s, err);
   if (!status) {
     bool six = strchr(o->host, ':') != NULL;
-    (void)fprintf(stderr, "quattuor serve: model \"%s\" at http://%s%s%s:%d/v1%s\n", o->model_name, six ? "[" : "", o->host,
-                  six ? "]" : "", qtr_http_port(s.http), o->n_api_keys > 0 ? " (API key needed)" : "");
+    char url[320];
+    (void)snprintf(url, sizeof url, "http://%s%.255s%s:%d", six ? "[" : "", o->host, six ? "]" : "", qtr_http_port(s.http));
+    (void)fprintf(stderr, "quattuor serve: model \"%s\" at %s/v1%s; Ctrl-C ends it\n", o->model_name, url,
+                  o->n_api_keys > 0 ? " (API key needed)" : "");
+    (void)fprintf(stderr,
+                  "quattuor serve: try: curl %s/v1/chat/completions%s -H 'Content-Type: application/json' "
+                  "-d '{\"messages\": [{\"role\": \"user\", \"content\": \"A table for two, please.\"}]}'\n",
+                  url, o->n_api_keys > 0 ? " -H 'Authorization: Bearer KEY'" : "");
     if (event_base_dispatch(s.base) < 0) status = qtr_fail(err, QTR_ERR_IO, "the event loop failed");
     if (!status) (void)fprintf(stderr, "quattuor serve: stopped\n");
   }

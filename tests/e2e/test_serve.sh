@@ -14,6 +14,9 @@ for _ in $(seq 300); do
   sleep 0.1
 done
 [ -n "$port" ] || { cat "$T/log" >&2; fail "no address"; finish; }
+says "$T/log" "try: curl http://127.0.0.1:$port/v1/chat/completions"
+run 1 serve --model "$MODEL" --port "$port"
+says "$T/err" "port $port of 127.0.0.1 is taken: .* --port N"
 
 # ask TEXT: sends bytes (printf escapes), reads until the server closes or 30 s have gone; the answer is in $T/out.
 ask() {

@@ -1,8 +1,9 @@
 /* quantize.c - from a float checkpoint to a QServe checkpoint by round to nearest (quantize.h; spec A.2 – A.4, F.6).
  *
- * First a plan is made: every tensor of the output with its source, shapes checked, before a byte is written. Then the plan
- * is carried out job by job in chunks of rows: the source is mapped, a chunk of it becomes floats, codes and packed bytes,
- * and goes to the file; so memory stays at some chunks plus the scales of one matrix, whatever the model's size. */
+ * First a plan is made: every tensor of the output (quant/layout.h) with its source, shapes checked, before a byte is
+ * written. Then the plan is carried out job by job in chunks of rows: the source is mapped, a chunk of it becomes floats and
+ * goes to the sink, which rounds and packs it; so memory stays at some chunks plus the scales of one matrix, whatever the
+ * model's size. */
 #include "quant/quantize.h"
 
 #include "base/checked.h"
@@ -11,46 +12,35 @@
 #include "base/progress.h"
 #include "base/status.h"
 #include "base/threads.h"
-#include "checkpoint/packing.h"
-#include "checkpoint/safetensors_write.h"
-#include "quant/directory.h"
-#include "quant/rtn.h"
+#include "quant/layout.h"
+#include "quant/sink.h"
 
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
-#define BLOCK_ROWS 32                  /* what one thread rounds at a time: the height of a packed tile */
 #define CHUNK_BYTES ((size_t)32 << 20) /* of floats */
-#define MAX_NAME 160                   /* of struct qtr_st_entry */
-
-enum job_kind { JOB_F16, JOB_RAW, JOB_W4, JOB_W4_G128, JOB_W8 };
 
 /* One tensor of the source and what it becomes. */
 struct job {
-  enum job_kind kind;
+  enum qtr_store store;
   const struct qtr_tensor *source;
-  char name[MAX_NAME]; /* without ".weight" */
-  const char *projection;
-  int32_t layer;
-  bool report;
-  size_t n_out, n_in; /* vectors: (1, n) */
+  struct qtr_slot slot;
+  size_t n_out, n_in; /* of the source: a vocabulary may be padded; vectors: (1, n) */
 };
 
 struct plan {
   const struct qtr_quantize_options *options;
   const struct qtr_checkpoint *checkpoint;
   struct qtr_config config;
-  enum job_kind projection_kind;
+  enum qtr_store projection_store;
   int32_t group_size;
   struct qtr_threads *team;
+  struct qtr_sink *sink;
   struct job *job; /* (n_jobs) */
   size_t n_jobs, job_capacity;
-  struct qtr_st_entry *entry; /* (n_entries) in file order */
-  size_t n_entries, entry_capacity;
-  size_t input_bytes, output_bytes;
+  size_t input_bytes;
   struct qtr_error *err;
 };
 
@@ -78,40 +68,12 @@ static enum qtr_status check_options(struct plan *p) {
     return qtr_fail(p->err, QTR_ERR_ARGUMENT, "group size %d is not supported with %d-bit weights; %s", (int)p->group_size,
                     (int)q->weight_bits, w4 ? "128 and -1 (per channel) are" : "only -1 (per channel) is");
   }
-  p->projection_kind = !w4 ? (w8 ? JOB_W8 : JOB_F16) : p->group_size == -1 ? JOB_W4 : JOB_W4_G128;
+  p->projection_store = !w4 ? (w8 ? QTR_STORE_W8 : QTR_STORE_F16) : p->group_size == -1 ? QTR_STORE_W4 : QTR_STORE_W4_G128;
   return qtr_threads_create(o->threads > 0 ? QTR_MIN(o->threads, 1024) : qtr_threads_available(), &p->team, p->err);
 }
 
-static enum qtr_status add_entry(struct plan *p, const char *name, const char *suffix, enum qtr_dtype dtype, size_t n_dims,
-                                 size_t d0, size_t d1) {
-  if (p->n_entries == p->entry_capacity) {
-    size_t capacity = p->entry_capacity ? 2 * p->entry_capacity : 256;
-    struct qtr_st_entry *more = realloc(p->entry, capacity * sizeof *more);
-    if (!more) return qtr_fail_memory(p->err, "the plan", capacity * sizeof *more);
-    p->entry = more;
-    p->entry_capacity = capacity;
-  }
-  struct qtr_st_entry *e = &p->entry[p->n_entries++];
-  *e = (struct qtr_st_entry){.dtype = dtype, .n_dims = n_dims, .shape = {d0, d1}};
-  (void)snprintf(e->name, sizeof e->name, "%s%s", name, suffix);
-  p->output_bytes += d0 * (n_dims > 1 ? d1 : 1) * qtr_dtype_bytes(dtype); /* of tensors that exist, or smaller */
-  return QTR_OK;
-}
-
-/* Rows and columns a format can hold (spec A.3, A.4). */
-static enum qtr_status check_multiples(const struct plan *p, const struct job *j) {
-  size_t columns = j->kind == JOB_W4 ? 32 : QTR_GROUP;
-  if (j->kind != JOB_W4 && j->kind != JOB_W4_G128) return QTR_OK;
-  if (j->n_out % 32 == 0 && j->n_in % columns == 0) return QTR_OK;
-  bool smaller = j->kind == JOB_W4_G128 && j->n_out % 32 == 0 && j->n_in % 32 == 0;
-  return qtr_fail(p->err, QTR_ERR_UNSUPPORTED,
-                  "%s has %zu rows and %zu columns; %s needs multiples of 32 rows and %zu columns. Choose %s", j->name,
-                  j->n_out, j->n_in, j->kind == JOB_W4 ? "w4a8 per channel" : "w4a8 in groups of 128", columns,
-                  smaller ? "group size -1, or w8a8" : "w8a8");
-}
-
-static enum qtr_status add_job(struct plan *p, enum job_kind kind, const struct qtr_tensor *source, const char *name,
-                               const char *suffix, const char *projection, int32_t layer, bool report) {
+static enum qtr_status add_job(struct plan *p, enum qtr_store store, const struct qtr_tensor *source,
+                               const struct qtr_slot *slot, const char *suffix) {
   if (p->n_jobs == p->job_capacity) {
     size_t capacity = p->job_capacity ? 2 * p->job_capacity : 256;
     struct job *more = realloc(p->job, capacity * sizeof *more);
@@ -121,100 +83,68 @@ static enum qtr_status add_job(struct plan *p, enum job_kind kind, const struct 
   }
   struct job *j = &p->job[p->n_jobs++];
   bool matrix = source->n_dims == 2;
-  *j = (struct job){.kind = kind, .source = source, .projection = projection, .layer = layer, .report = report};
-  (void)snprintf(j->name, sizeof j->name, "%s", name);
+  *j = (struct job){.store = store, .source = source, .slot = *slot};
+  if (!matrix) j->slot.projection = NULL; /* a bias */
   j->n_in = source->n_dims == 0 ? 1 : source->shape[source->n_dims - 1];
   j->n_out = matrix ? source->shape[0] : 1;
   p->input_bytes += source->n_bytes;
-  bool real = source->dtype <= QTR_DTYPE_F64;
-  if (kind != JOB_RAW && !real) {
+  if (store != QTR_STORE_RAW && source->dtype > QTR_DTYPE_F64) {
     return qtr_fail(p->err, QTR_ERR_UNSUPPORTED, "tensor %s has dtype %s; the source must hold float weights", source->name,
                     qtr_dtype_name(source->dtype));
   }
-  enum qtr_status status = check_multiples(p, j);
-  if (status) return status;
-  size_t out = j->n_out, in = j->n_in;
-  switch (kind) {
-    case JOB_F16: return add_entry(p, name, suffix, QTR_DTYPE_F16, matrix ? 2 : 1, matrix ? out : in, in);
-    case JOB_RAW: return add_entry(p, name, suffix, source->dtype, 1, in, 0);
-    case JOB_W8:
-      if ((status = add_entry(p, name, ".weight", QTR_DTYPE_I8, 2, out, in))) return status;
-      return add_entry(p, name, ".dequant_scale", QTR_DTYPE_F32, 1, out, 0);
-    case JOB_W4:
-      if ((status = add_entry(p, name, ".qweight", QTR_DTYPE_I8, 2, out, in / 2)) ||
-          (status = add_entry(p, name, ".s1_scales", QTR_DTYPE_F16, 1, out, 0))) {
-        return status;
-      }
-      return add_entry(p, name, ".s1_szeros", QTR_DTYPE_F16, 1, out, 0);
-    default:
-      if ((status = add_entry(p, name, ".qweight", QTR_DTYPE_I8, 2, out, in / 2)) ||
-          (status = add_entry(p, name, ".s1_scales", QTR_DTYPE_F16, 1, out, 0)) ||
-          (status = add_entry(p, name, ".s2_scales", QTR_DTYPE_I8, 2, in / QTR_GROUP, out))) {
-        return status;
-      }
-      return add_entry(p, name, ".s2_zeros", QTR_DTYPE_I8, 2, in / QTR_GROUP, out);
-  }
+  const struct qtr_sink_item item = {store, slot->name, suffix, source->dtype, matrix ? 2 : 1, j->n_out, j->n_in};
+  return qtr_sink_add(p->sink, &item, p->err);
 }
 
-/* <name>.weight (n) -> fp16. */
-static enum qtr_status plan_vector(struct plan *p, const char *name, const char *suffix, size_t n) {
-  char full[MAX_NAME + 16];
+/* <name><suffix> (n) -> fp16. */
+static enum qtr_status plan_vector(struct plan *p, const struct qtr_slot *slot, const char *suffix, size_t n) {
+  char full[QTR_SLOT_NAME + 16];
   const struct qtr_tensor *t;
-  (void)snprintf(full, sizeof full, "%s%s", name, suffix);
+  (void)snprintf(full, sizeof full, "%s%s", slot->name, suffix);
   enum qtr_status status = qtr_checkpoint_get(p->checkpoint, full, 1, &n, &t, p->err);
-  return status ? status : add_job(p, JOB_F16, t, name, suffix, NULL, -1, false);
+  return status ? status : add_job(p, QTR_STORE_F16, t, slot, suffix);
 }
 
-static enum qtr_status plan_projection(struct plan *p, int32_t layer, const char *block, const char *projection,
-                                       size_t n_out, size_t n_in) {
-  char name[MAX_NAME], full[MAX_NAME + 16];
+static enum qtr_status plan_projection(struct plan *p, const struct qtr_slot *slot) {
+  char full[QTR_SLOT_NAME + 16];
   const struct qtr_tensor *t;
-  const size_t shape[2] = {n_out, n_in};
-  (void)snprintf(name, sizeof name, "model.layers.%d.%s.%s", (int)layer, block, projection);
-  (void)snprintf(full, sizeof full, "%s.weight", name);
+  const size_t shape[2] = {slot->n_out, slot->n_in};
+  (void)snprintf(full, sizeof full, "%s.weight", slot->name);
   enum qtr_status status = qtr_checkpoint_get(p->checkpoint, full, 2, shape, &t, p->err);
-  if (!status) status = add_job(p, p->projection_kind, t, name, ".weight", projection, layer, true);
-  (void)snprintf(full, sizeof full, "%s.bias", name);
-  if (!status && qtr_checkpoint_find(p->checkpoint, full)) status = plan_vector(p, name, ".bias", n_out);
+  if (!status) status = add_job(p, p->projection_store, t, slot, ".weight");
+  (void)snprintf(full, sizeof full, "%s.bias", slot->name);
+  if (!status && qtr_checkpoint_find(p->checkpoint, full)) status = plan_vector(p, slot, ".bias", slot->n_out);
   return status;
 }
 
-static enum qtr_status plan_layer(struct plan *p, int32_t i) {
-  const struct qtr_config *c = &p->config;
-  size_t hidden = (size_t)c->hidden_size, inner = (size_t)c->intermediate_size, d = (size_t)c->head_dim;
-  size_t q = (size_t)c->n_heads * d, kv = (size_t)c->n_kv_heads * d;
-  char norm[MAX_NAME], scale[MAX_NAME];
-  enum qtr_status status;
-  (void)snprintf(norm, sizeof norm, "model.layers.%d.input_layernorm", (int)i);
-  if ((status = plan_vector(p, norm, ".weight", hidden)) ||
-      (status = plan_projection(p, i, "self_attn", "q_proj", q, hidden)) ||
-      (status = plan_projection(p, i, "self_attn", "k_proj", kv, hidden)) ||
-      (status = plan_projection(p, i, "self_attn", "v_proj", kv, hidden)) ||
-      (status = plan_projection(p, i, "self_attn", "o_proj", hidden, q))) {
-    return status;
-  }
-  (void)snprintf(scale, sizeof scale, "model.layers.%d.self_attn.kv_scale_quant_orig", (int)i);
-  const struct qtr_tensor *t = qtr_checkpoint_find(p->checkpoint, scale);
-  if (t && t->n_dims == 1 && (status = add_job(p, JOB_RAW, t, scale, "", NULL, -1, false))) return status;
-  (void)snprintf(norm, sizeof norm, "model.layers.%d.post_attention_layernorm", (int)i);
-  if ((status = plan_vector(p, norm, ".weight", hidden)) ||
-      (status = plan_projection(p, i, "mlp", "gate_proj", inner, hidden)) ||
-      (status = plan_projection(p, i, "mlp", "up_proj", inner, hidden))) {
-    return status;
-  }
-  return plan_projection(p, i, "mlp", "down_proj", hidden, inner);
-}
-
 /* Embedding or head: (rows >= vocab_size, hidden); padded vocabularies keep their padding. */
-static enum qtr_status plan_vocab(struct plan *p, const char *source, const char *name, const char *projection, bool int8) {
-  char full[MAX_NAME];
-  const size_t shape[2] = {(size_t)p->config.vocab_size, (size_t)p->config.hidden_size};
+static enum qtr_status plan_vocab(struct plan *p, const char *source, const struct qtr_slot *slot, bool int8) {
+  char full[QTR_SLOT_NAME + 16];
+  const size_t shape[2] = {slot->n_out, slot->n_in};
   (void)snprintf(full, sizeof full, "%s.weight", source);
   const struct qtr_tensor *t = qtr_checkpoint_find(p->checkpoint, full);
   if (!t || t->n_dims != 2 || t->shape[0] < shape[0] || t->shape[1] != shape[1]) {
     return qtr_checkpoint_get(p->checkpoint, full, 2, shape, &t, p->err); /* says what is wrong */
   }
-  return add_job(p, int8 ? JOB_W8 : JOB_F16, t, name, ".weight", projection, -1, true);
+  return add_job(p, int8 ? QTR_STORE_W8 : QTR_STORE_F16, t, slot, ".weight");
+}
+
+static enum qtr_status plan_slot(const struct qtr_slot *slot, void *user) {
+  struct plan *p = user;
+  const struct qtr_tensor *t;
+  switch (slot->part) {
+    case QTR_SLOT_EMBED: return plan_vocab(p, slot->name, slot, p->options->embed_int8);
+    case QTR_SLOT_NORM: return plan_vector(p, slot, ".weight", slot->n_in);
+    case QTR_SLOT_PROJECTION: return plan_projection(p, slot);
+    case QTR_SLOT_KV_SCALE:
+      t = qtr_checkpoint_find(p->checkpoint, slot->name);
+      return t && t->n_dims == 1 ? add_job(p, QTR_STORE_RAW, t, slot, "") : QTR_OK;
+    case QTR_SLOT_HEAD: break;
+  }
+  /* A tied head gets its own tensor: QServe's loaders look for lm_head.weight (A.2.4). */
+  bool own = qtr_checkpoint_find(p->checkpoint, "lm_head.weight") != NULL;
+  const char *head = own || !p->config.tie_word_embeddings ? slot->name : "model.embed_tokens";
+  return plan_vocab(p, head, slot, p->options->head_int8);
 }
 
 /* A tensor inside a layer that no job reads changes what the layer computes: better refused than dropped. */
@@ -253,197 +183,57 @@ static enum qtr_status make_plan(struct plan *p) {
     return qtr_fail(p->err, QTR_ERR_UNSUPPORTED, "the source is %s already; start from the float checkpoint",
                     qtr_linear_format_name(format));
   }
-  const struct qtr_quantize_options *o = p->options;
-  if ((status = plan_vocab(p, "model.embed_tokens", "model.embed_tokens", "embed_tokens", o->embed_int8))) return status;
-  for (int32_t i = 0; i < p->config.n_layers; i++) {
-    if ((status = plan_layer(p, i))) return status;
-  }
-  if ((status = plan_vector(p, "model.norm", ".weight", (size_t)p->config.hidden_size))) return status;
-  /* A tied head gets its own tensor: QServe's loaders look for lm_head.weight (A.2.4). */
-  bool own = qtr_checkpoint_find(p->checkpoint, "lm_head.weight") != NULL;
-  const char *head = own || !p->config.tie_word_embeddings ? "lm_head" : "model.embed_tokens";
-  if ((status = plan_vocab(p, head, "lm_head", "lm_head", o->head_int8))) return status;
+  if ((status = qtr_layout_walk(&p->config, plan_slot, p))) return status;
   return check_leftovers(p);
 }
 
 /* ---- the work ------------------------------------------------------------------------------------ */
 
-/* Buffers for the largest chunk, and the arrays that follow a matrix in the file. */
-struct work {
-  float *w;                    /* (chunk rows, n_in) */
-  uint8_t *code;               /* (chunk rows, n_in) codes, or fp16 values */
-  uint8_t *pack;               /* (chunk rows, n_in / 2) */
-  void *scale;                 /* (n_out) fp16, W8: fp32 */
-  uint16_t *szero;             /* (n_out) */
-  uint8_t *s2, *z2;            /* (chunk rows, n_in / 128) natural order */
-  uint8_t *s2_disk, *z2_disk;  /* (n_in / 128, n_out) permuted */
-  struct qtr_rtn_error *error; /* (blocks of a chunk) */
-  enum qtr_rtn_status *status; /* same */
-};
-
-static void work_free(struct work *k) {
-  free(k->w);
-  free(k->code);
-  free(k->pack);
-  free(k->scale);
-  free(k->szero);
-  free(k->s2);
-  free(k->z2);
-  free(k->s2_disk);
-  free(k->z2_disk);
-  free(k->error);
-  free(k->status);
-  *k = (struct work){0};
-}
-
-/* Rows a chunk has: whole blocks; vectors are one row. */
-static size_t chunk_rows(const struct job *j) {
-  size_t rows = CHUNK_BYTES / sizeof(float) / QTR_MAX(j->n_in, 1) / BLOCK_ROWS * BLOCK_ROWS;
-  return QTR_MIN(QTR_MAX(rows, BLOCK_ROWS), QTR_MAX(j->n_out, 1));
-}
-
-static enum qtr_status work_alloc(struct work *k, const struct job *j, struct qtr_error *err) {
-  size_t rows = chunk_rows(j), n = rows * j->n_in, blocks = qtr_ceil_div(rows, BLOCK_ROWS), groups = j->n_in / QTR_GROUP;
-  bool w4 = j->kind == JOB_W4 || j->kind == JOB_W4_G128;
-  *k = (struct work){0};
-  bool ok = (k->w = malloc(n * sizeof *k->w + 1)) && (k->code = malloc(n * (j->kind == JOB_F16 ? 2 : 1) + 1)) &&
-            (k->error = calloc(blocks, sizeof *k->error)) && (k->status = calloc(blocks, sizeof *k->status)) &&
-            (k->scale = malloc(j->n_out * sizeof(float)));
-  if (w4) ok = ok && (k->pack = malloc(n / 2 + 1)) && (k->szero = malloc(j->n_out * sizeof *k->szero));
-  if (j->kind == JOB_W4_G128) {
-    ok = ok && (k->s2 = malloc(rows * groups)) && (k->z2 = malloc(rows * groups)) &&
-         (k->s2_disk = malloc(groups * j->n_out)) && (k->z2_disk = malloc(groups * j->n_out));
-  }
-  if (ok) return QTR_OK;
-  work_free(k);
-  return qtr_fail_memory(err, j->name, n * sizeof *k->w);
-}
-
-/* Rows [row, row + n_rows) of the source as floats; always fits: dtypes were checked. */
-static void read_rows(const struct job *j, size_t row, size_t n_rows, float *w) {
-  size_t size = qtr_dtype_bytes(j->source->dtype) * j->n_in;
-  struct qtr_tensor part = *j->source;
-  part.data = (const uint8_t *)j->source->data + row * size;
-  part.n_bytes = n_rows * size;
-  (void)qtr_tensor_to_floats(&part, w, n_rows * j->n_in, NULL);
-}
-
-/* Second-level scales of one block of 32 rows to their places in the file (A.4.2). row: first row of the block in the
- * matrix. */
-static void place_s2(const struct job *j, const struct work *k, size_t row, size_t n_rows, const uint8_t *s2,
-                     const uint8_t *z2) {
-  size_t groups = j->n_in / QTR_GROUP;
-  for (size_t r = 0; r < n_rows; r++) {
-    for (size_t g = 0; g < groups; g++) {
-      size_t at = g * j->n_out + qtr_s2_position(row + r);
-      k->s2_disk[at] = s2[r * groups + g];
-      k->z2_disk[at] = (uint8_t)(0u - z2[r * groups + g]);
-    }
-  }
-}
-
-/* Rounds block `b` of the chunk that begins at `row`; blocks touch different memory, so threads share nothing. */
-static void round_block(const struct job *j, const struct work *k, size_t row, size_t n_rows, size_t b) {
-  size_t begin = b * BLOCK_ROWS, n = QTR_MIN(n_rows - begin, (size_t)BLOCK_ROWS), in = j->n_in, groups = in / QTR_GROUP;
-  float *w = k->w + begin * in;
-  uint8_t *code = k->code + begin * in;
-  uint16_t *half = (uint16_t *)k->scale + row + begin;
-  k->error[b] = (struct qtr_rtn_error){0};
-  read_rows(j, row + begin, n, w);
-  switch (j->kind) {
-    case JOB_W4: k->status[b] = qtr_rtn_w4(w, n, in, code, half, k->szero + row + begin, &k->error[b]); break;
-    case JOB_W4_G128:
-      k->status[b] = qtr_rtn_w4_g128(w, n, in, code, half, k->s2 + begin * groups, k->z2 + begin * groups, &k->error[b]);
-      break;
-    case JOB_W8: k->status[b] = qtr_rtn_w8(w, n, in, (int8_t *)code, (float *)k->scale + row + begin, &k->error[b]); break;
-    default: k->status[b] = qtr_rtn_f16(w, n * in, (uint16_t *)(void *)k->code + begin * in, &k->error[b]); break;
-  }
-  if (k->status[b] || !k->pack) return;
-  qtr_w4_pack(code, n, in, k->pack + begin * in / 2);
-  if (k->s2) place_s2(j, k, row + begin, n, k->s2 + begin * groups, k->z2 + begin * groups);
-}
-
-static enum qtr_status explain(const struct job *j, enum qtr_rtn_status status, struct qtr_error *err) {
-  if (status == QTR_RTN_NOT_FINITE) {
-    return qtr_fail(err, QTR_ERR_FORMAT, "tensor %s holds a value that is not finite; the source is damaged",
-                    j->source->name);
-  }
-  return qtr_fail(err, QTR_ERR_UNSUPPORTED, "tensor %s holds values beyond the range of fp16 (65504)%s", j->source->name,
-                  j->kind == JOB_F16 ? "" : ", or scales that would be");
-}
-
-/* Writes the arrays that follow the codes of a matrix. */
-static enum qtr_status write_scales(const struct job *j, const struct work *k, struct qtr_st_writer *writer,
-                                    struct qtr_error *err) {
-  size_t n = j->n_out, groups = j->n_in / QTR_GROUP;
-  enum qtr_status status;
-  switch (j->kind) {
-    case JOB_W8: return qtr_st_write(writer, k->scale, n * sizeof(float), err);
-    case JOB_W4:
-      if ((status = qtr_st_write(writer, k->scale, n * sizeof(uint16_t), err))) return status;
-      return qtr_st_write(writer, k->szero, n * sizeof(uint16_t), err);
-    case JOB_W4_G128:
-      if ((status = qtr_st_write(writer, k->scale, n * sizeof(uint16_t), err)) ||
-          (status = qtr_st_write(writer, k->s2_disk, groups * n, err))) {
-        return status;
-      }
-      return qtr_st_write(writer, k->z2_disk, groups * n, err);
-    default: return QTR_OK;
-  }
-}
-
-/* The blocks of one chunk, as a parallel loop. */
-struct rounding {
+/* Rows of the source as floats, as a parallel loop over rows. Always fits: dtypes were checked. */
+struct reading {
   const struct job *job;
-  const struct work *work;
-  size_t row, n_rows;
+  size_t row; /* first */
+  float *w;   /* (n_rows, n_in) */
 };
 
-static void round_blocks(void *arg, size_t begin, size_t end, int thread) {
+static void read_rows(void *arg, size_t begin, size_t end, int thread) {
   (void)thread;
-  const struct rounding *r = arg;
-  for (size_t b = begin; b < end; b++) round_block(r->job, r->work, r->row, r->n_rows, b);
+  const struct reading *r = arg;
+  size_t size = qtr_dtype_bytes(r->job->source->dtype) * r->job->n_in;
+  struct qtr_tensor part = *r->job->source;
+  part.data = (const uint8_t *)part.data + (r->row + begin) * size;
+  part.n_bytes = (end - begin) * size;
+  (void)qtr_tensor_to_floats(&part, r->w + begin * r->job->n_in, (end - begin) * r->job->n_in, NULL);
 }
 
 /* One job from source to file; *done counts source bytes for the progress line. */
-static enum qtr_status run_job(const struct plan *p, const struct job *j, struct qtr_st_writer *writer,
-                               struct qtr_progress *progress, size_t *done, struct qtr_rtn_error *total) {
+static enum qtr_status run_job(const struct plan *p, const struct job *j, struct qtr_progress *progress, size_t *done,
+                               struct qtr_rtn_error *total) {
   *total = (struct qtr_rtn_error){0};
-  if (j->kind == JOB_RAW) {
+  if (j->store == QTR_STORE_RAW) {
     *done += j->source->n_bytes;
-    return qtr_st_write(writer, j->source->data, j->source->n_bytes, p->err);
+    return qtr_sink_write_raw(p->sink, j->slot.name, j->source->data, j->source->n_bytes, p->err);
   }
-  struct work k;
-  enum qtr_status status = work_alloc(&k, j, p->err);
-  if (status) return status;
-  size_t step = chunk_rows(j), row_bytes = qtr_dtype_bytes(j->source->dtype) * j->n_in;
-  for (size_t row = 0; row < j->n_out && !status; row += step) {
-    size_t n_rows = QTR_MIN(step, j->n_out - row), n_blocks = qtr_ceil_div(n_rows, BLOCK_ROWS);
-    struct rounding rounding = {.job = j, .work = &k, .row = row, .n_rows = n_rows};
-    qtr_threads_for(p->team, n_blocks, 1, round_blocks, &rounding);
-    for (size_t b = 0; b < n_blocks && !status; b++) {
-      if (k.status[b]) status = explain(j, k.status[b], p->err);
-      total->squared += k.error[b].squared;
-      total->norm += k.error[b].norm;
-      total->max = fmax(total->max, k.error[b].max);
-    }
-    if (status) break;
-    size_t n = n_rows * j->n_in;
-    status = k.pack ? qtr_st_write(writer, k.pack, n / 2, p->err)
-                    : qtr_st_write(writer, k.code, j->kind == JOB_F16 ? 2 * n : n, p->err);
-    qtr_map_forget((const uint8_t *)j->source->data + row * row_bytes, n_rows * row_bytes);
+  size_t rows = CHUNK_BYTES / sizeof(float) / QTR_MAX(j->n_in, 1) / 32 * 32;
+  size_t step = QTR_MIN(QTR_MAX(rows, 32), j->n_out), row_bytes = qtr_dtype_bytes(j->source->dtype) * j->n_in;
+  struct reading r = {.job = j, .w = malloc(step * j->n_in * sizeof(float) + 1)};
+  if (!r.w) return qtr_fail_memory(p->err, j->slot.name, step * j->n_in * sizeof(float));
+  enum qtr_status status = QTR_OK;
+  for (; r.row < j->n_out && !status; r.row += step) {
+    size_t n_rows = QTR_MIN(step, j->n_out - r.row);
+    qtr_threads_for(p->team, n_rows, 32, read_rows, &r);
+    status = qtr_sink_write_floats(p->sink, j->slot.name, r.w, n_rows, total, p->err);
+    qtr_map_forget((const uint8_t *)j->source->data + r.row * row_bytes, n_rows * row_bytes);
     *done += n_rows * row_bytes;
     qtr_progress_update(progress, *done);
   }
-  if (!status) status = write_scales(j, &k, writer, p->err);
-  work_free(&k);
+  free(r.w);
   return status;
 }
 
 static double relative(double squared, double norm) { return norm > 0 ? sqrt(squared / norm) : 0; }
 
-static enum qtr_status run_plan(const struct plan *p, struct qtr_st_writer *writer, qtr_quantize_callback callback,
-                                void *user, double *relative_error) {
+static enum qtr_status run_plan(const struct plan *p, qtr_quantize_callback callback, void *user, double *relative_error) {
   struct qtr_progress progress;
   size_t done = 0;
   double squared = 0, norm = 0;
@@ -452,16 +242,16 @@ static enum qtr_status run_plan(const struct plan *p, struct qtr_st_writer *writ
   for (size_t i = 0; i < p->n_jobs && !status; i++) {
     const struct job *j = &p->job[i];
     struct qtr_rtn_error error;
-    status = run_job(p, j, writer, &progress, &done, &error);
-    if (status || !j->report) continue;
-    if (j->layer >= 0) {
+    status = run_job(p, j, &progress, &done, &error);
+    if (status || !j->slot.projection) continue;
+    if (j->slot.layer >= 0) {
       squared += error.squared;
       norm += error.norm;
     }
-    struct qtr_quantize_report report = {.layer = j->layer,
+    struct qtr_quantize_report report = {.layer = j->slot.layer,
                                          .n_layers = p->config.n_layers,
-                                         .projection = j->projection,
-                                         .tensor = j->name,
+                                         .projection = j->slot.projection,
+                                         .tensor = j->slot.name,
                                          .n_out = j->n_out,
                                          .n_in = j->n_in,
                                          .relative_error = relative(error.squared, error.norm),
@@ -480,12 +270,11 @@ enum qtr_status qtr_quantize(const struct qtr_quantize_options *options, qtr_qua
   double t0 = qtr_now(), error = 0;
   struct plan p = {.options = options, .err = err};
   struct qtr_checkpoint *checkpoint = NULL;
-  struct qtr_st_writer *writer = NULL;
-  char *path = NULL, name[16];
-  bool made = false;
+  char name[16];
   enum qtr_status status = check_options(&p);
   if (status || (status = qtr_config_read(options->model_dir, &p.config, err)) ||
-      (status = qtr_checkpoint_open(options->model_dir, &checkpoint, err))) {
+      (status = qtr_checkpoint_open(options->model_dir, &checkpoint, err)) ||
+      (status = qtr_sink_create(p.team, &p.sink, err))) {
     goto done;
   }
   p.checkpoint = checkpoint;
@@ -493,54 +282,39 @@ enum qtr_status qtr_quantize(const struct qtr_quantize_options *options, qtr_qua
     (void)qtr_error_prefix(err, "%s", options->model_dir);
     goto done;
   }
-  if ((status = qtr_quant_prepare_directory(options->model_dir, options->output_dir, options->overwrite, &made, err)))
-    goto done;
-  path = qtr_path_join(options->output_dir, "model.safetensors");
-  if (!path) {
-    status = qtr_fail_memory(err, "a path", strlen(options->output_dir));
-    goto done;
-  }
   const struct qtr_precision *q = &options->precision;
   int32_t kv_bits = q->kv_bits ? q->kv_bits : q->weight_bits == 16 ? 16 : 8;
   int n = snprintf(name, sizeof name, "w%da%d", (int)q->weight_bits & 31, (int)q->act_bits & 31);
   if (q->weight_bits != 16 || kv_bits != 16) (void)snprintf(name + n, sizeof name - (size_t)n, "kv%d", (int)kv_bits & 31);
-  const char *const metadata[] = {"format", "pt", "precision", name, "producer", "quattuor", NULL};
-  if ((status = qtr_st_create(path, p.entry, p.n_entries, metadata, &writer, err)) ||
-      (status = run_plan(&p, writer, callback, user, &error))) {
+  const struct qtr_sink_target target = {.source_dir = options->model_dir,
+                                         .output_dir = options->output_dir,
+                                         .overwrite = options->overwrite,
+                                         .description = {.precision = name,
+                                                         .method = "rtn",
+                                                         .weight_bits = q->weight_bits,
+                                                         .act_bits = q->act_bits,
+                                                         .kv_bits = kv_bits,
+                                                         .group_size = p.group_size,
+                                                         .head_bits = options->head_int8 ? 8 : 16,
+                                                         .embed_bits = options->embed_int8 ? 8 : 16}};
+  if ((status = qtr_sink_open(p.sink, &target, err)) || (status = run_plan(&p, callback, user, &error)) ||
+      (status = qtr_sink_finish(p.sink, err))) {
     goto done;
   }
-  struct qtr_quant_description description = {.precision = name,
-                                              .method = "rtn",
-                                              .weight_bits = q->weight_bits,
-                                              .act_bits = q->act_bits,
-                                              .kv_bits = kv_bits,
-                                              .group_size = p.group_size,
-                                              .head_bits = options->head_int8 ? 8 : 16,
-                                              .embed_bits = options->embed_int8 ? 8 : 16};
-  if ((status = qtr_quant_copy_files(options->model_dir, options->output_dir, err)) ||
-      (status = qtr_quant_write_config(options->model_dir, options->output_dir, &description, err))) {
-    goto done;
-  }
-  struct qtr_st_writer *last = writer;
-  writer = NULL;
-  if ((status = qtr_st_finish(last, err))) goto done;
   if (summary) {
     *summary = (struct qtr_quantize_summary){.group_size = p.group_size,
                                              .n_layers = p.config.n_layers,
-                                             .n_tensors = p.n_entries,
+                                             .n_tensors = qtr_sink_tensors(p.sink),
                                              .input_bytes = p.input_bytes,
-                                             .output_bytes = p.output_bytes,
+                                             .output_bytes = qtr_sink_bytes(p.sink),
                                              .relative_error = error,
                                              .seconds = qtr_now() - t0};
     memcpy(summary->precision, name, sizeof name);
   }
 done:
-  qtr_st_abort(writer);
+  qtr_sink_free(p.sink);
   qtr_threads_free(p.team);
-  if (status && made) (void)rmdir(options->output_dir); /* only when nothing is in it */
   qtr_checkpoint_close(checkpoint);
-  free(path);
   free(p.job);
-  free(p.entry);
   return status;
 }

@@ -14,7 +14,7 @@ says "$T/err" "did you mean generate"
 run 2 xyzzy
 grep -q "did you mean" "$T/err" && fail "a far-fetched suggestion: $(cat "$T/err")"
 
-for command in generate chat serve bench "eval ppl" tokenize info quantize; do
+for command in generate chat serve bench "eval ppl" "eval compare" tokenize info quantize; do
   run 0 $command --help
   [ -s "$T/err" ] && fail "$command --help writes to stderr"
   says "$T/out" "^Usage: quattuor $command"
@@ -59,6 +59,11 @@ run 2 generate --prompt hi --system s
 says "$T/err" "needs --chat"
 run 2 eval
 run 2 eval perplexity
+says "$T/err" "unknown evaluation"
+run 2 eval compar
+says "$T/err" "did you mean compare"
+run 0 eval --help
+says "$T/out" "^  ppl "
 run 2 eval ppl
 says "$T/err" "text"
 run 2 quantize --model x

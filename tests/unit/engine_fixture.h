@@ -17,7 +17,7 @@
 #define TINY_VOCAB 256
 #define TINY_EOS 6 /* ids 0 … 5 end a text: about one token in 43 */
 
-static inline struct qtr_model *tiny_model_on(const char *device, enum qtr_linear_format format) {
+static inline struct qtr_model *tiny_model_seeded(const char *device, enum qtr_linear_format format, uint64_t seed) {
   struct qtr_config config = {.architecture = "LlamaForCausalLM",
                               .hidden_size = 32,
                               .intermediate_size = 32,
@@ -39,10 +39,14 @@ static inline struct qtr_model *tiny_model_on(const char *device, enum qtr_linea
   const struct qtr_backend_options backend_options = {.threads = 2};
   const struct qtr_model_options model_options = {.quiet = true};
   if (qtr_backend_open(device, &backend_options, &backend, &err) ||
-      qtr_model_random(&config, format, false, 11, backend, &model_options, &model, &err)) {
+      qtr_model_random(&config, format, false, seed, backend, &model_options, &model, &err)) {
     fail_msg("%s", err.message);
   }
   return model;
+}
+
+static inline struct qtr_model *tiny_model_on(const char *device, enum qtr_linear_format format) {
+  return tiny_model_seeded(device, format, 11);
 }
 
 static inline struct qtr_model *tiny_model(enum qtr_linear_format format) { return tiny_model_on("reference", format); }

@@ -31,6 +31,7 @@ struct qtr_checkpoint {
   size_t n_tensors, capacity;
   void **owned; /* (n_owned) names and copies */
   size_t n_owned, owned_capacity;
+  enum qtr_s2_order s2_order;
 };
 
 /* ---- the table ----------------------------------------------------------------------------------- */
@@ -206,7 +207,7 @@ static enum qtr_status projection_format(const struct qtr_checkpoint *c, const s
   if (packed) {
     if (t->dtype != QTR_DTYPE_I8 && t->dtype != QTR_DTYPE_U8) {
       return qtr_fail(err, QTR_ERR_UNSUPPORTED,
-                      "tensor %s has dtype %s: that is GPTQ or AWQ, which needs conversion; QServe's qweight is I8", shown,
+                      "tensor %s has dtype %s: that is GPTQ or AWQ, which `quattuor convert` imports; QServe's qweight is I8", shown,
                       qtr_dtype_name(t->dtype));
     }
     bool s2 = find_sibling(c, t->name, stem, ".s2_scales") && find_sibling(c, t->name, stem, ".s2_zeros");
@@ -327,7 +328,8 @@ static enum qtr_status add_file(struct qtr_checkpoint *c, const char *dir, const
   size_t first = c->n_tensors;
   const char *slash = strrchr(name, '/'), *base = slash ? slash + 1 : name;
   status = read_content(c, map->data, map->n_bytes, err);
-  if (!status && strncmp(base, "quant_model.", 12) == 0) status = fix_s2_order(c, first, err);
+  bool other = c->s2_order == QTR_S2_BY_NAME ? strncmp(base, "quant_model.", 12) == 0 : c->s2_order == QTR_S2_DEEPCOMPRESSOR;
+  if (!status && other) status = fix_s2_order(c, first, err);
   if (status) (void)qtr_error_prefix(err, "%s", shown);
 done:
   free(path);
@@ -479,9 +481,15 @@ static enum qtr_status add_directory(struct qtr_checkpoint *c, const char *dir, 
 /* ---- opening ------------------------------------------------------------------------------------- */
 
 enum qtr_status qtr_checkpoint_open(const char *path, struct qtr_checkpoint **checkpoint, struct qtr_error *err) {
+  return qtr_checkpoint_open_ordered(path, QTR_S2_BY_NAME, checkpoint, err);
+}
+
+enum qtr_status qtr_checkpoint_open_ordered(const char *path, enum qtr_s2_order order, struct qtr_checkpoint **checkpoint,
+                                            struct qtr_error *err) {
   *checkpoint = NULL;
   struct qtr_checkpoint *c = calloc(1, sizeof *c);
   if (!c) return qtr_fail_memory(err, "a checkpoint", sizeof *c);
+  c->s2_order = order;
   enum qtr_status status;
   if (qtr_dir_exists(path)) {
     status = add_directory(c, path, err);

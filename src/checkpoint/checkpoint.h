@@ -23,6 +23,14 @@ struct qtr_checkpoint;
 
 /* Opens a directory, or one .safetensors / .bin / .pt file. The result borrows nothing. */
 enum qtr_status qtr_checkpoint_open(const char *path, struct qtr_checkpoint **checkpoint, struct qtr_error *err);
+/* The order of the second-level scales in the files (spec A.4). Tensors are always handed out in QServe's order. */
+enum qtr_s2_order {
+  QTR_S2_BY_NAME,       /* files named quant_model.* are in DeepCompressor's order, all others in QServe's */
+  QTR_S2_QSERVE,        /* A.4.2 */
+  QTR_S2_DEEPCOMPRESSOR /* A.4.3 */
+};
+enum qtr_status qtr_checkpoint_open_ordered(const char *path, enum qtr_s2_order order, struct qtr_checkpoint **checkpoint,
+                                            struct qtr_error *err);
 void qtr_checkpoint_close(struct qtr_checkpoint *checkpoint);
 /* Lets what is mapped leave the resident set. What is read again comes back from the file. */
 void qtr_checkpoint_forget(const struct qtr_checkpoint *checkpoint);

@@ -8,6 +8,7 @@
 
 struct qtr_quantize_options {
   const char *model_dir;  /* Hugging Face directory with float weights; required */
+  const char *config_dir; /* config.json and tokenizer; NULL: model_dir. With it model_dir may be one file */
   const char *output_dir; /* created when absent; required. A model.safetensors in it is refused unless overwrite */
   struct qtr_precision
       precision;              /* from qtr_precision_parse: W4A8, W8A8 or W16A16; kv_bits is only recorded in config.json */
@@ -15,6 +16,7 @@ struct qtr_quantize_options {
   const char *method;         /* NULL or "rtn" */
   bool head_int8, embed_int8; /* LM head / embedding as int8 with one scale a row instead of fp16 (an extension: other tools
                                  than Quattuor do not read such a file) */
+  bool bf16;                  /* what stays float becomes bf16 instead of fp16 */
   bool overwrite;
   int32_t threads; /* 0 = all cores this process may use */
   bool quiet;      /* no progress line */

@@ -131,17 +131,25 @@ enum qtr_rtn_status qtr_rtn_w8(const float *w, size_t n_rows, size_t n_in, int8_
   return QTR_RTN_OK;
 }
 
-enum qtr_rtn_status qtr_rtn_f16(const float *w, size_t n, uint16_t *out, struct qtr_rtn_error *error) {
+static enum qtr_rtn_status round_halves(const float *w, size_t n, uint16_t *out, bool bf16, struct qtr_rtn_error *error) {
   float approx[GROUP];
   for (size_t begin = 0; begin < n; begin += GROUP) {
     size_t k = QTR_MIN(n - begin, (size_t)GROUP);
     for (size_t i = 0; i < k; i++) {
       if (!isfinite(w[begin + i])) return QTR_RTN_NOT_FINITE;
-      out[begin + i] = qtr_f16_from_f32(w[begin + i]);
-      approx[i] = qtr_f16_to_f32(out[begin + i]);
+      out[begin + i] = bf16 ? qtr_bf16_from_f32(w[begin + i]) : qtr_f16_from_f32(w[begin + i]);
+      approx[i] = bf16 ? qtr_bf16_to_f32(out[begin + i]) : qtr_f16_to_f32(out[begin + i]);
       if (!isfinite(approx[i])) return QTR_RTN_RANGE;
     }
     measure(w + begin, approx, k, error);
   }
   return QTR_RTN_OK;
+}
+
+enum qtr_rtn_status qtr_rtn_f16(const float *w, size_t n, uint16_t *out, struct qtr_rtn_error *error) {
+  return round_halves(w, n, out, false, error);
+}
+
+enum qtr_rtn_status qtr_rtn_bf16(const float *w, size_t n, uint16_t *out, struct qtr_rtn_error *error) {
+  return round_halves(w, n, out, true, error);
 }

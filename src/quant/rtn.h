@@ -36,4 +36,7 @@ enum qtr_rtn_status qtr_rtn_w8(const float *w, size_t n_rows, size_t n_in, int8_
 /* fp16 as it is. out: (n). QTR_RTN_RANGE when a value would become infinite. */
 enum qtr_rtn_status qtr_rtn_f16(const float *w, size_t n, uint16_t *out, struct qtr_rtn_error *error);
 
+/* bfloat16 as it is; its range is that of float. */
+enum qtr_rtn_status qtr_rtn_bf16(const float *w, size_t n, uint16_t *out, struct qtr_rtn_error *error);
+
 #endif

@@ -37,7 +37,7 @@ struct qtr_sink {
   size_t at, row; /* item whose turn it is; rows of it that are done, RAW: bytes */
   /* of the item at `at`, allocated when its first row comes */
   size_t chunk_rows;
-  uint8_t *code;               /* (chunk_rows, n_in) codes; F16: fp16 values */
+  uint8_t *code;               /* (chunk_rows, n_in) codes; F16, BF16: values */
   uint8_t *pack;               /* (chunk_rows, n_in / 2) W4 */
   void *scale;                 /* (n_out) fp16; W8: fp32 */
   uint16_t *szero;             /* (n_out) W4 */
@@ -47,6 +47,7 @@ struct qtr_sink {
   enum qtr_rtn_status *status; /* same */
 };
 
+static bool is_half(enum qtr_store store) { return store == QTR_STORE_F16 || store == QTR_STORE_BF16; }
 static bool is_w4(enum qtr_store store) { return store == QTR_STORE_W4 || store == QTR_STORE_W4_G128; }
 
 /* ---- what the file will hold ----------------------------------------------------------------------- */
@@ -110,6 +111,8 @@ enum qtr_status qtr_sink_add(struct qtr_sink *k, const struct qtr_sink_item *ite
   if (status) return status;
   switch (j->store) {
     case QTR_STORE_F16: return add_entry(k, j, j->suffix, QTR_DTYPE_F16, item->n_dims, item->n_dims > 1 ? out : in, in, err);
+    case QTR_STORE_BF16:
+      return add_entry(k, j, j->suffix, QTR_DTYPE_BF16, item->n_dims, item->n_dims > 1 ? out : in, in, err);
     case QTR_STORE_RAW: return add_entry(k, j, j->suffix, item->dtype, item->n_dims, item->n_dims > 1 ? out : in, in, err);
     case QTR_STORE_W8:
       if ((status = add_entry(k, j, ".weight", QTR_DTYPE_I8, 2, out, in, err))) return status;
@@ -160,9 +163,8 @@ static enum qtr_status make_buffers(struct qtr_sink *k, const struct item *j, st
   size_t rows = CHUNK_VALUES / QTR_MAX(j->n_in, 1) / BLOCK_ROWS * BLOCK_ROWS;
   k->chunk_rows = rows = QTR_MIN(QTR_MAX(rows, BLOCK_ROWS), QTR_MAX(j->n_out, 1));
   size_t n = rows * j->n_in, blocks = qtr_ceil_div(rows, BLOCK_ROWS), groups = j->n_in / QTR_GROUP;
-  bool ok = (k->code = malloc(n * (j->store == QTR_STORE_F16 ? 2 : 1) + 1)) &&
-            (k->error = calloc(blocks, sizeof *k->error)) && (k->status = calloc(blocks, sizeof *k->status)) &&
-            (k->scale = malloc(j->n_out * sizeof(float) + 1));
+  bool ok = (k->code = malloc(n * (is_half(j->store) ? 2 : 1) + 1)) && (k->error = calloc(blocks, sizeof *k->error)) &&
+            (k->status = calloc(blocks, sizeof *k->status)) && (k->scale = malloc(j->n_out * sizeof(float) + 1));
   if (is_w4(j->store)) ok = ok && (k->pack = malloc(n / 2 + 1)) && (k->szero = malloc(j->n_out * sizeof *k->szero + 1));
   if (j->store == QTR_STORE_W4_G128) {
     ok = ok && (k->s2 = malloc(rows * groups + 1)) && (k->z2 = malloc(rows * groups + 1)) &&
@@ -249,6 +251,9 @@ static void round_block(const struct chunk *c, size_t b) {
     case QTR_STORE_W8:
       k->status[b] = qtr_rtn_w8(w, n, in, (int8_t *)code, (float *)k->scale + c->row + first, &k->error[b]);
       break;
+    case QTR_STORE_BF16:
+      k->status[b] = qtr_rtn_bf16(w, n * in, (uint16_t *)(void *)k->code + first * in, &k->error[b]);
+      break;
     default: k->status[b] = qtr_rtn_f16(w, n * in, (uint16_t *)(void *)k->code + first * in, &k->error[b]); break;
   }
   if (k->status[b] || !k->pack) return;
@@ -275,13 +280,14 @@ static void pack_blocks(void *arg, size_t from, size_t to, int thread) {
 
 /* The tensor of the file whose values were wrong. */
 static enum qtr_status explain(const struct item *j, enum qtr_rtn_status status, struct qtr_error *err) {
-  const char *suffix = j->store == QTR_STORE_F16 ? j->suffix : ".weight";
+  const char *suffix = is_half(j->store) ? j->suffix : ".weight";
   if (status == QTR_RTN_NOT_FINITE) {
     return qtr_fail(err, QTR_ERR_FORMAT, "tensor %s%s holds a value that is not finite; the source is damaged", j->name,
                     suffix);
   }
-  return qtr_fail(err, QTR_ERR_UNSUPPORTED, "tensor %s%s holds values beyond the range of fp16 (65504)%s", j->name, suffix,
-                  j->store == QTR_STORE_F16 ? "" : ", or scales that would be");
+  return qtr_fail(err, QTR_ERR_UNSUPPORTED, "tensor %s%s holds values beyond the range of %s%s", j->name, suffix,
+                  j->store == QTR_STORE_BF16 ? "bf16" : "fp16 (65504)",
+                  is_half(j->store) ? "" : ", or scales that would be");
 }
 
 enum qtr_status qtr_sink_write_floats(struct qtr_sink *k, const char *name, const float *w, size_t n_rows,
@@ -301,7 +307,7 @@ enum qtr_status qtr_sink_write_floats(struct qtr_sink *k, const char *name, cons
     }
     if (status) break;
     status = k->pack ? qtr_st_write(k->writer, k->pack, values / 2, err)
-                     : qtr_st_write(k->writer, k->code, j->store == QTR_STORE_F16 ? 2 * values : values, err);
+                     : qtr_st_write(k->writer, k->code, is_half(j->store) ? 2 * values : values, err);
     done += n;
     k->row += n;
   }

@@ -15,6 +15,7 @@
 
 enum qtr_store {
   QTR_STORE_F16,     /* <name><suffix> */
+  QTR_STORE_BF16,    /* same */
   QTR_STORE_RAW,     /* <name><suffix>, any dtype, bytes as they are */
   QTR_STORE_W8,      /* <name>.weight, .dequant_scale (A.2.3) */
   QTR_STORE_W4,      /* <name>.qweight, .s1_scales, .s1_szeros (A.2.1) */

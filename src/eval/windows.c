@@ -12,10 +12,10 @@
 #define CHUNK_TOKENS 512
 #define MAX_CHUNK_BYTES ((size_t)128 << 20) /* of a chunk's logits and residual streams */
 
-size_t qtr_windows_chunk(const struct qtr_engine *engine, size_t window, bool tap) {
+size_t qtr_windows_chunk(const struct qtr_engine *engine, size_t window, bool states) {
   const struct qtr_config *c = &engine->model->config;
   size_t row = (size_t)c->vocab_size; /* floats of a row */
-  if (tap) row += ((size_t)c->n_layers + 1) * (size_t)c->hidden_size;
+  if (states) row += ((size_t)c->n_layers + 1) * (size_t)c->hidden_size;
   size_t chunk = QTR_MAX(MAX_CHUNK_BYTES / (row * sizeof(float)), (size_t)16);
   return QTR_MIN(QTR_MIN(chunk, (size_t)CHUNK_TOKENS), window);
 }
@@ -31,8 +31,8 @@ enum qtr_status qtr_windows_check(const struct qtr_engine *engine, const int32_t
   return QTR_OK;
 }
 
-enum qtr_status qtr_windows_create(struct qtr_engine *engine, size_t window, size_t chunk, bool tap, struct qtr_windows *w,
-                                   struct qtr_error *err) {
+enum qtr_status qtr_windows_create(struct qtr_engine *engine, size_t window, size_t chunk, bool states,
+                                   struct qtr_windows *w, struct qtr_error *err) {
   const struct qtr_config *c = &engine->model->config;
   size_t n_pages = qtr_ceil_div(window, QTR_PAGE_TOKENS);
   *w = (struct qtr_windows){0};
@@ -61,7 +61,7 @@ enum qtr_status qtr_windows_create(struct qtr_engine *engine, size_t window, siz
   for (size_t i = 0; i < n_pages; i++) w->page[i] = (int32_t)i;
   for (size_t i = 0; i < chunk; i++) w->row[i] = (int32_t)i;
   enum qtr_status status = qtr_workspace_create(engine->model, chunk, chunk, &w->workspace, err);
-  if (!status && tap) status = qtr_workspace_tap(engine->model, w->workspace, err);
+  if (!status && states) status = qtr_workspace_keep_states(engine->model, w->workspace, err);
   if (status) qtr_windows_free(w);
   return status;
 }

@@ -20,14 +20,14 @@ struct qtr_windows {
   float *logits;            /* (chunk, vocab) host: of the last chunk */
 };
 
-/* tap: keep the residual stream too (qtr_windows_state). chunk: the same for models that are compared; see
+/* states: keep the residual stream too (qtr_windows_state). chunk: the same for models that are compared; see
  * qtr_windows_chunk. QTR_ERR_ARGUMENT or QTR_ERR_LIMIT when the engine has no room for such a window. */
-enum qtr_status qtr_windows_create(struct qtr_engine *engine, size_t window, size_t chunk, bool tap, struct qtr_windows *w,
-                                   struct qtr_error *err);
+enum qtr_status qtr_windows_create(struct qtr_engine *engine, size_t window, size_t chunk, bool states,
+                                   struct qtr_windows *w, struct qtr_error *err);
 void qtr_windows_free(struct qtr_windows *w);
 
-/* Tokens of a step so that the logits of a chunk (and with `tap` its residual streams) stay within some 128 MiB. */
-size_t qtr_windows_chunk(const struct qtr_engine *engine, size_t window, bool tap);
+/* Tokens of a step so that the logits of a chunk (and with `states` its residual streams) stay within some 128 MiB. */
+size_t qtr_windows_chunk(const struct qtr_engine *engine, size_t window, bool states);
 
 /* Tokens of the stream are ids of this model; the message says where not. */
 enum qtr_status qtr_windows_check(const struct qtr_engine *engine, const int32_t *token, size_t n_tokens,

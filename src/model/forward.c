@@ -29,8 +29,8 @@ struct qtr_workspace {
   void *rows;              /* (max_rows, hidden) */
   void *logits;            /* (max_rows, vocab) F32 */
   struct qtr_input *input; /* (max_tokens, widest linear) */
-  void *tap;               /* (n_layers + 1, max_rows, hidden) the residual stream of the logit rows; NULL unless wanted */
-  size_t tap_stride;       /* bytes of one state there */
+  void *states;            /* (n_layers + 1, max_rows, hidden) the residual stream of the logit rows; NULL unless wanted */
+  size_t state_stride;     /* bytes of one state there */
   struct marked *marked;   /* (max_marks) when profiling on a device with its own clock */
   double *seconds;         /* (max_marks) */
   size_t n_marked, max_marks;
@@ -91,7 +91,7 @@ enum qtr_status qtr_workspace_create(const struct qtr_model *model, size_t max_t
 void qtr_workspace_free(struct qtr_workspace *w) {
   if (!w) return;
   struct qtr_backend *b = w->backend;
-  void *const buffers[] = {w->x, w->qkv, w->attn, w->mlp, w->rows, w->logits, w->tap};
+  void *const buffers[] = {w->x, w->qkv, w->attn, w->mlp, w->rows, w->logits, w->states};
   for (size_t i = 0; i < sizeof buffers / sizeof buffers[0]; i++) {
     if (buffers[i]) b->ops->free(b, buffers[i]);
   }
@@ -103,18 +103,20 @@ void qtr_workspace_free(struct qtr_workspace *w) {
 
 size_t qtr_workspace_bytes(const struct qtr_workspace *w) { return w->n_bytes; }
 
-enum qtr_status qtr_workspace_tap(const struct qtr_model *model, struct qtr_workspace *w, struct qtr_error *err) {
+enum qtr_status qtr_workspace_keep_states(const struct qtr_model *model, struct qtr_workspace *w, struct qtr_error *err) {
   size_t stride, n_bytes;
   if (qtr_mul_overflow(w->max_rows * w->act_unit, (size_t)model->config.hidden_size, &stride) ||
       qtr_mul_overflow(stride, (size_t)model->config.n_layers + 1, &n_bytes)) {
     return qtr_fail(err, QTR_ERR_MEMORY, "the residual streams of %zu rows are too large", w->max_rows);
   }
-  w->tap_stride = stride;
+  w->state_stride = stride;
   w->n_bytes += n_bytes;
-  return w->backend->ops->alloc(w->backend, n_bytes, &w->tap, err);
+  return w->backend->ops->alloc(w->backend, n_bytes, &w->states, err);
 }
 
-const void *qtr_workspace_state(const struct qtr_workspace *w, size_t i) { return (const char *)w->tap + i * w->tap_stride; }
+const void *qtr_workspace_state(const struct qtr_workspace *w, size_t i) {
+  return (const char *)w->states + i * w->state_stride;
+}
 
 /* ---- one step ---- */
 
@@ -254,12 +256,13 @@ static void run_layer(struct step *s, int32_t i) {
   look(s, QTR_TAP_LAYER_OUT, i, w->x, hidden);
 }
 
-/* Keeps state i of the residual stream where somebody wants to look at it. Gathering is the copy that every backend has. */
-static void tap(struct step *s, int32_t i) {
+/* Keeps state i of the residual stream where somebody asked for it. Gathering is the copy that every backend has, as part of
+ * the step. */
+static void keep_state(struct step *s, int32_t i) {
   struct qtr_workspace *w = s->w;
-  if (!w->tap || s->batch->n_logit_rows == 0) return;
+  if (!w->states || s->batch->n_logit_rows == 0) return;
   const struct qtr_gather_args gather = {
-      .x = w->x, .out = (char *)w->tap + (size_t)i * w->tap_stride, .dim = (size_t)s->model->config.hidden_size};
+      .x = w->x, .out = (char *)w->states + (size_t)i * w->state_stride, .dim = (size_t)s->model->config.hidden_size};
   s->b->ops->gather(s->b, &gather);
 }
 
@@ -329,10 +332,10 @@ enum qtr_status qtr_model_forward(struct qtr_model *model, struct qtr_kv *kv, st
   const struct qtr_embed_args embed = {.table = model->embed, .out = w->x};
   b->ops->embed(b, &embed);
   mark(&s, QTR_PROFILE_EMBED, (double)batch->n_tokens * c->hidden_size * 2 * (double)s.act_unit, 0);
-  tap(&s, 0);
+  keep_state(&s, 0);
   for (int32_t i = 0; i < c->n_layers; i++) {
     run_layer(&s, i);
-    tap(&s, i + 1);
+    keep_state(&s, i + 1);
   }
 
   if (batch->n_logit_rows > 0) {

@@ -79,9 +79,11 @@ void qtr_workspace_free(struct qtr_workspace *workspace);
 size_t qtr_workspace_bytes(const struct qtr_workspace *workspace);
 
 /* From now on every forward pass with this workspace keeps the residual stream of the rows whose logits are wanted, for
- * comparing models. State 0 is the embedding, state i what layer i - 1 leaves, n_layers + 1 in all: device (n_logit_rows,
- * hidden_size) in the activation type, valid until the next call. */
-enum qtr_status qtr_workspace_tap(const struct qtr_model *model, struct qtr_workspace *workspace, struct qtr_error *err);
+ * comparing models; unlike a tap on every backend, and without stopping the step. State 0 is the embedding, state i what
+ * layer i - 1 leaves, n_layers + 1 in all: device (n_logit_rows, hidden_size) in the activation type, valid until the next
+ * call. */
+enum qtr_status qtr_workspace_keep_states(const struct qtr_model *model, struct qtr_workspace *workspace,
+                                          struct qtr_error *err);
 const void *qtr_workspace_state(const struct qtr_workspace *workspace, size_t i);
 
 /* Runs one batch: writes its K and V to `kv`; *logits (n_logit_rows, vocab_size) F32 in device memory of the workspace,

@@ -26,7 +26,7 @@ static void run_naive(struct qtr_engine *e, const int32_t *token, struct naive *
   struct qtr_workspace *workspace;
   const int32_t q_start[] = {0, 1}, row[] = {0}, page[] = {4, 9};
   assert_int_equal(qtr_workspace_create(e->model, 1, 1, &workspace, &err), QTR_OK);
-  assert_int_equal(qtr_workspace_tap(e->model, workspace, &err), QTR_OK);
+  assert_int_equal(qtr_workspace_keep_states(e->model, workspace, &err), QTR_OK);
   for (int32_t i = 0; i < WINDOW; i++) {
     const struct qtr_batch batch = {.n_tokens = 1,
                                     .n_seqs = 1,

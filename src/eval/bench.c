@@ -5,17 +5,11 @@
 
 #include "base/clock.h"
 #include "base/progress.h"
+#include "base/random.h"
 #include "base/status.h"
 
 #include <math.h>
 #include <stdlib.h>
-
-static uint64_t next_random(uint64_t *state) { /* splitmix64 */
-  uint64_t z = (*state += 0x9e3779b97f4a7c15ull);
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-  return z ^ (z >> 31);
-}
 
 static enum qtr_status add_prompts(struct qtr_engine *engine, const struct qtr_bench_options *options,
                                    struct qtr_error *err) {
@@ -27,7 +21,7 @@ static enum qtr_status add_prompts(struct qtr_engine *engine, const struct qtr_b
   enum qtr_status status = QTR_OK;
   if (!prompt) return qtr_fail_memory(err, "a prompt", n * sizeof *prompt);
   for (int32_t i = 0; i < options->batch && !status; i++) {
-    for (size_t k = 0; k < n; k++) prompt[k] = (int32_t)(next_random(&state) % (uint64_t)info.vocab_size);
+    for (size_t k = 0; k < n; k++) prompt[k] = (int32_t)qtr_random_below(&state, (uint64_t)info.vocab_size);
     struct qtr_request_options request;
     qtr_request_options_init(&request);
     request.prompt_token = prompt;

@@ -16,7 +16,8 @@ struct qtr_rtn_error {
 enum qtr_rtn_status {
   QTR_RTN_OK,
   QTR_RTN_NOT_FINITE, /* a weight is NaN or infinite */
-  QTR_RTN_RANGE       /* a scale or zero is beyond what fp16 holds */
+  QTR_RTN_RANGE,      /* a scale or zero is beyond what fp16 holds */
+  QTR_RTN_MEMORY      /* of a row's scales */
 };
 
 /* Per channel: Ŵ = code * scale - szero. w: (n_rows, n_in); codes: (n_rows, n_in) 0…15; scale, szero: (n_rows) fp16. */

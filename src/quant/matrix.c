@@ -1,0 +1,95 @@
+/* matrix.c - tiles and factorisations (matrix.h). OpenBLAS is told to use one thread: the team has the others. */
+#include "quant/matrix.h"
+
+#include "base/checked.h"
+
+#include <cblas.h>
+#include <lapacke.h>
+
+#include <stdlib.h>
+
+#define TILE ((size_t)256)
+
+struct gram {
+  const float *x, *y;
+  float *h;
+  size_t n_rows, n, n_tiles;
+};
+
+static void gram_tiles(void *arg, size_t begin, size_t end, int thread) {
+  (void)thread;
+  const struct gram *g = arg;
+  for (size_t t = begin; t < end; t++) {
+    size_t i = t / g->n_tiles * TILE, j = t % g->n_tiles * TILE;
+    if (g->x == g->y && j > i) continue;
+    cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, (blasint)QTR_MIN(TILE, g->n - i), (blasint)QTR_MIN(TILE, g->n - j),
+                (blasint)g->n_rows, 1, g->x + i, (blasint)g->n, g->y + j, (blasint)g->n, 1, g->h + i * g->n + j,
+                (blasint)g->n);
+  }
+}
+
+void qtr_matrix_add_gram(struct qtr_threads *team, const float *x, const float *y, size_t n_rows, size_t n, float *h) {
+  struct gram g = {.x = x, .y = y, .h = h, .n_rows = n_rows, .n = n, .n_tiles = qtr_ceil_div(n, TILE)};
+  openblas_set_num_threads(1);
+  qtr_threads_for(team, g.n_tiles * g.n_tiles, 1, gram_tiles, &g);
+}
+
+void qtr_matrix_mirror(float *h, size_t n) {
+  for (size_t i = 0; i < n; i++) {
+    for (size_t j = i + 1; j < n; j++) h[i * n + j] = h[j * n + i];
+  }
+}
+
+void qtr_matrix_multiply_t(const float *a, size_t lda, const float *b, size_t ldb, float *out, size_t ldo, size_t m,
+                           size_t n, size_t k) {
+  cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (blasint)m, (blasint)n, (blasint)k, 1, a, (blasint)lda, b,
+              (blasint)ldb, 0, out, (blasint)ldo);
+}
+
+void qtr_matrix_subtract(const float *a, size_t lda, const float *b, size_t ldb, float *out, size_t ldo, size_t m, size_t n,
+                         size_t k) {
+  cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (blasint)m, (blasint)n, (blasint)k, -1, a, (blasint)lda, b,
+              (blasint)ldb, 1, out, (blasint)ldo);
+}
+
+bool qtr_matrix_inverse_factor(const float *h, double damp, size_t n, float *u, bool *memory) {
+  double *r = malloc(n * n * sizeof *r);
+  *memory = !r;
+  if (!r) return false;
+  openblas_set_num_threads(1);
+  /* R = P M P with M the lower factor of the reversed matrix P H P. LAPACK counts columns first: to it a lower factor in our
+   * rows is an upper one, and it returns Mᵀ in what it calls the upper triangle. */
+  for (size_t i = 0; i < n; i++) {
+    for (size_t j = 0; j < n; j++) {
+      r[(n - 1 - i) * n + n - 1 - j] = (double)(i >= j ? h[i * n + j] : h[j * n + i]) + (i == j ? damp : 0);
+    }
+  }
+  lapack_int size = (lapack_int)n;
+  bool ok = LAPACKE_dpotrf_work(LAPACK_COL_MAJOR, 'U', size, r, size) == 0 &&
+            LAPACKE_dtrtri_work(LAPACK_COL_MAJOR, 'U', 'N', size, r, size) == 0;
+  for (size_t i = 0; ok && i < n; i++) {
+    for (size_t j = 0; j < n; j++) u[i * n + j] = j < i ? 0 : (float)r[(n - 1 - i) * n + n - 1 - j];
+  }
+  free(r);
+  return ok;
+}
+
+bool qtr_matrix_solve(const float *h, double damp, size_t n, float *b, size_t m, bool *memory) {
+  double *r = malloc(n * n * sizeof *r), *x = malloc(m * n * sizeof *x);
+  *memory = !r || !x;
+  bool ok = false;
+  if (*memory) goto done;
+  openblas_set_num_threads(1);
+  for (size_t i = 0; i < n; i++) {
+    for (size_t j = 0; j < n; j++) r[i * n + j] = (double)(i >= j ? h[i * n + j] : h[j * n + i]) + (i == j ? damp : 0);
+  }
+  for (size_t i = 0; i < m * n; i++) x[i] = (double)b[i];
+  ok = LAPACKE_dpotrf_work(LAPACK_COL_MAJOR, 'U', (lapack_int)n, r, (lapack_int)n) == 0;
+  if (ok) /* our rows are its columns: H xᵀ = bᵀ */
+    ok = LAPACKE_dpotrs_work(LAPACK_COL_MAJOR, 'U', (lapack_int)n, (lapack_int)m, r, (lapack_int)n, x, (lapack_int)n) == 0;
+  for (size_t i = 0; ok && i < m * n; i++) b[i] = (float)x[i];
+done:
+  free(r);
+  free(x);
+  return ok;
+}

@@ -1,0 +1,28 @@
+/* matrix.h - dense linear algebra of the calibration, on OpenBLAS: its kernels for tiles, our threads around them, so that
+ * the result does not depend on how many there are. */
+#ifndef QTR_QUANT_MATRIX_H
+#define QTR_QUANT_MATRIX_H
+
+#include "base/threads.h"
+
+/* h += xᵀ y. x: (n_rows, n), y: (n_rows, n), h: (n, n). With y == x only the tiles on and below the diagonal are made:
+ * qtr_matrix_mirror completes them. */
+void qtr_matrix_add_gram(struct qtr_threads *team, const float *x, const float *y, size_t n_rows, size_t n, float *h);
+void qtr_matrix_mirror(float *h, size_t n); /* the lower triangle to the upper */
+
+/* out = a bᵀ, or out -= a bᵀ … one caller's tile, no threads. a: (m, k) rows lda apart, b: (n, k), out: (m, n). */
+void qtr_matrix_multiply_t(const float *a, size_t lda, const float *b, size_t ldb, float *out, size_t ldo, size_t m,
+                           size_t n, size_t k);
+/* out -= a b. a: (m, k), b: (k, n), out: (m, n); on the caller's thread. */
+void qtr_matrix_subtract(const float *a, size_t lda, const float *b, size_t ldb, float *out, size_t ldo, size_t m, size_t n,
+                         size_t k);
+
+/* The upper triangular U with H⁻¹ = Uᵀ U, which GPTQ walks along (spec F.8), out of a symmetric positive definite H: with
+ * H = R Rᵀ, R upper triangular, U is R⁻¹, so no inverse is formed. h: (n, n), u: (n, n) with zeros below the diagonal.
+ * False when H is not positive definite or memory is short (*memory says which). */
+bool qtr_matrix_inverse_factor(const float *h, double damp, size_t n, float *u, bool *memory);
+
+/* Solves X H = B for X, H symmetric positive definite: b (m, n) becomes X. Same return. */
+bool qtr_matrix_solve(const float *h, double damp, size_t n, float *b, size_t m, bool *memory);
+
+#endif

@@ -21,7 +21,7 @@ static enum qtr_rtn_status half_scale(float x, float *value) {
 }
 
 enum qtr_rtn_status qtr_cell_w4(float low, float high, struct qtr_cell *cell) {
-  *cell = (struct qtr_cell){.zero = qtr_f16_round(-low), .factor = 1, .low = 0, .high = 15};
+  *cell = (struct qtr_cell){.zero = qtr_f16_round(-low), .factor = 1, .low = 0, .high = 15, .limit = INFINITY};
   if (!isfinite(cell->zero)) return QTR_RTN_RANGE;
   return half_scale(high / 15 - low / 15, &cell->scale); /* halves first: the difference of two floats may overflow */
 }
@@ -30,12 +30,12 @@ void qtr_cell_group(float low, float high, float factor, struct qtr_cell *cell) 
   float s = qtr_round_even((high - low) / 15), z = qtr_round_even(-low);
   s = s < 1 ? 1 : s; /* at most 2 P / 15 = 16 */
   /* Within P no code leaves int8; the smaller of the two limits is written down so that this needs no proof. */
-  *cell =
-      (struct qtr_cell){.scale = s, .zero = z, .factor = factor, .low = 0, .high = QTR_MIN(15.0f, floorf((127 + z) / s))};
+  float last = QTR_MIN(15.0f, floorf((127 + z) / s));
+  *cell = (struct qtr_cell){.scale = s, .zero = z, .factor = factor, .low = 0, .high = last, .limit = QTR_RTN_PROTECT};
 }
 
 enum qtr_rtn_status qtr_cell_w8(float max, struct qtr_cell *cell) {
-  *cell = (struct qtr_cell){.zero = 0, .factor = 1, .low = -127, .high = 127};
+  *cell = (struct qtr_cell){.zero = 0, .factor = 1, .low = -127, .high = 127, .limit = INFINITY};
   return half_scale(max / 127, &cell->scale);
 }
 

@@ -15,6 +15,7 @@
 /* The grid of one row, or of one group of one row. */
 struct qtr_cell {
   float scale, zero, factor, low, high;
+  float limit; /* of |w / factor|: groups 120, the protective range, which the first level's rounding may leave by a hair */
 };
 
 /* rni for |x| < 2^22: adding 1.5 * 2^23 leaves no bits below one, ties to even. Unlike nearbyintf it vectorises on any
@@ -23,9 +24,10 @@ static inline float qtr_round_even(float x) { return (x + 12582912.0f) - 1258291
 
 static inline float qtr_clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
 
-/* Nearest code; what lies outside the range gets its end (F.6's clamp to the protective range included). */
+/* Nearest code. */
 static inline float qtr_cell_code(const struct qtr_cell *c, float x) {
-  return qtr_round_even(qtr_clamp((x / c->factor + c->zero) / c->scale, c->low, c->high));
+  float v = qtr_clamp(x / c->factor, -c->limit, c->limit);
+  return qtr_round_even(qtr_clamp((v + c->zero) / c->scale, c->low, c->high));
 }
 static inline float qtr_cell_value(const struct qtr_cell *c, float code) { return (code * c->scale - c->zero) * c->factor; }
 

@@ -4,11 +4,16 @@
 #include "base/checked.h"
 
 #include <cblas.h>
-#include <lapacke.h>
 
 #include <stdlib.h>
 
 #define TILE ((size_t)256)
+
+/* LAPACK, which OpenBLAS holds but does not declare: columns first, every argument by address, *info 0 = done. */
+void dpotrf_(const char *uplo, const blasint *n, double *a, const blasint *lda, blasint *info);
+void dtrtri_(const char *uplo, const char *diag, const blasint *n, double *a, const blasint *lda, blasint *info);
+void dpotrs_(const char *uplo, const blasint *n, const blasint *nrhs, const double *a, const blasint *lda, double *b,
+             const blasint *ldb, blasint *info);
 
 struct gram {
   const float *x, *y;
@@ -64,9 +69,10 @@ bool qtr_matrix_inverse_factor(const float *h, double damp, size_t n, float *u, 
       r[(n - 1 - i) * n + n - 1 - j] = (double)(i >= j ? h[i * n + j] : h[j * n + i]) + (i == j ? damp : 0);
     }
   }
-  lapack_int size = (lapack_int)n;
-  bool ok = LAPACKE_dpotrf_work(LAPACK_COL_MAJOR, 'U', size, r, size) == 0 &&
-            LAPACKE_dtrtri_work(LAPACK_COL_MAJOR, 'U', 'N', size, r, size) == 0;
+  blasint size = (blasint)n, info;
+  dpotrf_("U", &size, r, &size, &info);
+  if (info == 0) dtrtri_("U", "N", &size, r, &size, &info);
+  bool ok = info == 0;
   for (size_t i = 0; ok && i < n; i++) {
     for (size_t j = 0; j < n; j++) u[i * n + j] = j < i ? 0 : (float)r[(n - 1 - i) * n + n - 1 - j];
   }
@@ -84,9 +90,10 @@ bool qtr_matrix_solve(const float *h, double damp, size_t n, float *b, size_t m,
     for (size_t j = 0; j < n; j++) r[i * n + j] = (double)(i >= j ? h[i * n + j] : h[j * n + i]) + (i == j ? damp : 0);
   }
   for (size_t i = 0; i < m * n; i++) x[i] = (double)b[i];
-  ok = LAPACKE_dpotrf_work(LAPACK_COL_MAJOR, 'U', (lapack_int)n, r, (lapack_int)n) == 0;
-  if (ok) /* our rows are its columns: H xᵀ = bᵀ */
-    ok = LAPACKE_dpotrs_work(LAPACK_COL_MAJOR, 'U', (lapack_int)n, (lapack_int)m, r, (lapack_int)n, x, (lapack_int)n) == 0;
+  blasint size = (blasint)n, rows = (blasint)m, info;
+  dpotrf_("U", &size, r, &size, &info);
+  if (info == 0) dpotrs_("U", &size, &rows, r, &size, x, &size, &info); /* our rows are its columns: H xᵀ = bᵀ */
+  ok = info == 0;
   for (size_t i = 0; ok && i < m * n; i++) b[i] = (float)x[i];
 done:
   free(r);

@@ -285,6 +285,7 @@ static enum qtr_status explain(const struct item *j, enum qtr_rtn_status status,
     return qtr_fail(err, QTR_ERR_FORMAT, "tensor %s%s holds a value that is not finite; the source is damaged", j->name,
                     suffix);
   }
+  if (status == QTR_RTN_MEMORY) return qtr_fail_memory(err, j->name, j->n_in);
   return qtr_fail(err, QTR_ERR_UNSUPPORTED, "tensor %s%s holds values beyond the range of %s%s", j->name, suffix,
                   j->store == QTR_STORE_BF16 ? "bf16" : "fp16 (65504)",
                   is_half(j->store) ? "" : ", or scales that would be");

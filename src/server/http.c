@@ -391,8 +391,8 @@ enum qtr_status qtr_http_open(struct event_base *base, const char *host, int por
                               address->ai_addr, (int)address->ai_addrlen);
   if (!http->resume || !http->listener) {
     status = errno == EADDRINUSE
-                 ? qtr_fail(err, QTR_ERR_IO, "port %d of %.100s is taken: stop what uses it, or choose another with --port N",
-                            port, host)
+                 ? qtr_fail(err, QTR_ERR_IO,
+                            "port %d of %.100s is taken: stop what uses it, or choose another with --port N", port, host)
                  : qtr_fail(err, QTR_ERR_IO, "cannot listen on %.100s port %d: %s", host, port, strerror(errno));
     goto done;
   }
@@ -463,6 +463,7 @@ static const char *reason(int status) {
     case 408: return "Request Timeout";
     case 413: return "Content Too Large";
     case 414: return "URI Too Long";
+    case 415: return "Unsupported Media Type";
     case 417: return "Expectation Failed";
     case 429: return "Too Many Requests";
     case 431: return "Request Header Fields Too Large";

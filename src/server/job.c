@@ -34,7 +34,6 @@ static void job_free(struct qtr_job *job) {
   free(job->body);
   qtr_buffer_free(&job->result);
   qtr_api_request_free(&job->request);
-  qtr_api_tokenize_free(&job->tokenize);
   free(job);
 }
 
@@ -46,7 +45,7 @@ static void job_answered(struct qtr_job *job, int status) {
     if (job->conn) qtr_http_set_user(job->conn, NULL);
     job->conn = NULL;
     double seconds = qtr_now() - job->t_arrival;
-    if (job->kind == QTR_JOB_COMPLETION && job->n_prompt_tokens > 0) {
+    if (job->generates && job->n_prompt_tokens > 0) {
       qtr_histogram_add(&s->metrics.whole, seconds);
       qtr_histogram_add(&s->metrics.prompt_tokens, (double)job->n_prompt_tokens);
       qtr_histogram_add(&s->metrics.output_tokens, (double)job->n_output_tokens);
@@ -57,7 +56,7 @@ static void job_answered(struct qtr_job *job, int status) {
                                       .request_id = job->request_id,
                                       .status = status,
                                       .seconds = seconds,
-                                      .job = job->kind == QTR_JOB_COMPLETION ? job : NULL});
+                                      .job = job->generates ? job : NULL});
   }
   if (job->prepared && job->n_live == 0) job_free(job);
 }
@@ -79,18 +78,18 @@ static void cancel_runs(struct qtr_job *job) {
   if (any) qtr_runner_kick(job->server->runner);
 }
 
-void qtr_job_start(struct qtr_server *s, struct qtr_http_conn *conn, enum qtr_job_kind kind, bool chat) {
+void qtr_job_start(struct qtr_server *s, struct qtr_http_conn *conn, enum qtr_api_kind kind) {
   const struct qtr_http_head *head = qtr_http_head(conn);
   struct qtr_api_error err;
   char request_id[72];
   qtr_request_id(s, conn, request_id);
   const char *death = qtr_runner_death(s->runner), *headers = NULL;
-  bool ok = true;
+  bool ok = true, generates = kind == QTR_API_CHAT || kind == QTR_API_COMPLETION;
   if (s->draining) {
     ok = qtr_api_fail(&err, 503, NULL, "the server is shutting down");
   } else if (death) {
     ok = qtr_api_fail(&err, 503, NULL, "%.500s", death);
-  } else if (kind == QTR_JOB_COMPLETION && s->n_live >= s->o->max_running + s->o->max_queue) {
+  } else if (generates && s->n_live >= s->o->max_running + s->o->max_queue) {
     ok = qtr_api_fail(&err, 429, NULL, "the queue is full: %d completions run or wait; try again in a moment", s->n_live);
     headers = "Retry-After: 1\r\n";
     s->metrics.rejected++;
@@ -104,7 +103,8 @@ void qtr_job_start(struct qtr_server *s, struct qtr_http_conn *conn, enum qtr_jo
   }
   job->task = (struct qtr_task){.work = qtr_job_prepare, .done = on_prepared};
   job->kind = kind;
-  job->chat = chat;
+  job->generates = generates;
+  job->chat = kind == QTR_API_CHAT;
   job->server = s;
   job->conn = conn;
   job->t_arrival = job->t_written = qtr_now();
@@ -113,7 +113,7 @@ void qtr_job_start(struct qtr_server *s, struct qtr_http_conn *conn, enum qtr_jo
   (void)snprintf(job->path, sizeof job->path, "%.*s", (int)head->path.len, head->path.data);
   (void)snprintf(job->peer, sizeof job->peer, "%s", qtr_http_peer(conn));
   memcpy(job->request_id, request_id, sizeof request_id);
-  (void)snprintf(job->id, sizeof job->id, "%s-%016llx", chat ? "chatcmpl" : "cmpl", (unsigned long long)s->next_id++);
+  (void)snprintf(job->id, sizeof job->id, "%s-%016llx", job->chat ? "chatcmpl" : "cmpl", (unsigned long long)s->next_id++);
   job->body = qtr_http_take_body(conn, &job->body_len);
   job->next = s->jobs;
   if (job->next) job->next->prev = job;
@@ -215,7 +215,7 @@ static void on_prepared(struct qtr_task *task) {
     return;
   }
   bool ok = err.http == 0;
-  if (ok && job->kind != QTR_JOB_COMPLETION) {
+  if (ok && !job->generates) {
     answer_tokens(job);
     return;
   }
@@ -322,9 +322,17 @@ static void take_text(struct qtr_job *job, struct qtr_choice *c, const struct qt
 }
 
 void qtr_job_event(struct qtr_server *s, const struct qtr_mail *mail) {
-  const struct qtr_event *e = &mail->event;
+  struct qtr_event event = mail->event;
+  const struct qtr_event *e = &event;
   struct qtr_run *run = e->user;
   struct qtr_job *job = run->job;
+  if (job->request.no_output && event.token >= 0) { /* max_tokens 0: the one token it took to read the prompt is nobody's */
+    event.token = -1;
+    event.text = "";
+    event.text_len = 0;
+    event.has_logprob = false;
+    event.finish = QTR_FINISH_LENGTH;
+  }
   struct qtr_choice *c = &job->choice[run->prompt * job->request.options.n + e->index];
   bool last = e->finish != QTR_FINISH_NONE;
   if (e->token >= 0) {

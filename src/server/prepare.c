@@ -39,6 +39,17 @@ static bool encode(const struct qtr_job *job, const char *text, size_t len, bool
   return false;
 }
 
+/* Ids of the vocabulary only; negative ones the parser has refused. */
+static bool check_ids(const struct qtr_job *job, const char *name, const int32_t *token, size_t n,
+                      struct qtr_api_error *err) {
+  for (size_t i = 0; i < n; i++) {
+    if (token[i] < job->server->info.vocab_size) continue;
+    return qtr_api_fail(err, 400, name, "%s[%zu] is %d; the vocabulary has ids 0 to %d", name, i, token[i],
+                        job->server->info.vocab_size - 1);
+  }
+  return true;
+}
+
 static bool prepare_chat(struct qtr_job *job, struct qtr_api_error *err) {
   struct qtr_api_request *r = &job->request;
   char *text = NULL;
@@ -47,8 +58,8 @@ static bool prepare_chat(struct qtr_job *job, struct qtr_api_error *err) {
   if (job->use_tools && !job->server->tools_rendered) {
     return qtr_api_fail(err, 400, "tools", "this model's chat template does not show tools to the model");
   }
-  bool ok = render(job, r->messages, job->use_tools ? r->tools : NULL, !r->continue_final, r->template_variables, &text,
-                   &len, err) &&
+  bool ok = render(job, r->messages, job->use_tools ? r->tools : NULL, r->add_generation_prompt, r->template_variables,
+                   &text, &len, err) &&
             encode(job, text, len, false, true, "messages", &job->run[0].token, &job->run[0].n_token, err);
   free(text);
   return ok;
@@ -66,6 +77,7 @@ static bool prepare_prompt(struct qtr_job *job, size_t i, struct qtr_api_error *
     }
     return encode(job, p->text, p->len, true, false, "prompt", &run->token, &run->n_token, err);
   }
+  if (!check_ids(job, "prompt", p->token, p->n_token, err)) return false;
   run->token = p->token;
   run->n_token = p->n_token;
   p->token = NULL;
@@ -131,10 +143,9 @@ static bool prepare_grammar(struct qtr_job *job, struct qtr_api_error *err) {
 
 static bool prepare_completion(struct qtr_job *job, struct qtr_api_error *err) {
   struct qtr_api_request *r = &job->request;
-  if (!qtr_api_parse(job->chat ? QTR_API_CHAT : QTR_API_COMPLETION, job->body, job->body_len, &job->server->o->defaults, r,
-                     err) ||
-      !check_model(job, r->model, err)) {
-    return false;
+  if (!check_ids(job, "stop_token_ids", r->stop_token, r->options.n_stop_token, err)) return false;
+  for (size_t i = 0; i < r->options.n_logit_bias; i++) {
+    if (!check_ids(job, "logit_bias", &r->bias[i].token, 1, err)) return false;
   }
   job->run = calloc(r->n_prompts, sizeof *job->run);
   if (!job->run) return qtr_api_fail(err, 503, NULL, "out of memory");
@@ -146,49 +157,62 @@ static bool prepare_completion(struct qtr_job *job, struct qtr_api_error *err) {
   return prepare_grammar(job, err);
 }
 
-static bool prepare_tokens(struct qtr_job *job, struct qtr_api_error *err) {
-  struct qtr_api_tokenize *r = &job->tokenize;
-  bool decode = job->kind == QTR_JOB_DETOKENIZE;
+static bool prepare_detokenize(struct qtr_job *job, struct qtr_api_error *err) {
+  const struct qtr_api_prompt *p = &job->request.prompt[0];
   char *text = NULL;
   size_t len = 0;
-  if (!qtr_api_parse_tokenize(job->body, job->body_len, decode, r, err) || !check_model(job, r->model, err)) return false;
-  if (decode) {
-    struct qtr_error why;
-    for (size_t i = 0; i < r->n_token; i++) {
-      if (r->token[i] < job->server->info.vocab_size) continue;
-      return qtr_api_fail(err, 400, "tokens", "tokens[%zu] is %d; the vocabulary has ids 0 to %d", i, r->token[i],
-                          job->server->info.vocab_size - 1);
-    }
-    if (qtr_engine_detokenize(job->server->engine, r->token, r->n_token, &text, &len, &why)) {
-      qtr_api_error_from(err, &why, "tokens");
-      return false;
-    }
-    qtr_buffer_puts(&job->result, "{\"prompt\":");
-    qtr_buffer_string(&job->result, text, len);
-    qtr_buffer_puts(&job->result, ",\"content\":");
-    qtr_buffer_string(&job->result, text, len);
-    qtr_buffer_puts(&job->result, "}");
-    free(text);
-    return true;
+  struct qtr_error why;
+  if (!check_ids(job, "tokens", p->token, p->n_token, err)) return false;
+  if (qtr_engine_detokenize(job->server->engine, p->token, p->n_token, &text, &len, &why)) {
+    qtr_api_error_from(err, &why, "tokens");
+    return false;
   }
-  bool rendered = r->messages != NULL;
-  if (rendered && !render(job, r->messages, r->tools, r->add_generation_prompt, NULL, &text, &len, err)) return false;
-  bool ok = rendered ? encode(job, text, len, false, true, "messages", &r->token, &r->n_token, err)
-                     : encode(job, r->text, r->len, r->add_special, false, "prompt", &r->token, &r->n_token, err);
+  qtr_buffer_puts(&job->result, "{\"prompt\":");
+  qtr_buffer_string(&job->result, text, len);
+  qtr_buffer_puts(&job->result, ",\"content\":");
+  qtr_buffer_string(&job->result, text, len);
+  qtr_buffer_puts(&job->result, "}");
+  free(text);
+  return true;
+}
+
+static bool prepare_tokenize(struct qtr_job *job, struct qtr_api_error *err) {
+  const struct qtr_api_request *r = &job->request;
+  char *text = NULL;
+  size_t len = 0, n = 0;
+  int32_t *token = NULL;
+  bool ok;
+  if (r->prompt) {
+    ok = encode(job, r->prompt[0].text, r->prompt[0].len, r->add_special, false, "prompt", &token, &n, err);
+  } else {
+    ok = render(job, r->messages, r->tools, r->add_generation_prompt, NULL, &text, &len, err) &&
+         encode(job, text, len, false, true, "messages", &token, &n, err);
+  }
   free(text);
   if (!ok) return false;
-  qtr_buffer_printf(&job->result, "{\"count\":%zu,\"max_model_len\":%d,\"tokens\":[", r->n_token,
-                    job->server->info.max_model_len);
-  for (size_t i = 0; i < r->n_token; i++) qtr_buffer_printf(&job->result, i > 0 ? ",%d" : "%d", r->token[i]);
+  qtr_buffer_printf(&job->result, "{\"count\":%zu,\"max_model_len\":%d,\"tokens\":[", n, job->server->info.max_model_len);
+  for (size_t i = 0; i < n; i++) qtr_buffer_printf(&job->result, i > 0 ? ",%d" : "%d", token[i]);
   qtr_buffer_puts(&job->result, "]}");
+  free(token);
   return true;
+}
+
+static bool prepare(struct qtr_job *job, struct qtr_api_error *err) {
+  struct qtr_api_request *r = &job->request;
+  if (!qtr_api_parse(job->kind, job->body, job->body_len, &job->server->o->defaults, r, err)) return false;
+  if (!check_model(job, r->model, err)) return false;
+  switch (job->kind) {
+    case QTR_API_TOKENIZE: return prepare_tokenize(job, err);
+    case QTR_API_DETOKENIZE: return prepare_detokenize(job, err);
+    default: return prepare_completion(job, err);
+  }
 }
 
 void qtr_job_prepare(struct qtr_task *task) {
   struct qtr_job *job = (struct qtr_job *)(void *)task;
   struct qtr_api_error err = {0};
-  bool ok = job->kind == QTR_JOB_COMPLETION ? prepare_completion(job, &err) : prepare_tokens(job, &err);
-  job->error = ok ? (struct qtr_api_error){0} : err;
+  if (prepare(job, &err)) err = (struct qtr_api_error){0};
+  job->error = err;
   free(job->body); /* the parsed request has copies */
   job->body = NULL;
 }

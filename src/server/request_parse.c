@@ -1,200 +1,26 @@
-/* request_parse.c - request bodies (request_parse.h). The order of the file: errors, JSON, typed members, then one function
- * a group of members. Ranges are the engine's (quattuor.h) and are checked here as well, so that the error names the member
- * as the client wrote it. */
-#include "server/request_parse.h"
-
-#include "server/buffer.h"
+/* request_parse.c - request bodies (request_parse.h). One table says which members there are, what they are and where they
+ * go; nothing else is ever looked up, so what is not in the table is ignored, and what is in it is described. Then come the
+ * checks that need several members. Ranges are the engine's (quattuor.h), checked here so that the error names the member as
+ * the client wrote it. */
+#include "server/request_internal.h"
 
 #include <math.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 
-/* ---- errors -------------------------------------------------------------------------------------- */
+#define CHAT (1u << QTR_API_CHAT)
+#define COMPLETION (1u << QTR_API_COMPLETION)
+#define TOKENIZE (1u << QTR_API_TOKENIZE)
+#define DETOKENIZE (1u << QTR_API_DETOKENIZE)
+#define GENERATE (CHAT | COMPLETION)
+#define REF(name) "{'$ref':'#/components/schemas/" name "'}"
 
-static const char *type_of(int http) {
-  switch (http) {
-    case 401: return "authentication_error";
-    case 404: return "not_found_error";
-    case 429: return "rate_limit_error";
-    default: return http < 500 ? "invalid_request_error" : "server_error";
+/* ---- single values ------------------------------------------------------------------------------- */
+
+static bool read_flag(const struct qtr_api_field *f, const json_t *v, bool *value, struct qtr_api_error *err) {
+  if (!json_is_boolean(v)) {
+    return qtr_api_fail(err, 400, f->name, "%s must be true or false, not %s", f->name, qtr_api_kind_name(v));
   }
-}
-
-bool qtr_api_fail(struct qtr_api_error *err, int http, const char *param, const char *format, ...) {
-  *err = (struct qtr_api_error){.http = http, .type = type_of(http)};
-  if (param) (void)snprintf(err->param, sizeof err->param, "%s", param);
-  va_list args;
-  va_start(args, format);
-  (void)vsnprintf(err->message, sizeof err->message, format, args);
-  va_end(args);
-  return false;
-}
-
-/* Length of the UTF-8 character at s (n bytes are left), 0 when there is none. */
-static size_t character(const unsigned char *s, size_t n) {
-  size_t len = s[0] < 0x80 ? 1 : s[0] < 0xC2 ? 0 : s[0] < 0xE0 ? 2 : s[0] < 0xF0 ? 3 : s[0] < 0xF5 ? 4 : 0;
-  if (len == 0 || len > n) return 0;
-  for (size_t i = 1; i < len; i++) {
-    if ((s[i] & 0xC0) != 0x80) return 0;
-  }
-  bool bad = (s[0] == 0xE0 && s[1] < 0xA0) || (s[0] == 0xED && s[1] > 0x9F) || (s[0] == 0xF0 && s[1] < 0x90) ||
-             (s[0] == 0xF4 && s[1] > 0x8F);
-  return bad ? 0 : len;
-}
-
-/* A message as a JSON string. It may quote what a client sent, and vsnprintf may have cut a character in two: what is no
- * UTF-8 becomes '?'. */
-static void put_message(struct qtr_buffer *out, char *text) {
-  size_t n = strlen(text);
-  for (size_t i = 0, len; i < n; i += len) {
-    len = character((const unsigned char *)text + i, n - i);
-    if (len == 0) text[i] = '?', len = 1;
-  }
-  qtr_buffer_string(out, text, n);
-}
-
-void qtr_api_error_write(const struct qtr_api_error *err, struct qtr_buffer *out) {
-  struct qtr_api_error e = *err;
-  qtr_buffer_puts(out, "{\"error\":{\"message\":");
-  put_message(out, e.message);
-  qtr_buffer_printf(out, ",\"type\":\"%s\",\"param\":", err->type);
-  if (err->param[0])
-    put_message(out, e.param);
-  else
-    qtr_buffer_puts(out, "null");
-  qtr_buffer_puts(out, ",\"code\":");
-  if (err->code)
-    qtr_buffer_string(out, err->code, strlen(err->code));
-  else
-    qtr_buffer_puts(out, "null");
-  qtr_buffer_puts(out, "}}");
-}
-
-void qtr_api_error_from(struct qtr_api_error *err, const struct qtr_error *from, const char *param) {
-  int http = 500;
-  switch (from->status) {
-    case QTR_ERR_ARGUMENT:
-    case QTR_ERR_FORMAT:
-    case QTR_ERR_LIMIT:
-    case QTR_ERR_UNSUPPORTED:
-    case QTR_ERR_NOT_FOUND: http = 400; break;
-    case QTR_ERR_MEMORY:
-    case QTR_ERR_BACKEND: http = 503; break;
-    default: break;
-  }
-  (void)qtr_api_fail(err, http, param, "%s", from->message);
-  if (from->status == QTR_ERR_LIMIT) err->code = "context_length_exceeded";
-}
-
-static bool no_memory(struct qtr_api_error *err) { return qtr_api_fail(err, 503, NULL, "out of memory"); }
-
-/* ---- JSON ---------------------------------------------------------------------------------------- */
-
-/* Bounds what parsing can cost before it is paid: depth, and the number of arrays and objects. Strings are skipped; whether
- * they are well formed is jansson's question. */
-static bool check_size(const char *body, size_t len, struct qtr_api_error *err) {
-  size_t depth = 0, containers = 0;
-  bool inside = false;
-  for (size_t i = 0; i < len; i++) {
-    char c = body[i];
-    if (inside) {
-      if (c == '\\')
-        i++;
-      else if (c == '"')
-        inside = false;
-    } else if (c == '"') {
-      inside = true;
-    } else if (c == '[' || c == '{') {
-      if (++depth > QTR_API_MAX_DEPTH) {
-        return qtr_api_fail(err, 400, NULL, "the JSON body is nested deeper than %d levels", QTR_API_MAX_DEPTH);
-      }
-      if (++containers > QTR_API_MAX_CONTAINERS) {
-        return qtr_api_fail(err, 400, NULL, "the JSON body has more than %d arrays and objects", QTR_API_MAX_CONTAINERS);
-      }
-    } else if ((c == ']' || c == '}') && depth > 0) {
-      depth--;
-    }
-  }
-  return true;
-}
-
-/* A member's name with \u0000 in it is none we know, but jansson would refuse the whole body for it: it becomes \u0001.
- * name: the string (len) between its quotes. */
-static void mend_name(char *name, size_t len) {
-  for (size_t i = 0; i + 6 <= len; i += name[i] == '\\' ? 2 : 1) {
-    if (memcmp(name + i, "\\u0000", 6) == 0) name[i + 5] = '1';
-  }
-}
-
-static void mend_names(char *body, size_t len) {
-  for (size_t i = 0; i < len; i++) {
-    if (body[i] != '"') continue;
-    size_t from = ++i;
-    while (i < len && body[i] != '"') i += body[i] == '\\' ? 2 : 1;
-    size_t next = i + 1;
-    while (next < len && (body[next] == ' ' || body[next] == '\n' || body[next] == '\r' || body[next] == '\t')) next++;
-    if (i < len && next < len && body[next] == ':') mend_name(body + from, i - from);
-  }
-}
-
-/* Whole numbers beyond 64 bits become reals, so that one in a member nobody knows hurts nobody. */
-static json_t *load_leniently(const char *body, size_t len, json_error_t *where) {
-  json_t *root = json_loadb(body, len, JSON_ALLOW_NUL, where);
-  if (root ||
-      (json_error_code(where) != json_error_numeric_overflow && json_error_code(where) != json_error_null_byte_in_key)) {
-    return root;
-  }
-  char *mended = malloc(len + 1);
-  if (!mended) return NULL;
-  memcpy(mended, body, len);
-  mend_names(mended, len);
-  root = json_loadb(mended, len, JSON_ALLOW_NUL | JSON_DECODE_INT_AS_REAL, where);
-  free(mended);
-  return root;
-}
-
-static bool load(const char *body, size_t len, json_t **root, struct qtr_api_error *err) {
-  json_error_t where = {0};
-  *root = NULL;
-  if (!check_size(body, len, err)) return false;
-  *root = load_leniently(body, len, &where);
-  if (!*root) {
-    return qtr_api_fail(err, 400, NULL, "the body is not valid JSON: line %d, column %d: %s", where.line, where.column,
-                        where.text);
-  }
-  if (json_is_object(*root)) return true;
-  json_decref(*root);
-  *root = NULL;
-  return qtr_api_fail(err, 400, NULL, "the body must be a JSON object");
-}
-
-static const char *kind_name(const json_t *value) {
-  switch (json_typeof(value)) {
-    case JSON_OBJECT: return "an object";
-    case JSON_ARRAY: return "an array";
-    case JSON_STRING: return "a string";
-    case JSON_INTEGER:
-    case JSON_REAL: return "a number";
-    case JSON_TRUE:
-    case JSON_FALSE: return "a boolean";
-    default: return "null";
-  }
-}
-
-/* The member, or NULL when it is absent or null. */
-static json_t *member(const json_t *object, const char *name) {
-  json_t *value = json_object_get(object, name);
-  return json_is_null(value) ? NULL : value;
-}
-
-/* ---- typed members: absent leaves *value as it is ---- */
-
-static bool get_bool(const json_t *o, const char *name, bool *value, struct qtr_api_error *err) {
-  const json_t *v = member(o, name);
-  if (!v) return true;
-  if (!json_is_boolean(v)) return qtr_api_fail(err, 400, name, "%s must be true or false, not %s", name, kind_name(v));
   *value = json_is_true(v);
   return true;
 }
@@ -211,65 +37,58 @@ static bool whole(const json_t *v, int64_t *out) {
   return true;
 }
 
-static bool get_int(const json_t *o, const char *name, int64_t min, int64_t max, int32_t *value, struct qtr_api_error *err) {
-  const json_t *v = member(o, name);
+static bool read_whole(const struct qtr_api_field *f, const json_t *v, int32_t *value, struct qtr_api_error *err) {
   int64_t n;
-  if (!v) return true;
-  if (!json_is_number(v)) return qtr_api_fail(err, 400, name, "%s must be a whole number, not %s", name, kind_name(v));
-  if (!whole(v, &n)) return qtr_api_fail(err, 400, name, "%s is %g; it must be a whole number", name, json_number_value(v));
-  if (n < min || n > max) {
-    return qtr_api_fail(err, 400, name, "%s is %lld; it must be from %lld to %lld", name, (long long)n, (long long)min,
-                        (long long)max);
+  if (!json_is_number(v)) {
+    return qtr_api_fail(err, 400, f->name, "%s must be a whole number, not %s", f->name, qtr_api_kind_name(v));
+  }
+  if (!whole(v, &n)) {
+    return qtr_api_fail(err, 400, f->name, "%s is %g; it must be a whole number from %.0f to %.0f", f->name,
+                        json_number_value(v), f->min, f->max);
+  }
+  if (n < (int64_t)f->min || n > (int64_t)f->max) {
+    return qtr_api_fail(err, 400, f->name, "%s is %lld; it must be from %.0f to %.0f", f->name, (long long)n, f->min,
+                        f->max);
   }
   *value = (int32_t)n;
   return true;
 }
 
-/* open_min: min itself is not allowed. */
-static bool get_float(const json_t *o, const char *name, double min, double max, bool open_min, float *value,
-                      struct qtr_api_error *err) {
-  const json_t *v = member(o, name);
-  if (!v) return true;
-  if (!json_is_number(v)) return qtr_api_fail(err, 400, name, "%s must be a number, not %s", name, kind_name(v));
+static bool read_number(const struct qtr_api_field *f, const json_t *v, float *value, struct qtr_api_error *err) {
+  if (!json_is_number(v)) {
+    return qtr_api_fail(err, 400, f->name, "%s must be a number, not %s", f->name, qtr_api_kind_name(v));
+  }
   double x = json_number_value(v);
-  if (!(open_min ? x > min : x >= min) || !(x <= max)) {
-    return qtr_api_fail(err, 400, name, "%s is %g; it must be %s %g and at most %g", name, x,
-                        open_min ? "above" : "at least", min, max);
+  if (!(f->open_min ? x > f->min : x >= f->min) || !(x <= f->max)) {
+    return qtr_api_fail(err, 400, f->name, "%s is %g; it must be %s %g and at most %g", f->name, x,
+                        f->open_min ? "above" : "at least", f->min, f->max);
   }
   *value = (float)x;
-  if (open_min && !((double)*value > min)) *value = 1e-30f; /* rounded to the bound */
+  if (f->open_min && !((double)*value > f->min)) *value = 1e-30f; /* rounded to the bound */
   return true;
 }
 
-static bool get_string(const json_t *o, const char *name, const char **value, struct qtr_api_error *err) {
-  const json_t *v = member(o, name);
-  if (!v) return true;
-  if (!json_is_string(v)) return qtr_api_fail(err, 400, name, "%s must be a string, not %s", name, kind_name(v));
-  if (strlen(json_string_value(v)) != json_string_length(v)) {
-    return qtr_api_fail(err, 400, name, "%s must not hold a NUL character", name);
+static bool read_string(const struct qtr_api_field *f, const json_t *v, const char **value, struct qtr_api_error *err) {
+  if (!json_is_string(v)) {
+    return qtr_api_fail(err, 400, f->name, "%s must be a string, not %s", f->name, qtr_api_kind_name(v));
   }
-  *value = json_string_value(v);
+  if (value && strlen(json_string_value(v)) != json_string_length(v)) {
+    return qtr_api_fail(err, 400, f->name, "%s must not hold a NUL character", f->name);
+  }
+  if (value) *value = json_string_value(v);
   return true;
 }
 
-/* The same, but NUL may be inside: its length is json_string_length. */
-static bool get_text(const json_t *o, const char *name, const char **value, struct qtr_api_error *err) {
-  const json_t *v = member(o, name);
-  if (!v) return true;
-  if (!json_is_string(v)) return qtr_api_fail(err, 400, name, "%s must be a string, not %s", name, kind_name(v));
-  *value = json_string_value(v);
-  return true;
-}
-
-/* Token ids; the engine checks them against its vocabulary. */
-static bool get_tokens(const json_t *array, const char *name, int32_t **token, size_t *n, struct qtr_api_error *err) {
+/* Token ids; prepare.c checks them against the vocabulary. */
+static bool read_tokens(const json_t *array, const char *name, int32_t **token, size_t *n, struct qtr_api_error *err) {
   *n = json_array_size(array);
   *token = malloc((*n + 1) * sizeof **token);
-  if (!*token) return no_memory(err);
+  if (!*token) return qtr_api_no_memory(err);
   for (size_t i = 0; i < *n; i++) {
     const json_t *v = json_array_get(array, i);
     int64_t id = 0;
-    if (!json_is_number(v)) return qtr_api_fail(err, 400, name, "%s[%zu] must be a token id, not %s", name, i, kind_name(v));
+    if (!json_is_number(v))
+      return qtr_api_fail(err, 400, name, "%s[%zu] must be a token id, not %s", name, i, qtr_api_kind_name(v));
     if (!whole(v, &id)) {
       return qtr_api_fail(err, 400, name, "%s[%zu] is %g, which is no token id", name, i, json_number_value(v));
     }
@@ -281,53 +100,34 @@ static bool get_tokens(const json_t *array, const char *name, int32_t **token, s
   return true;
 }
 
-/* ---- groups of members --------------------------------------------------------------------------- */
+/* ---- members that are more than a value ---------------------------------------------------------- */
 
-static bool parse_sampling(const json_t *o, struct qtr_api_request *r, struct qtr_api_error *err) {
+static bool read_seed(json_t *seed, struct qtr_api_request *r, struct qtr_api_error *err) {
   struct qtr_sampling *s = &r->options.sampling;
-  int32_t top_k = s->top_k, best_of = 0;
-  if (!get_float(o, "temperature", 0, 100, false, &s->temperature, err) ||
-      !get_float(o, "top_p", 0, 1, true, &s->top_p, err) || !get_int(o, "top_k", -1, INT32_MAX, &top_k, err) ||
-      !get_float(o, "min_p", 0, 1, false, &s->min_p, err) ||
-      !get_float(o, "repetition_penalty", 0, 2, true, &s->repetition_penalty, err) ||
-      !get_float(o, "presence_penalty", -2, 2, false, &s->presence_penalty, err) ||
-      !get_float(o, "frequency_penalty", -2, 2, false, &s->frequency_penalty, err) ||
-      !get_int(o, "n", 1, 64, &r->options.n, err) || !get_int(o, "best_of", 1, INT32_MAX, &best_of, err) ||
-      !get_bool(o, "ignore_eos", &r->options.ignore_eos, err)) {
-    return false;
+  int64_t v;
+  double x = json_is_number(seed) ? json_number_value(seed) : NAN;
+  if (x < floor(x) || x > floor(x) || isnan(x)) {
+    return qtr_api_fail(err, 400, "seed", "seed must be a whole number, not %s", qtr_api_kind_name(seed));
   }
-  s->top_k = top_k == 0 ? -1 : top_k; /* other servers write "off" as 0, too */
-  if (best_of > 0 && best_of != r->options.n) {
-    return qtr_api_fail(err, 400, "best_of", "best_of is not supported: ask for n completions and choose among them");
-  }
-  const json_t *seed = member(o, "seed");
-  if (seed) {
-    int64_t v;
-    double x = json_is_number(seed) ? json_number_value(seed) : NAN;
-    if (x < floor(x) || x > floor(x) || isnan(x)) {
-      return qtr_api_fail(err, 400, "seed", "seed must be a whole number, not %s", kind_name(seed));
-    }
-    if (whole(seed, &v))
-      s->seed = (uint64_t)v;
-    else
-      memcpy(&s->seed, &x, sizeof s->seed); /* beyond 64 bits: its bits are as good a seed */
-    s->has_seed = true;
-  }
+  if (whole(seed, &v))
+    s->seed = (uint64_t)v;
+  else
+    memcpy(&s->seed, &x, sizeof s->seed); /* beyond 64 bits: its bits are as good a seed */
+  s->has_seed = true;
   return true;
 }
 
-static bool parse_stop(const json_t *o, struct qtr_api_request *r, struct qtr_api_error *err) {
-  const json_t *stop = member(o, "stop"), *ids = member(o, "stop_token_ids");
-  if (stop && !json_is_string(stop) && !json_is_array(stop)) {
-    return qtr_api_fail(err, 400, "stop", "stop must be a string or an array of strings, not %s", kind_name(stop));
+static bool read_stop(json_t *stop, struct qtr_api_request *r, struct qtr_api_error *err) {
+  if (!json_is_string(stop) && !json_is_array(stop)) {
+    return qtr_api_fail(err, 400, "stop", "stop must be a string or an array of strings, not %s", qtr_api_kind_name(stop));
   }
   size_t n = json_is_string(stop) ? 1 : json_array_size(stop);
   if (n > 16) return qtr_api_fail(err, 400, "stop", "stop has %zu strings; at most 16 are allowed", n);
-  if (n > 0 && !(r->stop = calloc(n, sizeof *r->stop))) return no_memory(err);
+  if (n > 0 && !(r->stop = calloc(n, sizeof *r->stop))) return qtr_api_no_memory(err);
   for (size_t i = 0; i < n; i++) {
     const json_t *text = json_is_string(stop) ? stop : json_array_get(stop, i);
     if (!json_is_string(text))
-      return qtr_api_fail(err, 400, "stop", "stop[%zu] must be a string, not %s", i, kind_name(text));
+      return qtr_api_fail(err, 400, "stop", "stop[%zu] must be a string, not %s", i, qtr_api_kind_name(text));
     size_t len = json_string_length(text);
     if (len != strlen(json_string_value(text))) {
       return qtr_api_fail(err, 400, "stop", "stop[%zu] must not hold a NUL character", i);
@@ -339,35 +139,37 @@ static bool parse_stop(const json_t *o, struct qtr_api_request *r, struct qtr_ap
   }
   r->options.stop = r->stop;
   r->options.n_stop = n;
-  if (!ids) return true;
+  return true;
+}
+
+static bool read_stop_ids(json_t *ids, struct qtr_api_request *r, struct qtr_api_error *err) {
   if (!json_is_array(ids)) {
-    return qtr_api_fail(err, 400, "stop_token_ids", "stop_token_ids must be an array, not %s", kind_name(ids));
+    return qtr_api_fail(err, 400, "stop_token_ids", "stop_token_ids must be an array, not %s", qtr_api_kind_name(ids));
   }
   if (json_array_size(ids) > 64) {
     return qtr_api_fail(err, 400, "stop_token_ids", "stop_token_ids has %zu ids; at most 64 are allowed",
                         json_array_size(ids));
   }
-  if (!get_tokens(ids, "stop_token_ids", &r->stop_token, &r->options.n_stop_token, err)) return false;
+  if (!read_tokens(ids, "stop_token_ids", &r->stop_token, &r->options.n_stop_token, err)) return false;
   r->options.stop_token = r->stop_token;
   return true;
 }
 
 /* {"1234": -100, …} */
-static bool parse_bias(const json_t *o, struct qtr_api_request *r, struct qtr_api_error *err) {
-  json_t *bias = member(o, "logit_bias");
-  if (!bias) return true;
+static bool read_bias(json_t *bias, struct qtr_api_request *r, struct qtr_api_error *err) {
   if (!json_is_object(bias)) {
     return qtr_api_fail(err, 400, "logit_bias", "logit_bias must be an object of token ids and numbers, not %s",
-                        kind_name(bias));
+                        qtr_api_kind_name(bias));
   }
   size_t n = json_object_size(bias), i = 0;
   if (n > 1024) return qtr_api_fail(err, 400, "logit_bias", "logit_bias has %zu entries; at most 1024 are allowed", n);
-  if (n > 0 && !(r->bias = calloc(n, sizeof *r->bias))) return no_memory(err);
+  if (n > 0 && !(r->bias = calloc(n, sizeof *r->bias))) return qtr_api_no_memory(err);
   const char *key;
   json_t *value;
   json_object_foreach(bias, key, value) {
-    char *end;
-    long id = key[0] >= '0' && key[0] <= '9' ? strtol(key, &end, 10) : -1;
+    char *end = NULL; /* no sign, no space, no needless zero: one way to write an id */
+    bool digits = key[0] >= '0' && key[0] <= '9' && !(key[0] == '0' && key[1]);
+    long id = digits ? strtol(key, &end, 10) : -1;
     if (id < 0 || id > INT32_MAX || *end) {
       return qtr_api_fail(err, 400, "logit_bias", "logit_bias names \"%.40s\", which is no token id", key);
     }
@@ -382,60 +184,32 @@ static bool parse_bias(const json_t *o, struct qtr_api_request *r, struct qtr_ap
   return true;
 }
 
-static bool parse_logprobs(const json_t *o, struct qtr_api_request *r, struct qtr_api_error *err) {
-  int32_t n = -1;
-  if (r->kind == QTR_API_COMPLETION) {
-    if (!get_int(o, "logprobs", 0, 20, &n, err)) return false;
-    r->logprobs = n >= 0;
-    if (r->logprobs && r->echo) {
-      return qtr_api_fail(err, 400, "echo", "echo together with logprobs is not supported: leave one of them out");
-    }
-  } else {
-    bool wanted = false;
-    if (!get_bool(o, "logprobs", &wanted, err) || !get_int(o, "top_logprobs", 0, 20, &n, err)) return false;
-    if (n >= 0 && !wanted) {
-      return qtr_api_fail(err, 400, "top_logprobs", "top_logprobs needs logprobs to be true");
-    }
-    r->logprobs = wanted;
-    if (wanted && n < 0) n = 0;
-  }
-  r->options.logprobs = r->logprobs ? n : -1;
-  return true;
-}
-
-static bool parse_stream(const json_t *o, struct qtr_api_request *r, struct qtr_api_error *err) {
-  if (!get_bool(o, "stream", &r->stream, err)) return false;
-  const json_t *options = member(o, "stream_options");
-  if (!options) return true;
+static bool read_stream_options(json_t *options, struct qtr_api_request *r, struct qtr_api_error *err) {
+  static const struct qtr_api_field usage = {.name = "stream_options.include_usage"};
   if (!json_is_object(options)) {
-    return qtr_api_fail(err, 400, "stream_options", "stream_options must be an object, not %s", kind_name(options));
+    return qtr_api_fail(err, 400, "stream_options", "stream_options must be an object, not %s", qtr_api_kind_name(options));
   }
-  if (!r->stream) return qtr_api_fail(err, 400, "stream_options", "stream_options needs stream to be true");
-  if (get_bool(options, "include_usage", &r->include_usage, err)) return true;
-  (void)snprintf(err->param, sizeof err->param, "stream_options.include_usage");
-  return false;
+  r->has_stream_options = true;
+  const json_t *wanted = qtr_api_member(options, "include_usage");
+  return !wanted || read_flag(&usage, wanted, &r->include_usage, err);
 }
 
-static bool parse_format(const json_t *o, struct qtr_api_request *r, struct qtr_api_error *err) {
-  const json_t *format = member(o, "response_format");
-  const char *type = NULL;
-  if (!format) return true;
+static bool read_format(json_t *format, struct qtr_api_request *r, struct qtr_api_error *err) {
   if (!json_is_object(format)) {
-    return qtr_api_fail(err, 400, "response_format", "response_format must be an object, not %s", kind_name(format));
+    return qtr_api_fail(err, 400, "response_format", "response_format must be an object, not %s", qtr_api_kind_name(format));
   }
-  if (!get_string(format, "type", &type, err) || !type) {
-    return qtr_api_fail(err, 400, "response_format.type", "response_format.type must be text, json_object or json_schema");
-  }
-  if (strcmp(type, "text") == 0) return true;
-  if (strcmp(type, "json_object") == 0) {
+  const json_t *type = json_object_get(format, "type");
+  if (qtr_api_is_word(type, "text")) return true;
+  if (qtr_api_is_word(type, "json_object")) {
     r->format = QTR_FORMAT_JSON;
     return true;
   }
-  if (strcmp(type, "json_schema") != 0) {
+  if (!qtr_api_is_word(type, "json_schema")) {
     return qtr_api_fail(err, 400, "response_format.type",
-                        "response_format.type is \"%.40s\"; it must be text, json_object or json_schema", type);
+                        "response_format.type is \"%.40s\"; it must be text, json_object or json_schema",
+                        json_is_string(type) ? json_string_value(type) : "(not a string)");
   }
-  const json_t *outer = member(format, "json_schema");
+  const json_t *outer = qtr_api_member(format, "json_schema");
   if (!json_is_object(outer)) {
     return qtr_api_fail(err, 400, "response_format.json_schema",
                         "response_format.json_schema must be an object with a schema");
@@ -449,195 +223,33 @@ static bool parse_format(const json_t *o, struct qtr_api_request *r, struct qtr_
   return true;
 }
 
-/* ---- messages ------------------------------------------------------------------------------------ */
-
-/* The text of a message's content: a string, or an array of text parts, joined by newlines. *text is a new reference. */
-static bool read_content(json_t *content, size_t i, json_t **text, struct qtr_api_error *err) {
-  struct qtr_buffer joined = {0};
-  if (!content) {
-    *text = json_string("");
-    return *text ? true : no_memory(err);
-  }
-  if (json_is_string(content)) {
-    *text = json_incref(content);
-    return true;
-  }
-  char param[64];
-  (void)snprintf(param, sizeof param, "messages[%zu].content", i);
-  if (!json_is_array(content)) {
-    return qtr_api_fail(err, 400, param, "%s must be a string or an array of parts, not %s", param, kind_name(content));
-  }
-  for (size_t k = 0; k < json_array_size(content); k++) {
-    const json_t *part = json_array_get(content, k), *type = json_object_get(part, "type"),
-                 *piece = json_object_get(part, "text");
-    const char *name = json_string_value(type);
-    if (!name || (strcmp(name, "text") != 0 && strcmp(name, "input_text") != 0) || !json_is_string(piece)) {
-      qtr_buffer_free(&joined);
-      return qtr_api_fail(err, 400, param, "%s[%zu] is of type \"%.40s\"; this server takes text parts only", param, k,
-                          name ? name : "(none)");
-    }
-    if (k > 0) qtr_buffer_puts(&joined, "\n");
-    qtr_buffer_put(&joined, json_string_value(piece), json_string_length(piece));
-  }
-  *text = joined.failed ? NULL : json_stringn(joined.data ? joined.data : "", joined.len);
-  qtr_buffer_free(&joined);
-  return *text ? true : no_memory(err);
+static bool read_template_variables(json_t *variables, struct qtr_api_request *r, struct qtr_api_error *err) {
+  r->template_variables = variables;
+  return json_is_object(variables) ||
+         qtr_api_fail(err, 400, "chat_template_kwargs", "chat_template_kwargs must be an object, not %s",
+                      qtr_api_kind_name(variables));
 }
 
-/* Templates want the arguments of past calls as objects, the API has them as strings of JSON. */
-static bool read_tool_calls(json_t *calls, size_t i, json_t **out, struct qtr_api_error *err) {
-  char param[64];
-  (void)snprintf(param, sizeof param, "messages[%zu].tool_calls", i);
-  if (!json_is_array(calls)) return qtr_api_fail(err, 400, param, "%s must be an array, not %s", param, kind_name(calls));
-  *out = json_deep_copy(calls);
-  if (!*out) return no_memory(err);
-  for (size_t k = 0; k < json_array_size(*out); k++) {
-    json_t *function = json_object_get(json_array_get(*out, k), "function");
-    const json_t *arguments = json_object_get(function, "arguments");
-    if (!json_is_string(json_object_get(function, "name"))) {
-      json_decref(*out);
-      *out = NULL;
-      return qtr_api_fail(err, 400, param, "%s[%zu].function must be an object with a name", param, k);
-    }
-    if (!json_is_string(arguments)) continue;
-    json_t *parsed = json_loadb(json_string_value(arguments), json_string_length(arguments), 0, NULL);
-    if (json_is_object(parsed))
-      (void)json_object_set_new(function, "arguments", parsed);
-    else
-      json_decref(parsed);
-  }
+static void prompts_free(struct qtr_api_request *r) {
+  for (size_t i = 0; r->prompt && i < r->n_prompts; i++) free(r->prompt[i].token);
+  free(r->prompt);
+  r->prompt = NULL;
+  r->n_prompts = 0;
+}
+
+static bool add_prompts(struct qtr_api_request *r, size_t n, struct qtr_api_error *err) {
+  prompts_free(r);
+  r->prompt = calloc(n, sizeof *r->prompt);
+  if (!r->prompt) return qtr_api_no_memory(err);
+  r->n_prompts = n;
   return true;
 }
-
-static bool read_message(json_t *from, size_t i, json_t *messages, struct qtr_api_error *err) {
-  static const char *const roles[] = {"system", "developer", "user", "assistant", "tool", "function"};
-  char param[64];
-  (void)snprintf(param, sizeof param, "messages[%zu]", i);
-  if (!json_is_object(from)) return qtr_api_fail(err, 400, param, "%s must be an object, not %s", param, kind_name(from));
-  const char *role = json_string_value(json_object_get(from, "role"));
-  bool known = false;
-  for (size_t k = 0; role && k < sizeof roles / sizeof roles[0]; k++) known = known || strcmp(role, roles[k]) == 0;
-  if (!known) {
-    (void)snprintf(param, sizeof param, "messages[%zu].role", i);
-    return qtr_api_fail(err, 400, param, "%s is \"%.40s\"; it must be system, developer, user, assistant or tool", param,
-                        role ? role : "(not a string)");
-  }
-  json_t *message = json_copy(from), *content = NULL, *calls = NULL;
-  bool ok = message || no_memory(err);
-  json_t *given = member(from, "content"), *given_calls = member(from, "tool_calls");
-  if (ok && !given && strcmp(role, "assistant") != 0) {
-    (void)snprintf(param, sizeof param, "messages[%zu].content", i);
-    ok = qtr_api_fail(err, 400, param, "%s is missing", param);
-  }
-  ok = ok && read_content(given, i, &content, err);
-  if (ok) ok = json_object_set_new(message, "content", content) == 0 || no_memory(err);
-  if (ok && given_calls) {
-    ok = read_tool_calls(given_calls, i, &calls, err);
-    if (ok) ok = json_object_set_new(message, "tool_calls", calls) == 0 || no_memory(err);
-  } else if (ok) {
-    (void)json_object_del(message, "tool_calls"); /* null is absent to a template as well */
-  }
-  /* OpenAI's newer name for the same thing; no template knows it */
-  if (ok && strcmp(role, "developer") == 0) {
-    ok = json_object_set_new(message, "role", json_string("system")) == 0 || no_memory(err);
-  }
-  if (ok) ok = json_array_append(messages, message) == 0 || no_memory(err);
-  json_decref(message);
-  return ok;
-}
-
-static bool parse_messages(const json_t *o, json_t **messages, struct qtr_api_error *err) {
-  json_t *from = member(o, "messages");
-  if (!from) return qtr_api_fail(err, 400, "messages", "messages is missing");
-  if (!json_is_array(from)) return qtr_api_fail(err, 400, "messages", "messages must be an array, not %s", kind_name(from));
-  if (json_array_size(from) == 0) return qtr_api_fail(err, 400, "messages", "messages is empty; give at least one message");
-  *messages = json_array();
-  if (!*messages) return no_memory(err);
-  for (size_t i = 0; i < json_array_size(from); i++) {
-    if (!read_message(json_array_get(from, i), i, *messages, err)) return false;
-  }
-  return true;
-}
-
-/* ---- tools --------------------------------------------------------------------------------------- */
-
-static bool is_tool_name(const char *name) {
-  size_t n = strlen(name);
-  if (n == 0 || n > 64) return false;
-  for (size_t i = 0; i < n; i++) {
-    char c = name[i];
-    if (!((c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_' || c == '-' || c == '.'))
-      return false;
-  }
-  return true;
-}
-
-static bool parse_tools(const json_t *o, struct qtr_api_request *r, struct qtr_api_error *err) {
-  json_t *tools = member(o, "tools");
-  const json_t *choice = member(o, "tool_choice");
-  r->parallel_tool_calls = true;
-  if (!get_bool(o, "parallel_tool_calls", &r->parallel_tool_calls, err)) return false;
-  if (tools && !json_is_array(tools))
-    return qtr_api_fail(err, 400, "tools", "tools must be an array, not %s", kind_name(tools));
-  size_t n = json_array_size(tools);
-  if (n > QTR_API_MAX_TOOLS) {
-    return qtr_api_fail(err, 400, "tools", "tools has %zu entries; at most %d are allowed", n, QTR_API_MAX_TOOLS);
-  }
-  for (size_t i = 0; i < n; i++) {
-    const json_t *tool = json_array_get(tools, i), *function = json_object_get(tool, "function"),
-                 *parameters = json_object_get(function, "parameters");
-    const char *type = json_string_value(json_object_get(tool, "type")),
-               *name = json_string_value(json_object_get(function, "name"));
-    char param[64];
-    (void)snprintf(param, sizeof param, "tools[%zu]", i);
-    if (!type || strcmp(type, "function") != 0) {
-      return qtr_api_fail(err, 400, param, "%s.type must be \"function\"", param);
-    }
-    if (!name || !is_tool_name(name)) {
-      return qtr_api_fail(err, 400, param, "%s.function.name must be 1 to 64 letters, digits, dots, dashes or underscores",
-                          param);
-    }
-    if (parameters && !json_is_null(parameters) && !json_is_object(parameters)) {
-      return qtr_api_fail(err, 400, param, "%s.function.parameters must be an object, not %s", param, kind_name(parameters));
-    }
-  }
-  r->tools = n > 0 ? tools : NULL;
-  r->tool_choice = n > 0 ? QTR_TOOLS_AUTO : QTR_TOOLS_NONE;
-  if (!choice) return true;
-  const char *word = json_string_value(choice);
-  if (word && strcmp(word, "none") == 0) {
-    r->tool_choice = QTR_TOOLS_NONE;
-    return true;
-  }
-  if (n == 0) return qtr_api_fail(err, 400, "tool_choice", "tool_choice needs tools");
-  if (word && strcmp(word, "auto") == 0) return true;
-  if (word && strcmp(word, "required") == 0) {
-    r->tool_choice = QTR_TOOLS_REQUIRED;
-    return true;
-  }
-  const char *name = json_string_value(json_object_get(json_object_get(choice, "function"), "name"));
-  if (!name) {
-    return qtr_api_fail(err, 400, "tool_choice",
-                        "tool_choice must be none, auto, required or {\"type\":\"function\",\"function\":{\"name\":…}}");
-  }
-  for (size_t i = 0; i < n; i++) {
-    const json_t *function = json_object_get(json_array_get(tools, i), "function");
-    if (strcmp(json_string_value(json_object_get(function, "name")), name) == 0) r->tool_choice = QTR_TOOLS_NAMED;
-  }
-  r->tool_name = name;
-  return r->tool_choice == QTR_TOOLS_NAMED ||
-         qtr_api_fail(err, 400, "tool_choice", "tool_choice names \"%.64s\", which is not among the tools", name);
-}
-
-/* ---- prompts ------------------------------------------------------------------------------------- */
 
 /* "text", ["text", …], [1, 2, …] or [[1, 2, …], …] */
-static bool parse_prompt(const json_t *o, struct qtr_api_request *r, struct qtr_api_error *err) {
-  json_t *prompt = member(o, "prompt");
-  if (!prompt) return qtr_api_fail(err, 400, "prompt", "prompt is missing");
+static bool read_prompt(json_t *prompt, struct qtr_api_request *r, struct qtr_api_error *err) {
   if (!json_is_string(prompt) && !json_is_array(prompt)) {
     return qtr_api_fail(err, 400, "prompt", "prompt must be a string, an array of strings or token ids, not %s",
-                        kind_name(prompt));
+                        qtr_api_kind_name(prompt));
   }
   const json_t *first = json_array_get(prompt, 0);
   bool single = json_is_string(prompt) || json_is_number(first);
@@ -646,9 +258,7 @@ static bool parse_prompt(const json_t *o, struct qtr_api_request *r, struct qtr_
   if (n > QTR_API_MAX_PROMPTS) {
     return qtr_api_fail(err, 400, "prompt", "prompt has %zu entries; at most %d are allowed", n, QTR_API_MAX_PROMPTS);
   }
-  r->prompt = calloc(n, sizeof *r->prompt);
-  if (!r->prompt) return no_memory(err);
-  r->n_prompts = n;
+  if (!add_prompts(r, n, err)) return false;
   for (size_t i = 0; i < n; i++) {
     const json_t *item = single ? prompt : json_array_get(prompt, i);
     struct qtr_api_prompt *p = &r->prompt[i];
@@ -656,119 +266,316 @@ static bool parse_prompt(const json_t *o, struct qtr_api_request *r, struct qtr_
       p->text = json_string_value(item);
       p->len = json_string_length(item);
     } else if (json_is_array(item) && (single || json_is_array(first))) {
-      if (!get_tokens(item, "prompt", &p->token, &p->n_token, err)) return false;
+      if (!read_tokens(item, "prompt", &p->token, &p->n_token, err)) return false;
       if (p->n_token == 0) return qtr_api_fail(err, 400, "prompt", "prompt[%zu] is empty; give at least one token", i);
     } else {
       return qtr_api_fail(err, 400, "prompt", "prompt[%zu] is %s; all entries must be of one kind: strings or token arrays",
-                          i, kind_name(item));
+                          i, qtr_api_kind_name(item));
     }
   }
   return true;
 }
 
-/* ---- whole requests ------------------------------------------------------------------------------ */
-
-static bool parse_common(const json_t *o, struct qtr_api_request *r, struct qtr_api_error *err) {
-  const json_t *user = member(o, "user"); /* for nobody: only its type is checked */
-  if (user && !json_is_string(user)) return qtr_api_fail(err, 400, "user", "user must be a string, not %s", kind_name(user));
-  return get_string(o, "model", &r->model, err) && parse_sampling(o, r, err) && parse_stop(o, r, err) &&
-         parse_bias(o, r, err) && parse_stream(o, r, err) && parse_format(o, r, err);
+/* tokenize: one text */
+static bool read_text(const char *name, const json_t *text, struct qtr_api_request *r, struct qtr_api_error *err) {
+  if (!json_is_string(text)) {
+    return qtr_api_fail(err, 400, name, "%s must be a string, not %s", name, qtr_api_kind_name(text));
+  }
+  if (!add_prompts(r, 1, err)) return false;
+  r->prompt[0] = (struct qtr_api_prompt){.text = json_string_value(text), .len = json_string_length(text)};
+  return true;
 }
 
-static bool parse_chat(const json_t *o, struct qtr_api_request *r, struct qtr_api_error *err) {
-  bool generation = true;
-  if (!parse_messages(o, &r->messages, err) || !parse_tools(o, r, err) || !parse_logprobs(o, r, err)) return false;
-  r->n_prompts = 1;
-  /* the newer name wins, as at OpenAI */
-  if (!get_int(o, "max_tokens", 1, INT32_MAX, &r->options.max_tokens, err) ||
-      !get_int(o, "max_completion_tokens", 1, INT32_MAX, &r->options.max_tokens, err) ||
-      !get_bool(o, "add_generation_prompt", &generation, err)) {
-    return false;
+static bool read_text_prompt(json_t *text, struct qtr_api_request *r, struct qtr_api_error *err) {
+  return read_text("prompt", text, r, err);
+}
+
+static bool read_text_content(json_t *text, struct qtr_api_request *r, struct qtr_api_error *err) { /* llama.cpp's name */
+  return read_text("content", text, r, err);
+}
+
+static bool read_token_list(json_t *tokens, struct qtr_api_request *r, struct qtr_api_error *err) {
+  if (!json_is_array(tokens)) {
+    return qtr_api_fail(err, 400, "tokens", "tokens must be an array of token ids, not %s", qtr_api_kind_name(tokens));
   }
-  r->template_variables = member(o, "chat_template_kwargs");
-  if (r->template_variables && !json_is_object(r->template_variables)) {
-    return qtr_api_fail(err, 400, "chat_template_kwargs", "chat_template_kwargs must be an object, not %s",
-                        kind_name(r->template_variables));
+  return add_prompts(r, 1, err) && read_tokens(tokens, "tokens", &r->prompt[0].token, &r->prompt[0].n_token, err);
+}
+
+/* ---- the table ----------------------------------------------------------------------------------- */
+
+#define AT(member) offsetof(struct qtr_api_request, member)
+#define SAMPLING(member) AT(options.sampling.member)
+#define VOCABULARY "Ids of the vocabulary."
+
+static const struct qtr_api_field fields[] = {
+    {.name = "model", .kinds = ~0u, .type = QTR_API_STRING, .offset = AT(model)},
+    /* what to go on from */
+    {.name = "messages",
+     .kinds = CHAT,
+     .type = QTR_API_OTHER,
+     .required = true,
+     .read = qtr_api_read_messages,
+     .schema = "{'type':'array','minItems':1,'items':" REF("Message") "}",
+     .note = "The chat template may refuse an order of roles; the rendered text must fit the context."},
+    {.name = "prompt",
+     .kinds = COMPLETION,
+     .type = QTR_API_OTHER,
+     .required = true,
+     .read = read_prompt,
+     .schema = "{'anyOf':[{'type':'string'}," REF(
+         "Tokens") ",{'type':'array','minItems':1,'maxItems':256,'items':{'type':'string'}},"
+                   "{'type':'array','minItems':1,'maxItems':256,'items':" REF("Tokens") "}]}",
+     .note = "Each prompt must fit the context."},
+    {.name = "content", .kinds = TOKENIZE, .type = QTR_API_OTHER, .read = read_text_content, .schema = "{'type':'string'}"},
+    {.name = "prompt", .kinds = TOKENIZE, .type = QTR_API_OTHER, .read = read_text_prompt, .schema = "{'type':'string'}"},
+    {.name = "messages",
+     .kinds = TOKENIZE,
+     .type = QTR_API_OTHER,
+     .read = qtr_api_read_messages,
+     .schema = "{'type':'array','minItems':1,'items':" REF("Message") "}",
+     .note = "The chat template may refuse an order of roles."},
+    {.name = "tokens",
+     .kinds = DETOKENIZE,
+     .type = QTR_API_OTHER,
+     .required = true,
+     .read = read_token_list,
+     .schema = "{'type':'array','items':" REF("Token") "}"},
+    {.name = "add_special_tokens", .kinds = TOKENIZE, .type = QTR_API_FLAG, .offset = AT(add_special)},
+    {.name = "add_generation_prompt", .kinds = CHAT | TOKENIZE, .type = QTR_API_FLAG, .offset = AT(add_generation_prompt)},
+    {.name = "chat_template_kwargs",
+     .kinds = CHAT,
+     .type = QTR_API_OTHER,
+     .read = read_template_variables,
+     .schema = "{'type':'object'}",
+     .note = "Variables of the chat template, which may refuse them."},
+    {.name = "tools",
+     .kinds = CHAT | TOKENIZE,
+     .type = QTR_API_OTHER,
+     .read = qtr_api_read_tools,
+     .schema = "{'type':'array','maxItems':128,'items':" REF("Tool") "}",
+     .note = "The chat template must know tools; the parameters' schema must be one that docs/server.md names."},
+    {.name = "tool_choice",
+     .kinds = CHAT,
+     .type = QTR_API_OTHER,
+     .read = qtr_api_read_tool_choice,
+     .schema =
+         "{'anyOf':[{'enum':['none','auto','required']},{'type':'object','required':['function'],'properties':{'function':{"
+         "'type':'object','required':['name'],'properties':{'name':{'type':'string'}}}}}]}",
+     .note = "Needs tools, and names one of them."},
+    {.name = "parallel_tool_calls", .kinds = CHAT, .type = QTR_API_FLAG, .offset = AT(parallel_tool_calls)},
+    /* how much */
+    {.name = "max_tokens",
+     .kinds = CHAT,
+     .type = QTR_API_WHOLE,
+     .min = 1,
+     .max = INT32_MAX,
+     .offset = AT(options.max_tokens)},
+    {.name = "max_completion_tokens", /* the newer name wins, as at OpenAI */
+     .kinds = CHAT,
+     .type = QTR_API_WHOLE,
+     .min = 1,
+     .max = INT32_MAX,
+     .offset = AT(options.max_tokens)},
+    {.name = "max_tokens",
+     .kinds = COMPLETION,
+     .type = QTR_API_WHOLE,
+     .min = 0,
+     .max = INT32_MAX,
+     .offset = AT(options.max_tokens)},
+    {.name = "n",
+     .kinds = GENERATE,
+     .type = QTR_API_WHOLE,
+     .min = 1,
+     .max = 64,
+     .offset = AT(options.n),
+     .note = "Prompts times n are at most 256 and at most what the server runs and queues."},
+    {.name = "best_of",
+     .kinds = GENERATE,
+     .type = QTR_API_WHOLE,
+     .min = 1,
+     .max = 64,
+     .offset = AT(best_of),
+     .note = "Must equal n: this server does not choose."},
+    {.name = "echo", .kinds = COMPLETION, .type = QTR_API_FLAG, .offset = AT(echo)},
+    {.name = "suffix", .kinds = COMPLETION, .type = QTR_API_STRING, .offset = AT(suffix), .note = "Must be empty."},
+    {.name = "ignore_eos", .kinds = GENERATE, .type = QTR_API_FLAG, .offset = AT(options.ignore_eos)},
+    {.name = "stop",
+     .kinds = GENERATE,
+     .type = QTR_API_OTHER,
+     .read = read_stop,
+     .schema = "{'anyOf':[" REF("Stop") ",{'type':'array','maxItems':16,'items':" REF("Stop") "}]}",
+     .note = "A string of at most 256 bytes, not characters."},
+    {.name = "stop_token_ids",
+     .kinds = GENERATE,
+     .type = QTR_API_OTHER,
+     .read = read_stop_ids,
+     .schema = "{'type':'array','maxItems':64,'items':" REF("Token") "}"},
+    /* sampling */
+    {.name = "temperature",
+     .kinds = GENERATE,
+     .type = QTR_API_NUMBER,
+     .min = 0,
+     .max = 100,
+     .offset = SAMPLING(temperature)},
+    {.name = "top_p",
+     .kinds = GENERATE,
+     .type = QTR_API_NUMBER,
+     .open_min = true,
+     .min = 0,
+     .max = 1,
+     .offset = SAMPLING(top_p)},
+    {.name = "top_k", .kinds = GENERATE, .type = QTR_API_WHOLE, .min = -1, .max = INT32_MAX, .offset = SAMPLING(top_k)},
+    {.name = "min_p", .kinds = GENERATE, .type = QTR_API_NUMBER, .min = 0, .max = 1, .offset = SAMPLING(min_p)},
+    {.name = "repetition_penalty",
+     .kinds = GENERATE,
+     .type = QTR_API_NUMBER,
+     .open_min = true,
+     .min = 0,
+     .max = 2,
+     .offset = SAMPLING(repetition_penalty)},
+    {.name = "presence_penalty",
+     .kinds = GENERATE,
+     .type = QTR_API_NUMBER,
+     .min = -2,
+     .max = 2,
+     .offset = SAMPLING(presence_penalty)},
+    {.name = "frequency_penalty",
+     .kinds = GENERATE,
+     .type = QTR_API_NUMBER,
+     .min = -2,
+     .max = 2,
+     .offset = SAMPLING(frequency_penalty)},
+    {.name = "logit_bias",
+     .kinds = GENERATE,
+     .type = QTR_API_OTHER,
+     .read = read_bias,
+     .schema = "{'type':'object','maxProperties':1024,'propertyNames':{'pattern':'^(0|[1-9][0-9]{0,9})$'},"
+               "'additionalProperties':{'type':'number','minimum':-100,'maximum':100}}",
+     .note = VOCABULARY},
+    {.name = "seed", .kinds = GENERATE, .type = QTR_API_OTHER, .read = read_seed, .schema = "{'type':'integer'}"},
+    /* the answer's form */
+    {.name = "logprobs", .kinds = CHAT, .type = QTR_API_FLAG, .offset = AT(logprobs)},
+    {.name = "top_logprobs",
+     .kinds = CHAT,
+     .type = QTR_API_WHOLE,
+     .min = 0,
+     .max = 20,
+     .offset = AT(top_logprobs),
+     .note = "Needs logprobs."},
+    {.name = "logprobs", .kinds = COMPLETION, .type = QTR_API_WHOLE, .min = 0, .max = 20, .offset = AT(top_logprobs)},
+    {.name = "stream", .kinds = GENERATE, .type = QTR_API_FLAG, .offset = AT(stream)},
+    {.name = "stream_options",
+     .kinds = GENERATE,
+     .type = QTR_API_OTHER,
+     .read = read_stream_options,
+     .schema = "{'type':'object','properties':{'include_usage':{'type':['boolean','null']}}}",
+     .note = "Needs stream."},
+    {.name = "response_format",
+     .kinds = GENERATE,
+     .type = QTR_API_OTHER,
+     .read = read_format,
+     .schema =
+         "{'anyOf':[{'type':'object','required':['type'],'properties':{'type':{'enum':['text','json_object']}}},"
+         "{'type':'object','required':['type','json_schema'],'properties':{'type':{'const':'json_schema'},"
+         "'json_schema':{'type':'object','required':['schema'],'properties':{'schema':{'type':['object','boolean']}}}}}]}",
+     .note = "The schema must be one that docs/server.md names; not together with tools."},
+    {.name = "user", .kinds = GENERATE, .type = QTR_API_STRING}};
+
+const struct qtr_api_field *qtr_api_fields(size_t *n) {
+  *n = sizeof fields / sizeof fields[0];
+  return fields;
+}
+
+static bool read_field(const struct qtr_api_field *f, json_t *v, struct qtr_api_request *r, struct qtr_api_error *err) {
+  void *at = (char *)r + f->offset;
+  switch (f->type) {
+    case QTR_API_FLAG: return read_flag(f, v, at, err);
+    case QTR_API_WHOLE: return read_whole(f, v, at, err);
+    case QTR_API_NUMBER: return read_number(f, v, at, err);
+    case QTR_API_STRING: return read_string(f, v, f->offset ? at : NULL, err);
+    default: return f->read(v, r, err);
   }
-  r->continue_final = !generation;
-  if (r->format != QTR_FORMAT_TEXT && r->tools && r->tool_choice != QTR_TOOLS_NONE) {
-    return qtr_api_fail(err, 400, "response_format",
-                        "response_format together with tools is not supported: leave one out, or "
-                        "set tool_choice to none");
+}
+
+/* ---- whole requests ------------------------------------------------------------------------------ */
+
+/* What is wrong between members. */
+static bool check_generation(struct qtr_api_request *r, struct qtr_api_error *err) {
+  struct qtr_request_options *o = &r->options;
+  if (o->sampling.top_k == 0) o->sampling.top_k = -1; /* other servers write "off" as 0, too */
+  if (r->best_of > 0 && r->best_of != o->n) {
+    return qtr_api_fail(err, 400, "best_of", "best_of is not supported: ask for n completions and choose among them");
+  }
+  if (r->has_stream_options && !r->stream) {
+    return qtr_api_fail(err, 400, "stream_options", "stream_options needs stream to be true");
   }
   return true;
 }
 
-static bool parse_completion(const json_t *o, struct qtr_api_request *r, struct qtr_api_error *err) {
-  const char *suffix = NULL;
-  if (!get_bool(o, "echo", &r->echo, err) || !parse_prompt(o, r, err) || !parse_logprobs(o, r, err) ||
-      !get_string(o, "suffix", &suffix, err) || !get_int(o, "max_tokens", 1, INT32_MAX, &r->options.max_tokens, err)) {
-    return false;
+static bool check_chat(struct qtr_api_request *r, struct qtr_api_error *err) {
+  if (r->top_logprobs >= 0 && !r->logprobs) {
+    return qtr_api_fail(err, 400, "top_logprobs", "top_logprobs needs logprobs to be true");
   }
-  if (suffix && *suffix) return qtr_api_fail(err, 400, "suffix", "suffix is not supported: this server only continues text");
-  size_t n = r->n_prompts * (size_t)r->options.n;
+  if (r->logprobs) r->options.logprobs = r->top_logprobs < 0 ? 0 : r->top_logprobs;
+  r->n_prompts = 1;
+  return qtr_api_check_tools(r, err);
+}
+
+static bool check_completion(struct qtr_api_request *r, struct qtr_api_error *err) {
+  struct qtr_request_options *o = &r->options;
+  o->logprobs = r->top_logprobs;
+  r->logprobs = r->top_logprobs >= 0;
+  if (r->logprobs && r->echo) {
+    return qtr_api_fail(err, 400, "echo", "echo together with logprobs is not supported: leave one of them out");
+  }
+  if (r->suffix && *r->suffix) {
+    return qtr_api_fail(err, 400, "suffix", "suffix is not supported: this server only continues text");
+  }
+  r->no_output = o->max_tokens == 0;
+  if (r->no_output) o->max_tokens = 1;
+  size_t n = r->n_prompts * (size_t)o->n;
   return n <= QTR_API_MAX_CHOICES || qtr_api_fail(err, 400, "n", "%zu prompts of %d completions each are more than %d",
-                                                  r->n_prompts, r->options.n, QTR_API_MAX_CHOICES);
+                                                  r->n_prompts, o->n, QTR_API_MAX_CHOICES);
+}
+
+static bool check_tokenize(struct qtr_api_request *r, struct qtr_api_error *err) {
+  return r->prompt || r->messages ||
+         qtr_api_fail(err, 400, "prompt", "prompt is missing (or messages, for the chat template)");
 }
 
 bool qtr_api_parse(enum qtr_api_kind kind, const char *body, size_t len, const struct qtr_api_defaults *defaults,
                    struct qtr_api_request *r, struct qtr_api_error *err) {
-  *r = (struct qtr_api_request){.kind = kind};
+  *r = (struct qtr_api_request){
+      .kind = kind, .add_generation_prompt = true, .add_special = true, .parallel_tool_calls = true, .top_logprobs = -1};
   *err = (struct qtr_api_error){0};
   qtr_request_options_init(&r->options);
   r->options.sampling = defaults->sampling;
   r->options.n = 1;
   r->options.max_tokens = kind == QTR_API_COMPLETION ? QTR_API_DEFAULT_TOKENS : defaults->max_tokens;
-  bool ok = load(body, len, &r->root, err) && parse_common(r->root, r, err) &&
-            (kind == QTR_API_CHAT ? parse_chat(r->root, r, err) : parse_completion(r->root, r, err));
+  bool ok = qtr_api_load(body, len, &r->root, err);
+  for (size_t i = 0; ok && i < sizeof fields / sizeof fields[0]; i++) {
+    const struct qtr_api_field *f = &fields[i];
+    if (!(f->kinds & 1u << kind)) continue;
+    json_t *value = qtr_api_member(r->root, f->name);
+    if (value)
+      ok = read_field(f, value, r, err);
+    else if (f->required)
+      ok = qtr_api_fail(err, 400, f->name, "%s is missing", f->name);
+  }
+  ok = ok && (kind > QTR_API_COMPLETION || check_generation(r, err));
+  if (ok && kind == QTR_API_CHAT) ok = check_chat(r, err);
+  if (ok && kind == QTR_API_COMPLETION) ok = check_completion(r, err);
+  if (ok && kind == QTR_API_TOKENIZE) ok = check_tokenize(r, err);
   if (!ok) qtr_api_request_free(r);
   return ok;
 }
 
 void qtr_api_request_free(struct qtr_api_request *r) {
-  for (size_t i = 0; r->prompt && i < r->n_prompts; i++) free(r->prompt[i].token);
-  free(r->prompt);
+  prompts_free(r);
   free(r->stop);
   free(r->stop_token);
   free(r->bias);
   json_decref(r->messages);
   json_decref(r->root);
   *r = (struct qtr_api_request){0};
-}
-
-bool qtr_api_parse_tokenize(const char *body, size_t len, bool decode, struct qtr_api_tokenize *r,
-                            struct qtr_api_error *err) {
-  *r = (struct qtr_api_tokenize){.add_special = true, .add_generation_prompt = true};
-  *err = (struct qtr_api_error){0};
-  if (!load(body, len, &r->root, err)) return false;
-  const json_t *o = r->root, *tokens = member(o, "tokens");
-  bool ok = get_string(o, "model", &r->model, err);
-  if (decode) {
-    ok = ok && (json_is_array(tokens) || qtr_api_fail(err, 400, "tokens", "tokens must be an array of token ids")) &&
-         get_tokens(tokens, "tokens", &r->token, &r->n_token, err);
-  } else {
-    ok = ok && get_text(o, "content", &r->text, err) && get_text(o, "prompt", &r->text, err) &&
-         get_bool(o, "add_special_tokens", &r->add_special, err) &&
-         get_bool(o, "add_generation_prompt", &r->add_generation_prompt, err);
-    if (ok && r->text) {
-      r->len = json_string_length(member(o, "prompt") ? member(o, "prompt") : member(o, "content"));
-    } else if (ok) {
-      r->tools = member(o, "tools");
-      ok = member(o, "messages")
-               ? parse_messages(o, &r->messages, err)
-               : qtr_api_fail(err, 400, "prompt", "prompt is missing (or messages, for the chat template)");
-      if (ok && r->tools && !json_is_array(r->tools)) {
-        ok = qtr_api_fail(err, 400, "tools", "tools must be an array, not %s", kind_name(r->tools));
-      }
-    }
-  }
-  if (!ok) qtr_api_tokenize_free(r);
-  return ok;
-}
-
-void qtr_api_tokenize_free(struct qtr_api_tokenize *r) {
-  free(r->token);
-  json_decref(r->messages);
-  json_decref(r->root);
-  *r = (struct qtr_api_tokenize){0};
 }

@@ -31,7 +31,7 @@ void qtr_api_error_write(const struct qtr_api_error *err, struct qtr_buffer *out
 /* The HTTP status for an engine's refusal, message taken over. */
 void qtr_api_error_from(struct qtr_api_error *err, const struct qtr_error *from, const char *param);
 
-enum qtr_api_kind { QTR_API_CHAT, QTR_API_COMPLETION };
+enum qtr_api_kind { QTR_API_CHAT, QTR_API_COMPLETION, QTR_API_TOKENIZE, QTR_API_DETOKENIZE, QTR_API_KINDS };
 enum qtr_tool_choice { QTR_TOOLS_NONE, QTR_TOOLS_AUTO, QTR_TOOLS_REQUIRED, QTR_TOOLS_NAMED };
 enum qtr_response_format { QTR_FORMAT_TEXT, QTR_FORMAT_JSON, QTR_FORMAT_SCHEMA };
 
@@ -57,13 +57,18 @@ struct qtr_api_request {
   json_t *template_variables; /* chat_template_kwargs; NULL = none; borrowed */
   enum qtr_tool_choice tool_choice;
   const char *tool_name; /* NAMED */
-  bool parallel_tool_calls;
-  struct qtr_api_prompt *prompt; /* completion: (n_prompts) */
+  bool has_tool_choice, parallel_tool_calls;
+  struct qtr_api_prompt *prompt; /* completion: (n_prompts); tokenize: one text, or none; detokenize: one of tokens */
   size_t n_prompts;
-  bool stream, include_usage, echo, continue_final;
-  bool logprobs; /* wanted in the answer; options.logprobs says how many */
+  bool stream, has_stream_options, include_usage, echo;
+  bool add_generation_prompt; /* true: the answer is a new message; false: it goes on with the last one */
+  bool add_special;           /* tokenize: as the tokenizer itself would */
+  bool logprobs;              /* wanted in the answer; options.logprobs says how many */
+  bool no_output;             /* completion: nothing is to be generated; options.max_tokens is 1 then */
   enum qtr_response_format format;
   const json_t *schema;               /* SCHEMA; borrowed */
+  const char *suffix;                 /* refused unless empty */
+  int32_t top_logprobs, best_of;      /* as sent; -1 and 0: not */
   struct qtr_request_options options; /* all but prompt and user; its arrays live here: */
   const char **stop;
   int32_t *stop_token;
@@ -75,19 +80,21 @@ bool qtr_api_parse(enum qtr_api_kind kind, const char *body, size_t len, const s
                    struct qtr_api_request *request, struct qtr_api_error *err);
 void qtr_api_request_free(struct qtr_api_request *request);
 
-/* /tokenize and /detokenize. */
-struct qtr_api_tokenize {
-  json_t *root;
-  const char *model, *text; /* text (len), or messages */
-  size_t len;
-  json_t *messages; /* owned */
-  json_t *tools;    /* borrowed */
-  bool add_special, add_generation_prompt;
-  int32_t *token; /* detokenize: (n_token) */
-  size_t n_token;
+/* ---- what requests may say: the table that the parser follows and that /openapi.json is written from ---- */
+
+enum qtr_api_type { QTR_API_FLAG, QTR_API_WHOLE, QTR_API_NUMBER, QTR_API_STRING, QTR_API_OTHER };
+
+struct qtr_api_field {
+  const char *name;
+  unsigned kinds; /* bits 1 << enum qtr_api_kind */
+  enum qtr_api_type type;
+  bool required, open_min; /* open_min: min itself is not allowed */
+  double min, max;         /* WHOLE and NUMBER */
+  size_t offset;           /* of its value in struct qtr_api_request; 0 = it is checked and has no effect */
+  bool (*read)(json_t *value, struct qtr_api_request *request, struct qtr_api_error *err); /* OTHER */
+  const char *schema; /* OTHER: its JSON Schema without null, ' for "; @LAST@: the largest token id */
+  const char *note;   /* what the schema cannot say: a value that fits it may be refused for this. NULL: nothing */
 };
-bool qtr_api_parse_tokenize(const char *body, size_t len, bool decode, struct qtr_api_tokenize *request,
-                            struct qtr_api_error *err);
-void qtr_api_tokenize_free(struct qtr_api_tokenize *request);
+const struct qtr_api_field *qtr_api_fields(size_t *n);
 
 #endif

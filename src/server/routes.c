@@ -4,8 +4,7 @@
 
 #include <stdio.h>
 #include <string.h>
-#include <sys/random.h>
-#include <time.h>
+#include <strings.h>
 
 /* ---- answers ------------------------------------------------------------------------------------- */
 
@@ -185,40 +184,46 @@ static int post_embeddings(struct qtr_server *s, struct qtr_http_conn *conn, con
 
 static int post_chat(struct qtr_server *s, struct qtr_http_conn *conn, const char *id) {
   (void)id;
-  qtr_job_start(s, conn, QTR_JOB_COMPLETION, true);
+  qtr_job_start(s, conn, QTR_API_CHAT);
   return 0;
 }
 
 static int post_completion(struct qtr_server *s, struct qtr_http_conn *conn, const char *id) {
   (void)id;
-  qtr_job_start(s, conn, QTR_JOB_COMPLETION, false);
+  qtr_job_start(s, conn, QTR_API_COMPLETION);
   return 0;
 }
 
 static int post_tokenize(struct qtr_server *s, struct qtr_http_conn *conn, const char *id) {
   (void)id;
-  qtr_job_start(s, conn, QTR_JOB_TOKENIZE, false);
+  qtr_job_start(s, conn, QTR_API_TOKENIZE);
   return 0;
 }
 
 static int post_detokenize(struct qtr_server *s, struct qtr_http_conn *conn, const char *id) {
   (void)id;
-  qtr_job_start(s, conn, QTR_JOB_DETOKENIZE, false);
+  qtr_job_start(s, conn, QTR_API_DETOKENIZE);
   return 0;
 }
 
-static const struct route {
-  const char *path; /* ending in '/': a prefix with something behind it */
-  bool post, open;  /* open: without a key */
-  int (*answer)(struct qtr_server *s, struct qtr_http_conn *conn, const char *request_id); /* the status, 0 = a job has it */
-} routes[] = {{"/v1/chat/completions", true, false, post_chat}, {"/v1/completions", true, false, post_completion},
-              {"/v1/models", false, false, get_models},         {"/v1/models/", false, false, get_model},
-              {"/v1/embeddings", true, false, post_embeddings}, {"/tokenize", true, false, post_tokenize},
-              {"/detokenize", true, false, post_detokenize},    {"/health", false, true, get_health},
-              {"/version", false, false, get_version},          {"/openapi.json", false, false, get_openapi},
-              {"/metrics", false, false, get_metrics}};
+static const struct qtr_route routes[] = {{"/v1/chat/completions", .post = true, .answer = post_chat},
+                                          {"/v1/completions", .post = true, .answer = post_completion},
+                                          {"/v1/models", .answer = get_models},
+                                          {"/v1/models/", .answer = get_model},
+                                          {"/v1/embeddings", .post = true, .answer = post_embeddings},
+                                          {"/tokenize", .post = true, .answer = post_tokenize},
+                                          {"/detokenize", .post = true, .answer = post_detokenize},
+                                          {"/health", .open = true, .answer = get_health},
+                                          {"/version", .answer = get_version},
+                                          {"/openapi.json", .answer = get_openapi},
+                                          {"/metrics", .answer = get_metrics}};
 
-static const struct route *find_route(struct qtr_http_slice path) {
+const struct qtr_route *qtr_routes(size_t *n) {
+  *n = sizeof routes / sizeof routes[0];
+  return routes;
+}
+
+static const struct qtr_route *find_route(struct qtr_http_slice path) {
   for (size_t i = 0; i < sizeof routes / sizeof routes[0]; i++) {
     size_t n = strlen(routes[i].path);
     bool prefix = routes[i].path[n - 1] == '/';
@@ -228,10 +233,21 @@ static const struct route *find_route(struct qtr_http_slice path) {
   return NULL;
 }
 
+/* A page of another origin can make a browser send other types here without asking first; JSON it cannot. A body without a
+ * type is let pass: no browser sends that, and simple clients do. */
+static bool is_json(const struct qtr_http_head *head) {
+  static const char json[] = "application/json";
+  struct qtr_http_slice type;
+  size_t n = sizeof json - 1;
+  if (!qtr_http_header(head, "content-type", &type)) return true;
+  if (type.len < n || strncasecmp(type.data, json, n) != 0) return false;
+  return type.len == n || type.data[n] == ';' || type.data[n] == ' ' || type.data[n] == '\t';
+}
+
 void qtr_route(struct qtr_http_conn *conn, void *arg) {
   struct qtr_server *s = arg;
   const struct qtr_http_head *head = qtr_http_head(conn);
-  const struct route *route = find_route(head->path);
+  const struct qtr_route *route = find_route(head->path);
   struct qtr_api_error err = {0};
   char id[72], headers[512];
   const char *extra = NULL;
@@ -257,6 +273,8 @@ void qtr_route(struct qtr_http_conn *conn, void *arg) {
   } else if (!(route->post ? post : get)) {
     (void)qtr_api_fail(&err, 405, NULL, "%s takes %s", route->path, route->post ? "POST" : "GET");
     extra = route->post ? "Allow: POST\r\n" : "Allow: GET, HEAD\r\n";
+  } else if (route->post && !is_json(head)) {
+    (void)qtr_api_fail(&err, 415, NULL, "the body must be JSON: send Content-Type: application/json");
   }
   int status = err.http;
   if (err.http)

@@ -37,8 +37,6 @@ struct qtr_server {
 
 /* ---- a request for text (job.c) and its forms (reply.c) ------------------------------------------- */
 
-enum qtr_job_kind { QTR_JOB_COMPLETION, QTR_JOB_TOKENIZE, QTR_JOB_DETOKENIZE };
-
 struct qtr_choice { /* one completion */
   int32_t index, prompt;
   enum qtr_finish finish;
@@ -65,7 +63,7 @@ struct qtr_run { /* one prompt: a request of the engine */
 
 struct qtr_job {
   struct qtr_task task; /* first */
-  enum qtr_job_kind kind;
+  enum qtr_api_kind kind;
   struct qtr_server *server;
   struct qtr_http_conn *conn; /* NULL: the client is gone */
   struct qtr_job *prev, *next;
@@ -73,6 +71,7 @@ struct qtr_job {
   char id[48];
   int64_t created;
   double t_arrival, t_first, t_written;
+  bool generates; /* a chat or a completion: the engine has work with it */
   bool chat, streaming, prepared, answered;
   struct qtr_choice *choice; /* (n_choices) */
   int32_t n_choices, n_live;
@@ -83,7 +82,6 @@ struct qtr_job {
   size_t body_len;
   bool use_tools;
   struct qtr_api_request request;
-  struct qtr_api_tokenize tokenize;
   struct qtr_buffer result; /* of tokenize and detokenize */
   struct qtr_api_error error;
   struct qtr_masks *masks; /* of a constrained answer; NULL = none */
@@ -91,7 +89,7 @@ struct qtr_job {
 };
 
 /* A complete request of this kind has come: takes its body and answers it, now or later. */
-void qtr_job_start(struct qtr_server *server, struct qtr_http_conn *conn, enum qtr_job_kind kind, bool chat);
+void qtr_job_start(struct qtr_server *server, struct qtr_http_conn *conn, enum qtr_api_kind kind);
 void qtr_job_event(struct qtr_server *server, const struct qtr_mail *mail);
 void qtr_job_gone(struct qtr_job *job);             /* the client went away */
 void qtr_job_tick(struct qtr_job *job, double now); /* timeouts and pings; may free the job */
@@ -122,6 +120,14 @@ void qtr_reply_logprobs(const struct qtr_job *job, const struct qtr_event *event
 const char *qtr_reply_finish(const struct qtr_choice *choice); /* "stop", "length", "tool_calls" */
 
 /* ---- the rest of the routes and the log (routes.c, log.c) ------------------------------------------ */
+
+struct qtr_route {
+  const char *path; /* ending in '/': a prefix with something behind it */
+  bool post, open;  /* open: without a key */
+  bool page;        /* for people: not part of the API that /openapi.json describes */
+  int (*answer)(struct qtr_server *s, struct qtr_http_conn *conn, const char *request_id); /* the status, 0 = a job has it */
+};
+const struct qtr_route *qtr_routes(size_t *n);
 
 void qtr_openapi_write(const struct qtr_server *server, struct qtr_buffer *out); /* openapi.c */
 void qtr_route(struct qtr_http_conn *conn, void *server);

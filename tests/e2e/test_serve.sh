@@ -81,6 +81,11 @@ says "$T/out" '^HTTP/1.1 404'
 ask "DELETE /v1/models HTTP/1.1\r\n$C\r\n"
 says "$T/out" '^Allow: GET'
 
+ask "POST /v1/completions HTTP/1.1\r\n${C}Content-Type: text/plain\r\nContent-Length: ${#body}\r\n\r\n$body"
+says "$T/out" '^HTTP/1.1 415'
+post /v1/completions '{"prompt":"The old man","max_tokens":0,"echo":true}'
+says "$T/out" '"text":"The old man".*"finish_reason":"length".*"completion_tokens":0'
+
 # hostile bytes
 ask 'nonsense\r\n'
 says "$T/out" '^HTTP/1.1 400'
@@ -110,7 +115,7 @@ says "$T/out" 'nested deeper'
 printf -v stops '"s",%.0s' $(seq 3000)
 post /v1/completions "{\"prompt\":\"x\",\"stop\":[${stops%,}]}"
 says "$T/out" '"param":"stop"'
-for n in 1e400 -1e400 99999999999999999999 -9223372036854775809 1e-400 0.1e; do
+for n in 1e400 -1e400 99999999999999999999 -9223372036854775809 -1 0.1 0.1e; do
   post /v1/completions "{\"prompt\":\"x\",\"max_tokens\":$n}"
   says "$T/out" '^HTTP/1.1 400'
 done

@@ -40,17 +40,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   if (size < 1) return 0;
   const char *text = (const char *)data + 1;
   struct qtr_api_error err = {0};
-  if (data[0] % 4 < 2) {
-    struct qtr_api_request r;
-    if (qtr_api_parse(data[0] % 4 ? QTR_API_CHAT : QTR_API_COMPLETION, text, size - 1, &defaults, &r, &err))
-      check_request(&r);
-    else
-      check_error(&err);
-    qtr_api_request_free(&r);
-  } else {
-    struct qtr_api_tokenize r;
-    if (!qtr_api_parse_tokenize(text, size - 1, data[0] % 4 == 3, &r, &err)) check_error(&err);
-    qtr_api_tokenize_free(&r);
-  }
+  enum qtr_api_kind kind = (enum qtr_api_kind)(data[0] % QTR_API_KINDS);
+  struct qtr_api_request r;
+  if (!qtr_api_parse(kind, text, size - 1, &defaults, &r, &err))
+    check_error(&err);
+  else if (kind == QTR_API_CHAT || kind == QTR_API_COMPLETION)
+    check_request(&r);
+  qtr_api_request_free(&r);
   return 0;
 }

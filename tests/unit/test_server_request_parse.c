@@ -147,6 +147,8 @@ static void test_errors(void **state) {
       {QTR_API_CHAT, "\"logit_bias\":[]", "logit_bias"},
       {QTR_API_CHAT, "\"logit_bias\":{\"x\":1}", "logit_bias"},
       {QTR_API_CHAT, "\"logit_bias\":{\"-1\":1}", "logit_bias"},
+      {QTR_API_CHAT, "\"logit_bias\":{\"01\":1}", "logit_bias"},
+      {QTR_API_CHAT, "\"logit_bias\":{\"\":1}", "logit_bias"},
       {QTR_API_CHAT, "\"logit_bias\":{\"99999999999999999999\":1}", "logit_bias"},
       {QTR_API_CHAT, "\"logit_bias\":{\"1\":101}", "logit_bias"},
       {QTR_API_CHAT, "\"logit_bias\":{\"1\":\"a\"}", "logit_bias"},
@@ -281,29 +283,85 @@ static void test_error_text(void **state) {
 
 static void test_tokenize(void **state) {
   (void)state;
-  struct qtr_api_tokenize r;
+  struct qtr_api_request r;
   struct qtr_api_error err;
-  const char *text = "{\"prompt\":\"abc\",\"add_special_tokens\":false}";
-  assert_true(qtr_api_parse_tokenize(text, strlen(text), false, &r, &err));
-  assert_true(r.len == 3 && !r.add_special);
-  qtr_api_tokenize_free(&r);
-  text = "{" USER "}";
-  assert_true(qtr_api_parse_tokenize(text, strlen(text), false, &r, &err));
+  assert_true(parse(QTR_API_TOKENIZE, "{\"prompt\":\"abc\",\"add_special_tokens\":false}", &r, &err));
+  assert_true(r.prompt[0].len == 3 && !r.add_special);
+  qtr_api_request_free(&r);
+  assert_true(parse(QTR_API_TOKENIZE, "{\"content\":\"ab\",\"temperature\":\"not ours\"}", &r, &err));
+  assert_true(r.prompt[0].len == 2 && r.add_special);
+  qtr_api_request_free(&r);
+  assert_true(parse(QTR_API_TOKENIZE, "{" USER "}", &r, &err));
   assert_int_equal(json_array_size(r.messages), 1);
-  qtr_api_tokenize_free(&r);
-  text = "{\"tokens\":[1,2,3]}";
-  assert_true(qtr_api_parse_tokenize(text, strlen(text), true, &r, &err));
-  assert_int_equal(r.n_token, 3);
-  qtr_api_tokenize_free(&r);
-  assert_false(qtr_api_parse_tokenize("{}", 2, true, &r, &err));
+  assert_null(r.prompt);
+  qtr_api_request_free(&r);
+  assert_true(parse(QTR_API_DETOKENIZE, "{\"tokens\":[1,2,3]}", &r, &err));
+  assert_int_equal(r.prompt[0].n_token, 3);
+  qtr_api_request_free(&r);
+  assert_false(parse(QTR_API_DETOKENIZE, "{}", &r, &err));
   assert_string_equal(err.param, "tokens");
-  assert_false(qtr_api_parse_tokenize("{}", 2, false, &r, &err));
+  assert_false(parse(QTR_API_TOKENIZE, "{}", &r, &err));
   assert_string_equal(err.param, "prompt");
+}
+
+/* Every numeric member of the table: what is out of its range, of another kind, or larger than any number is refused by
+ * name; its bounds are taken. A new member is tested by being in the table. */
+static void test_numbers(void **state) {
+  (void)state;
+  static const char *const wrong[] = {"1e308",
+                                      "-1e308",
+                                      "9223372036854775807",
+                                      "-9223372036854775808",
+                                      "1e300",
+                                      "-1e300",
+                                      "123456789012345678901234567890",
+                                      "-123456789012345678901234567890",
+                                      "4294967296",
+                                      "-4294967297",
+                                      "\"1\"",
+                                      "[1]",
+                                      "{}",
+                                      "true"};
+  static const char *const never[] = {"1e400", "-1e400", "0x1", "NaN", "Infinity", "-Infinity", "01", "1.", "+1", "--1"};
+  static const char *const rest[] = {USER, "\"prompt\":\"p\""};
+  size_t n_fields, n_numeric = 0;
+  const struct qtr_api_field *field = qtr_api_fields(&n_fields);
+  for (size_t i = 0; i < n_fields; i++) {
+    const struct qtr_api_field *f = &field[i];
+    if (f->type != QTR_API_WHOLE && f->type != QTR_API_NUMBER) continue;
+    n_numeric++;
+    for (int kind = 0; kind < 2; kind++) {
+      if (!(f->kinds & 1u << kind)) continue;
+      for (size_t k = 0; k < sizeof wrong / sizeof wrong[0] + sizeof never / sizeof never[0] + 4; k++) {
+        struct qtr_api_request r;
+        struct qtr_api_error err;
+        char body[256], value[64];
+        size_t n_wrong = sizeof wrong / sizeof wrong[0], at = k - 4;
+        bool good = k < 2 && !(k == 0 && f->open_min);
+        if (k < 2)
+          (void)snprintf(value, sizeof value, "%.17g", k ? f->max : f->min);
+        else if (k < 4)
+          (void)snprintf(value, sizeof value, "%.17g", k == 2 ? f->min - 1 : f->max + 1);
+        else
+          (void)snprintf(value, sizeof value, "%s", at < n_wrong ? wrong[at] : never[at - n_wrong]);
+        (void)snprintf(body, sizeof body, "{%s,\"%s\":%s}", rest[kind], f->name, value);
+        bool taken = parse((enum qtr_api_kind)kind, body, &r, &err);
+        if (taken != good && !(good && f->note)) fail_msg("%s: %s", body, taken ? "taken" : err.message);
+        bool json = k < 4 || at < n_wrong; /* else the body is no JSON at all */
+        if (!taken && (err.http != 400 || (json && strcmp(err.param, f->name) != 0))) {
+          fail_msg("%s: %d \"%s\" (%s)", body, err.http, err.param, err.message);
+        }
+        qtr_api_request_free(&r);
+      }
+    }
+  }
+  assert_true(n_numeric >= 12);
 }
 
 int main(void) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(test_completion), cmocka_unit_test(test_chat),
                                      cmocka_unit_test(test_errors),     cmocka_unit_test(test_hostile),
-                                     cmocka_unit_test(test_error_text), cmocka_unit_test(test_tokenize)};
+                                     cmocka_unit_test(test_error_text), cmocka_unit_test(test_tokenize),
+                                     cmocka_unit_test(test_numbers)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

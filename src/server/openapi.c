@@ -20,7 +20,8 @@
 #define STREAMED(schema, chunk)                                                \
   "{'description':'The answer; with stream, server-sent events: each a " chunk \
   " after data: , the last one [DONE].',"                                      \
-  "'content':{'application/json':{'schema':" schema "},'text/event-stream':{'schema':" TEXT "}}}"
+  "'content':{'application/json':{'schema':" schema                            \
+  "},'text/event-stream':{'schema':" OBJECT("'data'", "'data':" TEXT) "}}}"
 
 /* What a route answers and how its request is called, by path. */
 static const struct {

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Compares with Python's own implementations, where they are installed: oracles.sh QUATTUOR [PYTHON] [TEMPLATE_RENDER]
-# (PyPI tokenizers, jinja2, numpy, safetensors, openai). An oracle that is missing is named and skipped; a difference fails.
+# (PyPI tokenizers, jinja2, numpy, safetensors, openai, schemathesis). An oracle that is missing is named and skipped; a difference fails.
 set -euo pipefail
 quattuor=$(realpath "$1") python=${2:-python3}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -24,4 +24,6 @@ for vocabulary in llama-3.tokenizer.json llama-2.tokenizer.json; do
     "$shared/data/text/wikitext-2-raw-test.txt"
 done
 oracle "quattuor serve against the openai client" "$python" "$here/oracle_openai.py" "$quattuor" "$here/../../models/demo"
+oracle "quattuor serve against its own /openapi.json, by schemathesis" "$python" "$here/oracle_schemathesis.py" "$quattuor" \
+  "$here/../../models/demo"
 exit $failed

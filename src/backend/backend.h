@@ -41,8 +41,9 @@ size_t qtr_dtype_bytes(enum qtr_dtype dtype);
 const char *qtr_dtype_name(enum qtr_dtype dtype); /* "F16": the safetensors spelling */
 
 #define QTR_PAGE_TOKENS 64 /* tokens of a KV page (spec C.1) */
-#define QTR_GROUP 128      /* input channels of a weight group (spec A.2.2) */
-#define QTR_MAX_PARTS 3    /* q, k, v */
+#define QTR_ALL_TOKENS INT32_MAX
+#define QTR_GROUP 128   /* input channels of a weight group (spec A.2.2) */
+#define QTR_MAX_PARTS 3 /* q, k, v */
 
 /* ---- weights ------------------------------------------------------------------------------------- */
 
@@ -111,15 +112,49 @@ enum qtr_kv_format {
 };
 const char *qtr_kv_format_name(enum qtr_kv_format format); /* "kv4", "kv8", "kv8-static", "kv16" */
 
+/* What a streaming head sees: the query at position p sees the keys t <= p with t < sink or p - t < local, at the positions
+ * they have. local QTR_ALL_TOKENS: every key. */
+struct qtr_kv_window {
+  int32_t sink, local; /* >= 0, >= 1 */
+};
+
+/* Sparse attention (spec D, docs/long-context.md). Everything depends on the query's position and on whether its token was
+ * given or generated (qtr_batch.decode_start), never on how tokens come in steps. So chunks, in-flight batching and
+ * recomputation change nothing.
+ *
+ * Streaming heads see a window. Retrieval heads see every key, but for queries of generated tokens at positions p >= budget:
+ * those see `budget / 64` pages (at least 3), the first and the newest (the query's own) always among them, the others those
+ * with the largest bound on q·k:
+ *   score(page) = max over its logical pages s of  sum_i max(q_i kmax_i(s), q_i kmin_i(s))                     (spec D.5)
+ * with the elementwise extremes of the keys of s after RoPE, rounded to fp16. Of equal scores the earlier page is taken. The
+ * choice is made anew at position max(decode_start, budget) and wherever (p + 1) % interval == 0; in between the chosen
+ * pages stay, and all pages from that position's own on belong to them. */
+struct qtr_kv_sparse {
+  const uint8_t *streaming; /* (n_layers, n_kv_heads) 1 = streaming head; NULL: none. Borrowed during kv_create */
+  struct qtr_kv_window context, decode; /* of streaming heads: queries of given tokens, of generated tokens */
+  int32_t budget;         /* tokens, a multiple of 64; 0 = retrieval heads see everything, no statistics kept */
+  int32_t interval;       /* >= 1 */
+  int32_t logical_tokens; /* 16, 32 or 64 tokens share their statistics */
+  bool each_head;         /* each query head chooses; false: those of a KV head together, by their largest score */
+  int32_t group;          /* query heads of a KV head */
+  int32_t n_slots;        /* qtr_batch.slot is below this */
+  int32_t max_pages;      /* pages of the longest sequence */
+};
+
 struct qtr_kv_config {
   enum qtr_kv_format format;
   int32_t n_layers, n_kv_heads, head_dim, n_pages;
-  const float *static_scale; /* (n_layers, 2) K and V scale, for INT8_STATIC; borrowed during kv_create */
+  const float *static_scale;          /* (n_layers, 2) K and V scale, for INT8_STATIC; borrowed during kv_create */
+  const struct qtr_kv_sparse *sparse; /* NULL: dense. Borrowed during kv_create */
+  int32_t n_stream_pages;             /* pages of the streaming heads' pool; 0 without such heads */
 };
 
 /* Bytes of one page of 64 tokens over all layers and heads, K and V: what the pool costs. head_dim 128, KV4: 136 bytes a
- * token, head and layer. INT4/INT8: codes + fp16 scale + fp16 zero per token and head. Returns 0 on overflow. */
+ * token, head and layer. INT4/INT8: codes + fp16 scale + fp16 zero per token and head. Streaming heads do not count; the
+ * statistics of a selection do. Returns 0 when there are none but streaming heads, SIZE_MAX on overflow. */
 size_t qtr_kv_page_bytes(const struct qtr_kv_config *config);
+/* The same of a page of the streaming heads; 0 without such heads. */
+size_t qtr_kv_stream_page_bytes(const struct qtr_kv_config *config);
 
 struct qtr_kv; /* the pages of all layers */
 
@@ -166,6 +201,14 @@ struct qtr_batch {
   const int32_t *kv_len;          /* (n_seqs) tokens cached before this step */
   const int32_t *block_table;     /* (n_seqs, max_blocks) page numbers; entries up to (kv_len + q_len - 1) / 64 are valid */
   const int32_t *logit_row;       /* (n_logit_rows) token indices, ascending, whose logits are wanted */
+  /* Of a sparse cache, NULL with any other. stream_table: pages of the streaming heads' pool; entries that no query of this
+   * step sees are -1; NULL: block_table serves both. decode_start: the first position whose token was generated; NULL: all
+   * tokens were given. slot: where the sequence's chosen pages stay from step to step; needed with a budget and
+   * decode_start. No two sequences of a step share one, and a sequence's first position with a selection comes before all
+   * others (position max(decode_start, budget)), whoever had the slot before. */
+  const int32_t *stream_table;            /* (n_seqs, max_blocks) */
+  const int32_t *decode_start;            /* (n_seqs) */
+  const int32_t *slot;                    /* (n_seqs) */
   const struct qtr_choose_row *choose;    /* NULL, or (n_logit_rows): a backend that can (ops.choose) samples these rows */
   struct qtr_choose_result *chosen;       /* (n_logit_rows), there when the step has ended */
   const struct qtr_choose_adjust *adjust; /* (n_adjust) */
@@ -219,7 +262,8 @@ struct qtr_rope_kv_args {
   int32_t layer, n_heads, n_kv_heads, head_dim;
 };
 
-/* softmax(q·K^T * scale) V, causal, over the cached tokens of each sequence, those of this step included (C.5). */
+/* softmax(q·K^T * scale) V, causal, over the cached tokens of each sequence, those of this step included (C.5): all of them,
+ * or of a sparse cache those that the head sees, after choosing pages where that is due (struct qtr_kv_sparse). */
 struct qtr_attention_args {
   const void *qkv; /* device, as above, after RoPE; only q is read */
   const struct qtr_kv *kv;
@@ -321,11 +365,18 @@ struct qtr_backend_ops {
 
   /* For tests: what is stored, whatever the layout. Optional: NULL where a backend cannot.
    * input_read: dequantisable content of row `token`: codes (dim) when quantised, scale, sum; or values (dim) as floats.
-   * kv_read: codes (head_dim) as integers (F16: the half's bits), scale and zero (0 where the format has none). */
+   * kv_read: codes (head_dim) as integers (F16: the half's bits), scale and zero (0 where the format has none). The page is
+   * one of the head's own pool. */
   void (*input_read)(struct qtr_backend *b, const struct qtr_input *input, size_t token, size_t dim, int8_t *code,
                      float *scale, float *sum, float *value);
   void (*kv_read)(struct qtr_backend *b, const struct qtr_kv *kv, int32_t layer, bool is_v, int32_t page, int32_t slot,
                   int32_t head, uint16_t *code, float *scale, float *zero);
+  /* The pages that a query head (of a retrieval head) chose last in a slot, ascending: page[(*n)], *n < max(3, budget / 64);
+   * besides them it reads every page from *tail on. Statistics of one logical page of a retrieval head: (head_dim) each. */
+  void (*selection_read)(struct qtr_backend *b, const struct qtr_kv *kv, int32_t layer, int32_t q_head, int32_t slot,
+                         int32_t *page, int32_t *n, int32_t *tail);
+  void (*stats_read)(struct qtr_backend *b, const struct qtr_kv *kv, int32_t layer, int32_t page, int32_t logical,
+                     int32_t head, float *max, float *min);
 };
 
 /* name: "auto", "cpu", "reference", "cuda". QTR_ERR_NOT_FOUND lists what there is. */

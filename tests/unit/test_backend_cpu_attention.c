@@ -96,7 +96,12 @@ static void world_open(struct world *w, struct qtr_backend *b, const struct shap
     for (int32_t i = 0; i < n_pages; i++) w->block_table[i] = n_pages - 1 - i;
   }
   static const float scales[2 * N_LAYERS] = {1, 1, 0.04f, 0.017f};
-  struct qtr_kv_config config = {shape->format, N_LAYERS, shape->n_kv_heads, shape->dim, n_pages, scales};
+  struct qtr_kv_config config = {.format = shape->format,
+                                 .n_layers = N_LAYERS,
+                                 .n_kv_heads = shape->n_kv_heads,
+                                 .head_dim = shape->dim,
+                                 .n_pages = n_pages,
+                                 .static_scale = scales};
   struct qtr_error err;
   if (b->ops->kv_create(b, &config, &w->kv, &err) != QTR_OK) fail_msg("%s", err.message);
   w->inv_freq = malloc((size_t)shape->dim / 2 * sizeof(float));
@@ -457,17 +462,19 @@ static void test_bad_caches_are_refused(void **state) {
   (void)state;
   struct qtr_backend *b = open_cpu(NULL, 1);
   static const float bad_scale[] = {1, 0};
+#define BAD(kind, layers, heads, dim, pages, scales) \
+  { .format = kind, .n_layers = layers, .n_kv_heads = heads, .head_dim = dim, .n_pages = pages, .static_scale = scales }
   const struct qtr_kv_config bad[] = {
-      {QTR_KV_INT4, 1, 1, 63, 4, NULL},
-      {QTR_KV_INT4, 1, 1, 258, 4, NULL},
-      {QTR_KV_INT4, 1, 1, 0, 4, NULL},
-      {QTR_KV_INT4, 0, 1, 64, 4, NULL},
-      {QTR_KV_INT4, 1, -1, 64, 4, NULL},
-      {QTR_KV_INT4, 1, 1, 64, 0, NULL},
-      {QTR_KV_INT8_STATIC, 1, 1, 64, 4, NULL},
-      {QTR_KV_INT8_STATIC, 1, 1, 64, 4, bad_scale},
-      {(enum qtr_kv_format)9, 1, 1, 64, 4, NULL},
-      {QTR_KV_F16, INT32_MAX, INT32_MAX, 256, INT32_MAX, NULL},
+      BAD(QTR_KV_INT4, 1, 1, 63, 4, NULL),
+      BAD(QTR_KV_INT4, 1, 1, 258, 4, NULL),
+      BAD(QTR_KV_INT4, 1, 1, 0, 4, NULL),
+      BAD(QTR_KV_INT4, 0, 1, 64, 4, NULL),
+      BAD(QTR_KV_INT4, 1, -1, 64, 4, NULL),
+      BAD(QTR_KV_INT4, 1, 1, 64, 0, NULL),
+      BAD(QTR_KV_INT8_STATIC, 1, 1, 64, 4, NULL),
+      BAD(QTR_KV_INT8_STATIC, 1, 1, 64, 4, bad_scale),
+      BAD((enum qtr_kv_format)9, 1, 1, 64, 4, NULL),
+      BAD(QTR_KV_F16, INT32_MAX, INT32_MAX, 256, INT32_MAX, NULL),
   };
   for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
     struct qtr_kv *kv = (struct qtr_kv *)1;

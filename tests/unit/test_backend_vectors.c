@@ -285,9 +285,14 @@ static void test_vector_silu(void **state) {
 
 /* Writes n_tokens rows (n_tokens, heads, dim) as K and V of one sequence whose first page is 0, with RoPE switched off. */
 static struct qtr_kv *kv_fill(struct qtr_backend *b, enum qtr_kv_format format, const float *x, int32_t n_tokens,
-                              int32_t heads, int32_t dim, const float *static_scale) {
-  struct qtr_kv_config config = {
-      .format = format, .n_layers = 2, .n_kv_heads = heads, .head_dim = dim, .n_pages = 2, .static_scale = static_scale};
+                              int32_t heads, int32_t dim, const float *static_scale, const struct qtr_kv_sparse *sparse) {
+  struct qtr_kv_config config = {.format = format,
+                                 .n_layers = 2,
+                                 .n_kv_heads = heads,
+                                 .head_dim = dim,
+                                 .n_pages = 2,
+                                 .static_scale = static_scale,
+                                 .sparse = sparse};
   struct qtr_kv *kv = NULL;
   assert_int_equal(ops->kv_create(b, &config, &kv, NULL), QTR_OK);
   size_t row = (size_t)(heads * dim);
@@ -320,13 +325,22 @@ static void test_vector_pages(void **state) {
   struct qtr_backend *b = open_reference();
   float *x = vector_halves("kv_5tok_2head.kv.f16", 5 * 2 * 128);
   for (int i = 0; i < 2; i++) {
-    size_t stored = i ? 16384 + 512 : 8192 + 512; /* data, scales, zeros; the statistics after them are later work */
+    size_t stored = i ? 16384 + 512 : 8192 + 512;     /* data, scales, zeros; */
+    size_t with_stats = stored + 2 * 4 * 2 * 128 * 2; /* maxima and minima of four logical pages */
     uint8_t *page =
         i ? vector_read("kpage_int8_H2_P64_D128_sub4.u8", 20992) : vector_read("kpage_int4_H2_P64_D128_sub4.u8", 12800);
-    struct qtr_kv *kv = kv_fill(b, i ? QTR_KV_INT8 : QTR_KV_INT4, x, 5, 2, 128, NULL);
-    assert_int_equal(kv->page_bytes, stored);
-    assert_memory_equal(qtr_reference_kv_page(kv, 1, false, 0), page, stored);
-    assert_memory_equal(qtr_reference_kv_page(kv, 1, true, 0), page, stored);
+    struct qtr_kv *kv = kv_fill(b, i ? QTR_KV_INT8 : QTR_KV_INT4, x, 5, 2, 128, NULL, NULL);
+    assert_int_equal(qtr_reference_kv_page_bytes(kv, 1, QTR_HEAD_RETRIEVAL, false), stored);
+    assert_memory_equal(qtr_reference_kv_page(kv, 1, QTR_HEAD_RETRIEVAL, false, 0), page, stored);
+    assert_memory_equal(qtr_reference_kv_page(kv, 1, QTR_HEAD_RETRIEVAL, true, 0), page, stored);
+    ops->kv_free(b, kv);
+    static const struct qtr_kv_sparse sparse = {
+        .budget = 64, .interval = 1, .logical_tokens = 16, .group = 1, .n_slots = 1, .max_pages = 2};
+    kv = kv_fill(b, i ? QTR_KV_INT8 : QTR_KV_INT4, x, 5, 2, 128, NULL, &sparse);
+    assert_int_equal(qtr_reference_kv_page_bytes(kv, 1, QTR_HEAD_RETRIEVAL, false), with_stats);
+    assert_int_equal(qtr_reference_kv_page_bytes(kv, 1, QTR_HEAD_RETRIEVAL, true), stored);
+    assert_memory_equal(qtr_reference_kv_page(kv, 1, QTR_HEAD_RETRIEVAL, false, 0), page, with_stats);
+    assert_memory_equal(qtr_reference_kv_page(kv, 1, QTR_HEAD_RETRIEVAL, true, 0), page, stored);
     ops->kv_free(b, kv);
     free(page);
   }
@@ -516,7 +530,7 @@ static void test_kv_formats(void **state) {
   uint16_t code[4];
   for (int f = 0; f < QTR_N_KV_FORMATS; f++) {
     enum qtr_kv_format format = (enum qtr_kv_format)f;
-    struct qtr_kv *kv = kv_fill(b, format, x, 70, 2, 4, static_scale);
+    struct qtr_kv *kv = kv_fill(b, format, x, 70, 2, 4, static_scale, NULL);
     const float *row = x + (69 * 2 + 1) * 4; /* token 69 lies in page 1, slot 5 */
     ops->kv_read(b, kv, 1, true, 1, 5, 1, code, &scale, &zero);
     for (size_t i = 0; i < 4; i++) {

@@ -1,5 +1,5 @@
 /* formats.c - the small facts about data types and formats that all backends share (backend.h). */
-#include "backend/backend.h"
+#include "backend/common/sparse.h"
 #include "base/checked.h"
 
 static const struct {
@@ -25,7 +25,8 @@ enum qtr_quant qtr_linear_quant(enum qtr_linear_format format) {
   return format >= QTR_LINEAR_W8A8 ? QTR_QUANT_INT8 : QTR_QUANT_NONE;
 }
 
-size_t qtr_kv_page_bytes(const struct qtr_kv_config *c) {
+/* Bytes of K and V of one head and page. */
+static size_t head_page_bytes(const struct qtr_kv_config *c) {
   size_t dim = (size_t)c->head_dim, row = 0;
   switch (c->format) {
     case QTR_KV_F16: row = 2 * dim; break;
@@ -33,10 +34,26 @@ size_t qtr_kv_page_bytes(const struct qtr_kv_config *c) {
     case QTR_KV_INT4: row = dim / 2 + 4; break;
     default: row = dim; break;
   }
+  return 2 * QTR_PAGE_TOKENS * row;
+}
+
+static size_t times_heads(size_t bytes, size_t n_heads) {
   size_t n;
-  if (qtr_mul_overflow(2 * QTR_PAGE_TOKENS * row, (size_t)c->n_kv_heads, &n) ||
-      qtr_mul_overflow(n, (size_t)c->n_layers, &n)) {
-    return 0;
-  }
+  return qtr_mul_overflow(bytes, n_heads, &n) ? SIZE_MAX : n;
+}
+
+static size_t count_streaming(const struct qtr_kv_config *c) {
+  size_t n = 0, all = (size_t)c->n_layers * (size_t)c->n_kv_heads;
+  for (size_t i = 0; c->sparse && c->sparse->streaming && i < all; i++) n += c->sparse->streaming[i] != 0;
   return n;
+}
+
+size_t qtr_kv_page_bytes(const struct qtr_kv_config *c) {
+  size_t n_heads = (size_t)c->n_layers * (size_t)c->n_kv_heads - count_streaming(c), bytes = head_page_bytes(c);
+  if (c->sparse) bytes += qtr_kv_stats_values(c->sparse, c->head_dim) * sizeof(uint16_t);
+  return times_heads(bytes, n_heads);
+}
+
+size_t qtr_kv_stream_page_bytes(const struct qtr_kv_config *c) {
+  return times_heads(head_page_bytes(c), count_streaming(c));
 }

@@ -206,23 +206,23 @@ static inline bool any_above_limit(const vf x[4]) {
 
 /* As softmax_page of attention_float.h, with the weights leaving as bf16 parts. */
 static inline __attribute__((always_inline)) float softmax_row(union score_row *row, const struct page_scales *p, bool full,
-                                                               int32_t n, struct rows_state *rows, size_t r) {
+                                                               struct page_view see, struct rows_state *rows, size_t r) {
   vf x[4], weight[4];
   float factor = 1.0f;
-  bool raise = rows->limit[r] < 0 && n > 0; /* the row's first key is in this page */
+  bool raise = rows->limit[r] < 0 && !page_empty(see); /* the row's first key is in this page */
   if (!raise) {
-    for (int j = 0; j < 4; j++) x[j] = row_score(row->s, p, rows, r, full, n, QTR_ATT_FLOOR, j);
+    for (int j = 0; j < 4; j++) x[j] = row_score(row->s, p, rows, r, full, see, QTR_ATT_FLOOR, j);
     raise = any_above_limit(x);
   }
   if (raise) {
-    for (int j = 0; j < 4; j++) x[j] = row_score(row->s, p, rows, r, full, n, -INFINITY, j);
+    for (int j = 0; j < 4; j++) x[j] = row_score(row->s, p, rows, r, full, see, -INFINITY, j);
     factor = row_raise(rows, r, vf_hmax(vf_max(vf_max(x[0], x[1]), vf_max(x[2], x[3]))));
-    for (int j = 0; j < 4; j++) x[j] = row_score(row->s, p, rows, r, full, n, QTR_ATT_FLOOR, j);
+    for (int j = 0; j < 4; j++) x[j] = row_score(row->s, p, rows, r, full, see, QTR_ATT_FLOOR, j);
   }
   vf sum = vf_load(rows->sum[r]), zeros = vf_load(rows->zeros[r]);
   for (int j = 0; j < 4; j++) {
     vf e = vf_exp2(x[j]);
-    if (!full) e = vf_first(e, n - j * VW, vf_set(0));
+    if (!full) e = page_lanes(e, see, vf_set(0), j);
     sum = vf_add(sum, e);
     weight[j] = vf_mul(e, vf_load(p->va + j * VW));
     zeros = vf_fma(weight[j], vf_load(p->vz + j * VW), zeros);
@@ -352,9 +352,9 @@ static void softmax(const struct page *p, size_t sub) {
   size_t rows = QTR_MIN((size_t)p->t->n_rows - sub * SUB, SUB);
   for (size_t i = 0; i < rows; i++) {
     size_t r = sub * SUB + i;
-    int32_t n = keys_of_row(p, r);
-    float factor = n == PAGE ? softmax_row(&w->row[i], &w->scales, true, PAGE, &w->rows, r)
-                             : softmax_row(&w->row[i], &w->scales, false, n, &w->rows, r);
+    struct page_view see = page_see(&w->rows, r, p->key, p->n_keys);
+    float factor = page_whole(see) ? softmax_row(&w->row[i], &w->scales, true, see, &w->rows, r)
+                                   : softmax_row(&w->row[i], &w->scales, false, see, &w->rows, r);
     if (factor != 1.0f) row_scale(p->acc + r * p->stride, p->stride, factor);
   }
 }
@@ -371,7 +371,7 @@ static void amx_segment_flushed(const struct qtr_att_tile *t, int32_t key0, int3
   configure(
       QTR_MIN(t->n_rows, SUB)); /* with more rows the last tile may be part empty: its room is there, its content nobody's */
 
-  for (int32_t key = key0; key < key1; key += PAGE) {
+  for (int32_t key = qtr_att_next(t, key0, key1); key < key1; key = qtr_att_next(t, key + PAGE, key1)) {
     const uint8_t *half = qtr_cpu_kv_half(t->kv, t->layer, t->pages[key / PAGE], t->kv_head, false);
     struct page p = {t, w, q, k, v, state->acc, dim, stride, key, QTR_MIN(key1 - key, PAGE)};
     load_scales(t, half, half + t->kv->half_bytes, &w->scales);

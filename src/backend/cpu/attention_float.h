@@ -198,7 +198,7 @@ static inline float exp2_one(float x) {
   return lanes[0];
 }
 
-/* Running state of a tile's rows: the exponent that weights are relative to, Σq, how many keys they see, and by lane the sum
+/* Running state of a tile's rows: the exponent that weights are relative to, Σq, which keys they see, and by lane the sum
  * of weights and the part of the zeros.
  *
  * The exponent follows the maximum only when it lags by more than 8 (weights then reach 2^8, which fp32 does not mind).
@@ -207,7 +207,7 @@ static inline float exp2_one(float x) {
 struct rows_state {
   float max[QTR_ATT_ROWS], limit[QTR_ATT_ROWS]; /* 0 and -infinity before the first key, then the exponent and 8 */
   float q_sum[QTR_ATT_ROWS];
-  int32_t visible[QTR_ATT_ROWS];
+  int32_t visible[QTR_ATT_ROWS], hole_from[QTR_ATT_ROWS], hole_to[QTR_ATT_ROWS];
   float sum[QTR_ATT_ROWS][16], zeros[QTR_ATT_ROWS][16];
 };
 
@@ -216,9 +216,31 @@ static inline void rows_start(const struct qtr_att_tile *t, struct rows_state *r
     rows->max[r] = 0;
     rows->limit[r] = -INFINITY;
     rows->visible[r] = qtr_att_visible(t, r);
+    qtr_att_hole(t, r, &rows->hole_from[r], &rows->hole_to[r]);
   }
   memset(rows->sum, 0, (size_t)t->n_rows * sizeof rows->sum[0]);
   memset(rows->zeros, 0, (size_t)t->n_rows * sizeof rows->zeros[0]);
+}
+
+/* Which keys of a page a row sees: the first n, but for those from `from` to before `to`. */
+struct page_view {
+  int32_t n, from, to;
+};
+static inline struct page_view page_see(const struct rows_state *rows, size_t r, int32_t key, int32_t n_page) {
+  struct page_view see = {QTR_MIN(rows->visible[r] - key, n_page), 0, 0};
+  if (rows->hole_to[r] > key && rows->hole_from[r] < key + PAGE) {
+    see.from = QTR_MAX(rows->hole_from[r] - key, 0);
+    see.to = QTR_MIN(rows->hole_to[r] - key, PAGE);
+  }
+  return see;
+}
+static inline bool page_whole(struct page_view see) { return see.n == PAGE && see.to == see.from; }
+static inline bool page_empty(struct page_view see) { return see.n <= 0 || (see.from == 0 && see.to >= see.n); }
+
+/* Vector j of a page: lanes of keys that are seen, the others `fill`. */
+static inline __attribute__((always_inline)) vf page_lanes(vf x, struct page_view see, vf fill, int j) {
+  vf y = vf_first(x, see.n - j * VW, fill);
+  return see.to == see.from ? y : vf_first(vf_first(y, see.from - j * VW, fill), see.to - j * VW, y);
 }
 
 /* Row r meets a score `above` its exponent: the new exponent. Returns the factor for the row's `acc`. */
@@ -251,36 +273,36 @@ static inline void rows_finish(const struct qtr_att_tile *t, const struct rows_s
   }
 }
 
-/* Scores relative to the row's exponent, x_j = ka s - kb Σq - max, vector j of a page; `fill` from key n on. */
+/* Scores relative to the row's exponent, x_j = ka s - kb Σq - max, vector j of a page; `fill` where a key is not seen. */
 static inline __attribute__((always_inline)) vf row_score(const float *s, const struct page_scales *p,
-                                                          const struct rows_state *rows, size_t r, bool full, int32_t n,
-                                                          float fill, int j) {
+                                                          const struct rows_state *rows, size_t r, bool full,
+                                                          struct page_view see, float fill, int j) {
   vf x = vf_fma(vf_load(s + j * VW), vf_load(p->ka + j * VW),
                 vf_fnma(vf_load(p->kb + j * VW), vf_set(rows->q_sum[r]), vf_set(-rows->max[r])));
-  return full ? x : vf_first(x, n - j * VW, vf_set(fill));
+  return full ? x : page_lanes(x, see, vf_set(fill), j);
 }
 
 #ifndef ATTENTION_NO_KERNEL
 
-/* s (64): q · code, becomes the weights w; the first n keys count, the others get 0. Returns the factor of what was summed
- * before. */
-static inline float softmax_page(float *restrict s, const struct page_scales *p, int32_t n, struct rows_state *rows,
-                                 size_t r) {
+/* s (64): q · code, becomes the weights w; keys that are not seen get 0. Returns the factor of what was summed before. */
+static inline float softmax_page(float *restrict s, const struct page_scales *p, struct page_view see,
+                                 struct rows_state *rows, size_t r) {
   enum { N = PAGE / VW };
+  bool full = page_whole(see);
   vf x[N], m[N];
-  for (int j = 0; j < N; j++) m[j] = x[j] = row_score(s, p, rows, r, n == PAGE, n, -INFINITY, j);
+  for (int j = 0; j < N; j++) m[j] = x[j] = row_score(s, p, rows, r, full, see, -INFINITY, j);
   for (int width = N / 2; width > 0; width /= 2) {
     for (int j = 0; j < width; j++) m[j] = vf_max(m[j], m[j + width]);
   }
   float above = vf_hmax(m[0]), factor = 1.0f;
   if (above > rows->limit[r]) {
     factor = row_raise(rows, r, above);
-    for (int j = 0; j < N; j++) x[j] = row_score(s, p, rows, r, n == PAGE, n, -INFINITY, j);
+    for (int j = 0; j < N; j++) x[j] = row_score(s, p, rows, r, full, see, -INFINITY, j);
   }
   vf sum = vf_load(rows->sum[r]), zeros = vf_load(rows->zeros[r]);
   for (int j = 0; j < N; j++) {
     vf e = vf_exp2(x[j]);
-    if (n < PAGE) e = vf_first(e, n - j * VW, vf_set(0));
+    if (!full) e = page_lanes(e, see, vf_set(0), j);
     vf w = vf_mul(e, vf_load(p->va + j * VW));
     sum = vf_add(sum, e);
     zeros = vf_fma(w, vf_load(p->vz + j * VW), zeros);
@@ -374,7 +396,7 @@ static void float_segment(const struct qtr_att_tile *t, int32_t key0, int32_t ke
   rows_start(t, &w->rows);
   memset(state->acc, 0, (size_t)t->n_rows * stride * sizeof(float));
 
-  for (int32_t key = key0; key < key1; key += PAGE) {
+  for (int32_t key = qtr_att_next(t, key0, key1); key < key1; key = qtr_att_next(t, key + PAGE, key1)) {
     int32_t n_page = QTR_MIN(key1 - key, PAGE);
     const uint8_t *half = qtr_cpu_kv_half(t->kv, t->layer, t->pages[key / PAGE], t->kv_head, false);
     load_scales(t, half, half + t->kv->half_bytes, &w->scales);
@@ -386,8 +408,8 @@ static void float_segment(const struct qtr_att_tile *t, int32_t key0, int32_t ke
       if (n_block <= 0) continue;
       product_block(rows, q + (size_t)r * dim, dim, dim, k, PAGE, (size_t)(n_block + 15) / 16 * 16, w->s[0], PAGE, false);
       for (int i = 0; i < rows; i++) {
-        int32_t n = QTR_MIN(w->rows.visible[r + i] - key, n_page);
-        float factor = softmax_page(w->s[i], &w->scales, n, &w->rows, (size_t)(r + i));
+        struct page_view see = page_see(&w->rows, (size_t)(r + i), key, n_page);
+        float factor = softmax_page(w->s[i], &w->scales, see, &w->rows, (size_t)(r + i));
         if (factor != 1.0f) row_scale(state->acc + (size_t)(r + i) * stride, stride, factor);
       }
       product_block(rows, w->s[0], PAGE, (size_t)n_block, v, stride, stride, state->acc + (size_t)r * stride, stride, true);

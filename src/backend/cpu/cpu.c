@@ -214,4 +214,6 @@ const struct qtr_backend_ops qtr_backend_cpu = {
     .gather = qtr_cpu_gather,
     .input_read = qtr_cpu_input_read,
     .kv_read = qtr_cpu_kv_read,
+    .selection_read = qtr_cpu_selection_read,
+    .stats_read = qtr_cpu_stats_read,
 };

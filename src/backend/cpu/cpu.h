@@ -67,6 +67,10 @@ enum qtr_kv_format qtr_cpu_kv_format(const struct qtr_kv *kv);
 void qtr_cpu_rope_kv_write(struct qtr_backend *b, const struct qtr_rope_kv_args *args);
 void qtr_cpu_kv_read(struct qtr_backend *b, const struct qtr_kv *kv, int32_t layer, bool is_v, int32_t page, int32_t slot,
                      int32_t head, uint16_t *code, float *scale, float *zero);
+void qtr_cpu_selection_read(struct qtr_backend *b, const struct qtr_kv *kv, int32_t layer, int32_t q_head, int32_t slot,
+                            int32_t *page, int32_t *n, int32_t *tail);
+void qtr_cpu_stats_read(struct qtr_backend *b, const struct qtr_kv *kv, int32_t layer, int32_t page, int32_t logical,
+                        int32_t head, float *max, float *min);
 /* attention.c */
 void qtr_cpu_attention(struct qtr_backend *b, const struct qtr_attention_args *args);
 

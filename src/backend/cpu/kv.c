@@ -19,6 +19,50 @@ union row {
 
 /* ---- memory -------------------------------------------------------------------------------------- */
 
+/* Lays the pools of all layers and classes out and allocates them. */
+static enum qtr_status make_pages(struct qtr_kv *kv, const struct qtr_kv_config *config, struct qtr_error *err) {
+  size_t retrieval, streaming, all;
+  if (qtr_mul_overflow(qtr_kv_page_bytes(config), (size_t)config->n_pages, &retrieval) ||
+      qtr_mul_overflow(qtr_kv_stream_page_bytes(config), (size_t)config->n_stream_pages, &streaming) ||
+      qtr_add_overflow(retrieval, streaming, &all) || all > SIZE_MAX / 2) {
+    return qtr_fail(err, QTR_ERR_ARGUMENT, "KV cache of %d pages and %d layers: its size overflows", (int)config->n_pages,
+                    (int)config->n_layers);
+  }
+  const struct qtr_kv_heads *h = &kv->heads;
+  size_t n_heads = (size_t)config->n_kv_heads, values = qtr_kv_stats_values(&h->sparse, config->head_dim), n_values = 0;
+  kv->place = calloc((size_t)config->n_layers * n_heads, sizeof *kv->place);
+  if (!kv->place) return qtr_fail_memory(err, "KV cache", n_heads);
+  for (int32_t layer = 0; layer < config->n_layers; layer++) {
+    size_t at[QTR_N_HEAD_CLASSES], stride[QTR_N_HEAD_CLASSES];
+    for (int class = 0; class < QTR_N_HEAD_CLASSES; class ++) {
+      at[class] = kv->n_bytes;
+      stride[class] = (size_t)qtr_kv_head_count(h, layer, (enum qtr_head_class) class) * 2 * kv->half_bytes;
+      kv->n_bytes += stride[class] * (size_t)(class == QTR_HEAD_STREAMING ? config->n_stream_pages : config->n_pages);
+    }
+    size_t stats_stride = (size_t)qtr_kv_head_count(h, layer, QTR_HEAD_RETRIEVAL) * values;
+    for (int32_t head = 0; head < config->n_kv_heads; head++) {
+      enum qtr_head_class class = qtr_kv_head_class(h, layer, head);
+      size_t rank = (size_t)qtr_kv_head_rank(h, layer, head);
+      kv->place[(size_t)layer * n_heads + (size_t)head] = (struct qtr_cpu_kv_place){
+          at[class] + rank * 2 * kv->half_bytes, stride[class], n_values + rank * values, stats_stride};
+    }
+    n_values += stats_stride * (size_t)config->n_pages;
+  }
+  kv->data = qtr_cpu_alloc(kv->n_bytes);
+  if (!kv->data) return qtr_fail_memory(err, "KV cache", kv->n_bytes);
+  kv->stats_bytes = n_values * sizeof *kv->stats;
+  kv->stats = values ? qtr_cpu_alloc(kv->stats_bytes) : NULL;
+  return values && !kv->stats ? qtr_fail_memory(err, "statistics of keys", kv->stats_bytes) : QTR_OK;
+}
+
+static enum qtr_status make_selections(struct qtr_cpu *c, struct qtr_kv *kv, struct qtr_error *err) {
+  if (kv->heads.sparse.budget == 0) return QTR_OK;
+  kv->selection_bytes = qtr_sparse_selections_bytes(&kv->heads);
+  kv->selection = qtr_cpu_alloc(kv->selection_bytes);
+  if (!kv->selection) return qtr_fail_memory(err, "chosen pages", kv->selection_bytes);
+  return qtr_cpu_scratch(c, qtr_cpu_attention_choice_bytes(c, kv), err);
+}
+
 enum qtr_status qtr_cpu_kv_create(struct qtr_backend *b, const struct qtr_kv_config *config, struct qtr_kv **out,
                                   struct qtr_error *err) {
   struct qtr_cpu *c = (struct qtr_cpu *)b;
@@ -40,23 +84,15 @@ enum qtr_status qtr_cpu_kv_create(struct qtr_backend *b, const struct qtr_kv_con
   if (!kv) return qtr_fail_memory(err, "KV cache", sizeof *kv);
   kv->config = *config;
   kv->config.static_scale = NULL;
+  kv->config.sparse = NULL;
   size_t elements = QTR_PAGE_TOKENS * (size_t)config->head_dim;
   bool scaled = config->format == QTR_KV_INT4 || config->format == QTR_KV_INT8;
   kv->code_bytes = config->format == QTR_KV_F16 ? elements * 2 : config->format == QTR_KV_INT4 ? elements / 2 : elements;
   kv->half_bytes = kv->code_bytes + (scaled ? 2 * QTR_PAGE_TOKENS * sizeof(uint16_t) : 0);
-  kv->page_bytes = (size_t)config->n_kv_heads * 2 * kv->half_bytes;
-
-  size_t all_layers = qtr_kv_page_bytes(config); /* = n_layers * page_bytes */
-  if (all_layers == 0 || qtr_mul_overflow(all_layers, (size_t)config->n_pages, &kv->n_bytes)) {
-    status = qtr_fail(err, QTR_ERR_ARGUMENT, "KV cache of %d pages and %d layers: its size overflows", (int)config->n_pages,
-                      (int)config->n_layers);
-    goto done;
-  }
-  kv->data = qtr_cpu_alloc(kv->n_bytes);
-  if (!kv->data) {
-    status = qtr_fail_memory(err, "KV cache", kv->n_bytes);
-    goto done;
-  }
+  status = qtr_kv_heads_create(config, &kv->heads, err);
+  if (!status) status = make_pages(kv, config, err);
+  if (!status) status = make_selections(c, kv, err);
+  if (status) goto done;
   if (config->format == QTR_KV_INT8_STATIC && (status = qtr_kv_static_scales(config, &kv->static_scale, err))) goto done;
   kv->partial_bytes = qtr_cpu_attention_partial_bytes((size_t)config->head_dim);
   kv->partial = qtr_cpu_alloc(kv->partial_bytes);
@@ -77,7 +113,11 @@ done:
 void qtr_cpu_kv_free(struct qtr_backend *b, struct qtr_kv *kv) {
   (void)b;
   if (!kv) return;
+  qtr_kv_heads_free(&kv->heads);
+  free(kv->place);
   if (kv->data) qtr_cpu_free(kv->data, kv->n_bytes);
+  if (kv->stats) qtr_cpu_free(kv->stats, kv->stats_bytes);
+  if (kv->selection) qtr_cpu_free(kv->selection, kv->selection_bytes);
   if (kv->partial) qtr_cpu_free(kv->partial, kv->partial_bytes);
   free(kv->static_scale);
   free(kv);
@@ -114,6 +154,27 @@ void qtr_cpu_kv_read(struct qtr_backend *b, const struct qtr_kv *kv, int32_t lay
   if (zero) *zero = z_value;
 }
 
+void qtr_cpu_stats_read(struct qtr_backend *b, const struct qtr_kv *kv, int32_t layer, int32_t page, int32_t logical,
+                        int32_t head, float *max, float *min) {
+  (void)b;
+  size_t dim = (size_t)kv->config.head_dim;
+  const uint16_t *stats = qtr_cpu_kv_stats(kv, layer, page, logical, head);
+  for (size_t i = 0; i < dim; i++) {
+    max[i] = qtr_f16_to_f32(stats[i]);
+    min[i] = qtr_f16_to_f32(stats[dim + i]);
+  }
+}
+
+void qtr_cpu_selection_read(struct qtr_backend *b, const struct qtr_kv *kv, int32_t layer, int32_t q_head, int32_t slot,
+                            int32_t *page, int32_t *n, int32_t *tail) {
+  (void)b;
+  int32_t group = kv->heads.sparse.group;
+  const struct qtr_selection *s = qtr_cpu_kv_selection(kv, layer, q_head / group, q_head % group, slot);
+  *n = s->n;
+  *tail = s->tail;
+  memcpy(page, s->page, (size_t)s->n * sizeof *page);
+}
+
 /* ---- one token into its slot ------------------------------------------------------------------------ */
 
 static void quant_static_row(const float *x, size_t dim, float r, uint8_t *code) {
@@ -133,9 +194,27 @@ static void rope_row(float *restrict x, size_t half_dim, const float *restrict c
   }
 }
 
-static const struct qtr_cpu_kv_rows rows_portable = {qtr_kv_quant_row, quant_static_row, to_f16_row, rope_row};
+static void extremes_row(const float *restrict x, size_t dim, float *restrict max, float *restrict min) {
+  for (size_t i = 0; i < dim; i++) {
+    float v = qtr_kv_sane(x[i]);
+    max[i] = v > max[i] ? v : max[i];
+    min[i] = v < min[i] ? v : min[i];
+  }
+}
 
-static const struct qtr_cpu_kv_rows *choose_rows(const struct qtr_cpu *c) {
+static double bound_row(const float *q, const uint16_t *stats, size_t dim) {
+  double sum = 0;
+  for (size_t i = 0; i < dim; i++) {
+    double a = (double)q[i] * (double)qtr_f16_to_f32(stats[i]), b = (double)q[i] * (double)qtr_f16_to_f32(stats[dim + i]);
+    sum += a > b ? a : b;
+  }
+  return sum;
+}
+
+static const struct qtr_cpu_kv_rows rows_portable = {qtr_kv_quant_row, quant_static_row, to_f16_row,
+                                                     rope_row,         extremes_row,     bound_row};
+
+const struct qtr_cpu_kv_rows *qtr_cpu_kv_choose_rows(const struct qtr_cpu *c) {
   const struct qtr_cpu_kv_rows *rows = NULL;
   if (c->isa >= QTR_CPU_AVX512) {
     rows = qtr_cpu_kv_rows_avx512();
@@ -231,31 +310,101 @@ static int32_t find_seq(const struct qtr_batch *batch, int32_t t) {
   return low;
 }
 
-static void rope_write_tokens(void *arg, size_t begin, size_t end, int thread) {
-  (void)thread;
-  const struct rope_write *w = arg;
+/* Tokens [first, last) of the step, all of sequence `seq`. */
+static void rope_write(const struct rope_write *w, int32_t seq, size_t first, size_t last) {
   const struct qtr_rope_kv_args *args = w->args;
   const struct qtr_batch *batch = w->c->batch;
+  const int32_t *table[] = {qtr_batch_table(batch, QTR_HEAD_RETRIEVAL, seq),
+                            qtr_batch_table(batch, QTR_HEAD_STREAMING, seq)};
   size_t dim = (size_t)args->head_dim, n_q = (size_t)args->n_heads, n_kv = (size_t)args->n_kv_heads;
-  int32_t seq = find_seq(batch, (int32_t)begin);
-  for (size_t t = begin; t < end; t++) {
-    while ((int32_t)t >= batch->q_start[seq + 1]) seq++;
+  for (size_t t = first; t < last; t++) {
     int32_t position = batch->kv_len[seq] + (int32_t)t - batch->q_start[seq];
-    int32_t page = batch->block_table[(size_t)seq * (size_t)batch->max_blocks + (size_t)(position / QTR_PAGE_TOKENS)];
     size_t slot = (size_t)(position % QTR_PAGE_TOKENS);
     float *row = (float *)args->qkv + t * (n_q + 2 * n_kv) * dim; /* (n_heads + 2 n_kv_heads, head_dim) */
     const float *cos = w->c->cos + t * w->c->half_dim, *sin = w->c->sin + t * w->c->half_dim;
     for (size_t h = 0; h < n_q + n_kv; h++) w->rows->rope(row + h * dim, w->c->half_dim, cos, sin);
     for (size_t h = 0; h < n_kv; h++) {
-      uint8_t *k = qtr_cpu_kv_half(args->kv, args->layer, page, (int32_t)h, false);
+      enum qtr_head_class class = qtr_kv_head_class(&args->kv->heads, args->layer, (int32_t)h);
+      uint8_t *k = qtr_cpu_kv_half(args->kv, args->layer, table[class][position / QTR_PAGE_TOKENS], (int32_t)h, false);
       write_row(args->kv, w->rows, args->layer, false, k, slot, row + (n_q + h) * dim);
       write_row(args->kv, w->rows, args->layer, true, k + args->kv->half_bytes, slot, row + (n_q + n_kv + h) * dim);
     }
   }
 }
 
+static void rope_write_tokens(void *arg, size_t begin, size_t end, int thread) {
+  (void)thread;
+  const struct rope_write *w = arg;
+  const struct qtr_batch *batch = w->c->batch;
+  int32_t seq = find_seq(batch, (int32_t)begin);
+  for (size_t last; begin < end; begin = last, seq++) {
+    last = QTR_MIN(end, (size_t)batch->q_start[seq + 1]);
+    rope_write(w, seq, begin, last);
+  }
+}
+
+/* ---- with statistics ---------------------------------------------------------------------------------
+ * An item is what a sequence has in one logical page, so that one thread sees all keys that share statistics. */
+
+static size_t logical_pages(const struct rope_write *w, int32_t seq) {
+  const struct qtr_batch *batch = w->c->batch;
+  int32_t tokens = w->args->kv->heads.sparse.logical_tokens, first = batch->kv_len[seq];
+  int32_t last = first + batch->q_start[seq + 1] - batch->q_start[seq]; /* one past */
+  return last > first ? (size_t)((last - 1) / tokens - first / tokens + 1) : 0;
+}
+
+/* Keys of the tokens at positions [first, last), of one logical page; those before them in it are in its statistics. */
+static void add_stats(const struct rope_write *w, int32_t seq, int32_t first, int32_t last) {
+  const struct qtr_rope_kv_args *args = w->args;
+  const struct qtr_batch *batch = w->c->batch;
+  const struct qtr_kv *kv = args->kv;
+  int32_t tokens = kv->heads.sparse.logical_tokens, logical = first % QTR_PAGE_TOKENS / tokens;
+  int32_t page = qtr_batch_table(batch, QTR_HEAD_RETRIEVAL, seq)[first / QTR_PAGE_TOKENS];
+  size_t dim = (size_t)args->head_dim, width = (size_t)(args->n_heads + 2 * args->n_kv_heads) * dim;
+  const float *k0 = (const float *)args->qkv + (size_t)args->n_heads * dim;
+  float max[QTR_CPU_HEAD_DIM_MAX], min[QTR_CPU_HEAD_DIM_MAX];
+  for (int32_t h = 0; h < args->n_kv_heads; h++) {
+    if (qtr_kv_head_class(&kv->heads, args->layer, h) != QTR_HEAD_RETRIEVAL) continue;
+    uint16_t *stats = qtr_cpu_kv_stats(kv, args->layer, page, logical, h);
+    for (size_t i = 0; i < dim; i++) {
+      bool begins = first % tokens == 0; /* whatever an owner before has left */
+      max[i] = begins ? -QTR_KV_MAX : qtr_f16_to_f32(stats[i]);
+      min[i] = begins ? QTR_KV_MAX : qtr_f16_to_f32(stats[dim + i]);
+    }
+    for (int32_t p = first; p < last; p++) {
+      size_t t = (size_t)(batch->q_start[seq] + p - batch->kv_len[seq]);
+      w->rows->extremes(k0 + t * width + (size_t)h * dim, dim, max, min);
+    }
+    w->rows->to_f16(max, dim, stats);
+    w->rows->to_f16(min, dim, stats + dim);
+  }
+}
+
+static void rope_write_logical_pages(void *arg, size_t begin, size_t end, int thread) {
+  (void)thread;
+  const struct rope_write *w = arg;
+  const struct qtr_batch *batch = w->c->batch;
+  int32_t seq = 0, tokens = w->args->kv->heads.sparse.logical_tokens;
+  size_t before = 0; /* items of the sequences before seq */
+  for (size_t item = begin; item < end; item++) {
+    for (size_t n; item - before >= (n = logical_pages(w, seq)); seq++) before += n;
+    int32_t kv_len = batch->kv_len[seq], q_start = batch->q_start[seq];
+    int32_t page = kv_len / tokens + (int32_t)(item - before);
+    int32_t first = QTR_MAX(page * tokens, kv_len),
+            last = QTR_MIN((page + 1) * tokens, kv_len + batch->q_start[seq + 1] - q_start);
+    rope_write(w, seq, (size_t)(q_start + first - kv_len), (size_t)(q_start + last - kv_len));
+    add_stats(w, seq, first, last);
+  }
+}
+
 void qtr_cpu_rope_kv_write(struct qtr_backend *b, const struct qtr_rope_kv_args *args) {
   struct qtr_cpu *c = (struct qtr_cpu *)b;
-  struct rope_write w = {c, args, choose_rows(c)};
-  qtr_cpu_for(c, (size_t)c->batch->n_tokens, 4, rope_write_tokens, &w);
+  struct rope_write w = {c, args, qtr_cpu_kv_choose_rows(c)};
+  if (args->kv->heads.sparse.budget == 0) {
+    qtr_cpu_for(c, (size_t)c->batch->n_tokens, 4, rope_write_tokens, &w);
+    return;
+  }
+  size_t n = 0;
+  for (int32_t s = 0; s < c->batch->n_seqs; s++) n += logical_pages(&w, s);
+  qtr_cpu_for(c, n, 1, rope_write_logical_pages, &w);
 }

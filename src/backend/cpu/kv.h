@@ -1,6 +1,6 @@
 /* kv.h - the KV cache of the CPU backend: where each code lies, and the row quantisers the writers use (spec C.3).
  *
- *   struct qtr_kv.data   [layer][page][head] { K half | V half }           one allocation; untouched pages cost nothing
+ *   struct qtr_kv.data   [layer][class][page][head] { K half | V half }    one allocation; untouched pages cost nothing
  *   a half (64 tokens)   codes (64 * head_dim * 2, 1 or 1/2 bytes) | scale (64) fp16 | zero (64) fp16   the last two for
  * INT4, INT8
  *
@@ -27,6 +27,7 @@
 #ifndef QTR_BACKEND_CPU_KV_H
 #define QTR_BACKEND_CPU_KV_H
 
+#include "backend/common/sparse.h"
 #include "backend/cpu/cpu.h"
 
 #define QTR_CPU_HEAD_DIM_MAX 256
@@ -35,17 +36,45 @@ struct qtr_kv {
   struct qtr_kv_config config; /* static_scale: not kept, see below */
   size_t code_bytes;           /* codes of K or V of one head and page */
   size_t half_bytes;           /* the same with scales and zeros */
-  size_t page_bytes;           /* one page of one layer: n_kv_heads * 2 * half_bytes */
   size_t n_bytes;
-  uint8_t *data;       /* (n_layers, n_pages, n_kv_heads, 2, half_bytes) */
-  float *static_scale; /* (n_layers, 2) rounded to fp16, for INT8_STATIC; else NULL */
-  float *partial;      /* (see attention.c) results of key segments computed apart */
+  struct qtr_kv_heads heads;
+  struct qtr_cpu_kv_place *place; /* (n_layers, n_kv_heads) */
+  uint8_t *data;                  /* for each layer and class (n_pages, heads of the class, 2, half_bytes) */
+  float *static_scale;            /* (n_layers, 2) rounded to fp16, for INT8_STATIC; else NULL */
+  float *partial;                 /* (see attention.c) results of key segments computed apart */
   size_t partial_bytes;
+  /* With a budget, see struct qtr_kv_sparse: */
+  uint16_t *stats; /* for each layer (n_pages, retrieval heads, logical pages, 2, head_dim) fp16: maxima, minima of keys */
+  size_t stats_bytes;
+  int32_t *selection; /* (n_slots, n_layers, n_kv_heads, choosers, ints of one) struct qtr_selection */
+  size_t selection_bytes;
 };
 
+/* Where a head's pages are: page p begins p * stride bytes after `at`. The same of its statistics, in fp16 values. */
+struct qtr_cpu_kv_place {
+  size_t at, stride, stats_at, stats_stride;
+};
+static inline const struct qtr_cpu_kv_place *qtr_cpu_kv_place(const struct qtr_kv *kv, int32_t layer, int32_t head) {
+  return kv->place + (size_t)layer * (size_t)kv->config.n_kv_heads + (size_t)head;
+}
+
 static inline uint8_t *qtr_cpu_kv_half(const struct qtr_kv *kv, int32_t layer, int32_t page, int32_t head, bool is_v) {
-  return kv->data + ((size_t)layer * (size_t)kv->config.n_pages + (size_t)page) * kv->page_bytes +
-         ((size_t)head * 2 + is_v) * kv->half_bytes;
+  const struct qtr_cpu_kv_place *place = qtr_cpu_kv_place(kv, layer, head);
+  return kv->data + place->at + (size_t)page * place->stride + (is_v ? kv->half_bytes : 0);
+}
+/* (2, head_dim): maxima, minima of a logical page. */
+static inline uint16_t *qtr_cpu_kv_stats(const struct qtr_kv *kv, int32_t layer, int32_t page, int32_t logical,
+                                         int32_t head) {
+  const struct qtr_cpu_kv_place *place = qtr_cpu_kv_place(kv, layer, head);
+  return kv->stats + place->stats_at + (size_t)page * place->stats_stride +
+         (size_t)logical * 2 * (size_t)kv->config.head_dim;
+}
+static inline struct qtr_selection *qtr_cpu_kv_selection(const struct qtr_kv *kv, int32_t layer, int32_t head,
+                                                         int32_t member, int32_t slot) {
+  const struct qtr_kv_sparse *s = &kv->heads.sparse;
+  size_t at = ((size_t)slot * (size_t)kv->config.n_layers + (size_t)layer) * (size_t)kv->config.n_kv_heads + (size_t)head;
+  at = at * (size_t)qtr_sparse_choosers(s) + (size_t)(s->each_head ? member : 0);
+  return (struct qtr_selection *)(void *)(kv->selection + at * qtr_sparse_selection_ints(s));
 }
 static inline uint16_t *qtr_cpu_kv_scales(const struct qtr_kv *kv, const uint8_t *half) {
   return (uint16_t *)(uintptr_t)(half + kv->code_bytes); /* (2, 64): scales, then zeros */
@@ -77,7 +106,11 @@ struct qtr_cpu_kv_rows {
   void (*quant_static)(const float *x, size_t dim, float r, uint8_t *code);
   void (*to_f16)(const float *x, size_t dim, uint16_t *half);
   void (*rope)(float *x, size_t half_dim, const float *cos, const float *sin); /* (2 half_dim) in place, C.4 */
+  void (*extremes)(const float *x, size_t dim, float *max, float *min); /* max and min (dim) take x, brought in range */
+  /* sum over dim of max(q max, q min), in double; stats (2, dim) fp16 */
+  double (*bound)(const float *q, const uint16_t *stats, size_t dim);
 };
+const struct qtr_cpu_kv_rows *qtr_cpu_kv_choose_rows(const struct qtr_cpu *c);
 /* NULL in a build without these instructions. */
 const struct qtr_cpu_kv_rows *qtr_cpu_kv_rows_avx2(void), *qtr_cpu_kv_rows_avx512(void);
 

@@ -34,6 +34,18 @@ static inline void rf_store_f16(uint16_t *p, rf x) {
   _mm_storeu_si128((void *)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+typedef __m256d rd;
+static inline rd rd_zero(void) { return _mm256_setzero_pd(); }
+static inline rd rd_load(const float *p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+static inline rd rd_load_f16(const uint16_t *p) { return _mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64((const void *)p))); }
+static inline rd rd_add(rd a, rd b) { return _mm256_add_pd(a, b); }
+static inline rd rd_mul(rd a, rd b) { return _mm256_mul_pd(a, b); }
+static inline rd rd_max(rd a, rd b) { return _mm256_max_pd(a, b); }
+static inline double rd_hsum(rd x) {
+  __m128d s = _mm_add_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+}
+
 #include "backend/cpu/kv_rows.h"
 
 const struct qtr_cpu_kv_rows *qtr_cpu_kv_rows_avx2(void) { return &rows; }

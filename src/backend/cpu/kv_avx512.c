@@ -26,6 +26,15 @@ static inline void rf_store_f16(uint16_t *p, rf x) {
   _mm256_storeu_si256((void *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+typedef __m512d rd;
+static inline rd rd_zero(void) { return _mm512_setzero_pd(); }
+static inline rd rd_load(const float *p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+static inline rd rd_load_f16(const uint16_t *p) { return _mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128((const void *)p))); }
+static inline rd rd_add(rd a, rd b) { return _mm512_add_pd(a, b); }
+static inline rd rd_mul(rd a, rd b) { return _mm512_mul_pd(a, b); }
+static inline rd rd_max(rd a, rd b) { return _mm512_max_pd(a, b); }
+static inline double rd_hsum(rd x) { return _mm512_reduce_add_pd(x); }
+
 #include "backend/cpu/kv_rows.h"
 
 const struct qtr_cpu_kv_rows *qtr_cpu_kv_rows_avx512(void) { return &rows; }

@@ -4,7 +4,7 @@
  * they are equal or one is NaN, as minps does rf_hmin, rf_hmax                         over the lanes rf_store_codes(p, x)
  * rounds to nearest even, lanes to unsigned bytes 0 … 255 rf_store_signed(p, x)                    the same to -128 … 127
  *   rf_store_f16(p, x)
- * and may use F16C. */
+ * and may use F16C. rd, rd_zero, rd_load, rd_load_f16, rd_add, rd_mul, rd_max, rd_hsum: RW / 2 doubles, from floats or halves. */
 #include <string.h>
 
 #include "backend/common/kv_quant.h"
@@ -80,4 +80,36 @@ static void rope(float *x, size_t half_dim, const float *cos, const float *sin) 
   }
 }
 
-static const struct qtr_cpu_kv_rows rows = {quant, quant_static, to_f16, rope};
+static void extremes(const float *x, size_t dim, float *max, float *min) {
+  size_t i = 0;
+  for (; i + RW <= dim; i += RW) {
+    rf v = rf_sane(rf_load(x + i));
+    rf_store(max + i, rf_max(v, rf_load(max + i)));
+    rf_store(min + i, rf_min(v, rf_load(min + i)));
+  }
+  for (; i < dim; i++) {
+    float v = qtr_kv_sane(x[i]);
+    max[i] = v > max[i] ? v : max[i];
+    min[i] = v < min[i] ? v : min[i];
+  }
+}
+
+/* Products of a float and a half are exact in double. */
+static double bound(const float *q, const uint16_t *stats, size_t dim) {
+  rd sum = rd_zero();
+  double rest = 0;
+  size_t i = 0;
+  for (; i + RW <= dim; i += RW) {
+    for (size_t j = 0; j < RW; j += RW / 2) {
+      rd x = rd_load(q + i + j), a = rd_mul(x, rd_load_f16(stats + i + j)), b = rd_mul(x, rd_load_f16(stats + dim + i + j));
+      sum = rd_add(sum, rd_max(a, b));
+    }
+  }
+  for (; i < dim; i++) {
+    double a = (double)q[i] * (double)_cvtsh_ss(stats[i]), b = (double)q[i] * (double)_cvtsh_ss(stats[dim + i]);
+    rest += a > b ? a : b;
+  }
+  return rd_hsum(sum) + rest;
+}
+
+static const struct qtr_cpu_kv_rows rows = {quant, quant_static, to_f16, rope, extremes, bound};

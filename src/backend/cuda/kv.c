@@ -15,6 +15,12 @@ enum qtr_status qtr_cuda_kv_create(struct qtr_backend *b, const struct qtr_kv_co
                                    struct qtr_error *err) {
   const struct qtr_kv_config *c = config;
   *kv = NULL;
+  if (c->sparse) {
+    return qtr_fail(
+        err, QTR_ERR_UNSUPPORTED,
+        "sparse attention (streaming heads, page selection) has no kernels on GPUs yet; leave its options out, or take "
+        "--device cpu");
+  }
   if (c->format >= QTR_N_KV_FORMATS || c->n_layers < 1 || c->n_kv_heads < 1 || c->n_pages < 1 || c->n_pages == INT32_MAX ||
       c->head_dim < 2 || c->head_dim > 256 || c->head_dim % 2 || (c->format == QTR_KV_INT8_STATIC && !c->static_scale)) {
     return qtr_fail(err, QTR_ERR_ARGUMENT,
@@ -23,8 +29,7 @@ enum qtr_status qtr_cuda_kv_create(struct qtr_backend *b, const struct qtr_kv_co
                     (int)c->format, c->n_layers, c->n_kv_heads, c->head_dim, c->n_pages);
   }
   size_t all = qtr_kv_page_bytes(c), n_bytes;
-  if (all == 0 || qtr_mul_overflow(all, (size_t)c->n_pages + 1, &n_bytes))
-    return qtr_fail_memory(err, "the KV cache", SIZE_MAX);
+  if (qtr_mul_overflow(all, (size_t)c->n_pages + 1, &n_bytes)) return qtr_fail_memory(err, "the KV cache", SIZE_MAX);
   struct qtr_kv *k = calloc(1, sizeof *k);
   if (!k) return qtr_fail_memory(err, "the KV cache", sizeof *k);
   enum qtr_status status = QTR_ERR_MEMORY;

@@ -180,4 +180,6 @@ const struct qtr_backend_ops qtr_backend_reference = {
     .gather = qtr_reference_gather,
     .input_read = qtr_reference_input_read,
     .kv_read = qtr_reference_kv_read,
+    .selection_read = qtr_reference_selection_read,
+    .stats_read = qtr_reference_stats_read,
 };

@@ -7,7 +7,7 @@
 #ifndef QTR_BACKEND_REFERENCE_REFERENCE_H
 #define QTR_BACKEND_REFERENCE_REFERENCE_H
 
-#include "backend/backend.h"
+#include "backend/common/sparse.h"
 #include "base/half.h"
 
 struct qtr_reference {
@@ -15,7 +15,7 @@ struct qtr_reference {
   const struct qtr_batch *batch; /* of the running step */
   float *cos, *sin;              /* (n_tokens, half_dim) of the running step */
   size_t half_dim;
-  float *k, *v;      /* (longest kv_len + q_len of the step, head_dim) one head, dequantised */
+  float *k, *v;      /* (longest kv_len + q_len of the step, head_dim) the keys and values that a query sees, dequantised */
   double *score;     /* (longest kv_len + q_len of the step) */
   double *sum;       /* (head_dim) */
   double *weight;    /* (widest n_in of any linear, 8) eight rows of a floating-point matrix, widened */
@@ -42,9 +42,14 @@ struct qtr_input {
 
 struct qtr_kv {
   struct qtr_kv_config config;
+  struct qtr_kv_heads heads;
   float *static_scale; /* (n_layers, 2) f16(K scale), f16(V scale); INT8_STATIC */
-  size_t page_bytes;   /* of one pool: one layer, K or V */
-  uint8_t *data;       /* (n_layers, 2, n_pages, page_bytes) */
+  size_t *pool;        /* (n_layers, 2 classes, K and V) where each pool of pages begins in `data` */
+  uint8_t *data;
+  /* With a budget: */
+  int32_t *selection;  /* (n_slots, n_layers, n_kv_heads, choosers, ints of one) struct qtr_selection */
+  double *page_score;  /* (max_pages) of the choice at work */
+  int32_t *page_order; /* (max_pages) likewise */
 };
 
 /* Bytes of a linear's storage that `count * size` needs, zeroed; NULL and err filled when there is no such memory. */
@@ -93,13 +98,18 @@ void qtr_reference_kv_free(struct qtr_backend *b, struct qtr_kv *kv);
 void qtr_reference_rope_kv_write(struct qtr_backend *b, const struct qtr_rope_kv_args *args);
 void qtr_reference_kv_read(struct qtr_backend *b, const struct qtr_kv *kv, int32_t layer, bool is_v, int32_t page,
                            int32_t slot, int32_t head, uint16_t *code, float *scale, float *zero);
-/* The page of one pool, in the byte layout of spec C.2 without the statistics area. */
-uint8_t *qtr_reference_kv_page(const struct qtr_kv *kv, int32_t layer, bool is_v, int32_t page);
+/* The page of one pool, in the byte layout of spec C.2, and its size. */
+uint8_t *qtr_reference_kv_page(const struct qtr_kv *kv, int32_t layer, enum qtr_head_class class, bool is_v, int32_t page);
+size_t qtr_reference_kv_page_bytes(const struct qtr_kv *kv, int32_t layer, enum qtr_head_class class, bool is_v);
+void qtr_reference_stats_read(struct qtr_backend *b, const struct qtr_kv *kv, int32_t layer, int32_t page, int32_t logical,
+                              int32_t head, float *max, float *min);
 /* One head of one token, dequantised: out (head_dim). */
 void qtr_reference_kv_row(const struct qtr_kv *kv, int32_t layer, bool is_v, int32_t page, int32_t slot, int32_t head,
                           float *out);
 
 /* attention.c */
 void qtr_reference_attention(struct qtr_backend *b, const struct qtr_attention_args *args);
+void qtr_reference_selection_read(struct qtr_backend *b, const struct qtr_kv *kv, int32_t layer, int32_t q_head,
+                                  int32_t slot, int32_t *page, int32_t *n, int32_t *tail);
 
 #endif

@@ -138,8 +138,10 @@ struct qtr_request_options {
   size_t n_stop_token;
   const struct qtr_logit_bias *logit_bias; /* (n_logit_bias), at most 1024 */
   size_t n_logit_bias;
-  int32_t logprobs; /* -1 = none; 0 … 20: log-probability of the chosen token and of that many best ones */
-  int32_t priority; /* higher runs earlier; 0 */
+  int32_t logprobs;     /* -1 = none; 0 … 20: log-probability of the chosen token and of that many best ones */
+  bool prompt_logprobs; /* with logprobs >= 0: the prompt's tokens, too, from its second on. Completion 0 tells them, an
+                           event each, before the first token of any completion */
+  int32_t priority;     /* higher runs earlier; 0 */
   bool ignore_eos;
   const struct qtr_constraint *constraint; /* NULL = none; copied */
   void *user;                              /* comes back in every event */
@@ -178,8 +180,9 @@ struct qtr_token_logprob {
 struct qtr_event {
   uint64_t id;
   void *user;
-  int32_t index; /* which of the n completions */
-  int32_t token; /* the new token, or -1 when the event only ends the completion or flushes text */
+  int32_t index;        /* which of the n completions */
+  int32_t token;        /* the new token, or -1 when the event only ends the completion or flushes text */
+  int32_t prompt_index; /* > 0: no new token, but prompt token number prompt_index and its log-probability */
   const char
       *text; /* text that became final, whole UTF-8 characters, held back while it may begin a stop string; NUL-terminated */
   size_t text_len;

@@ -103,7 +103,7 @@ static struct qtr_sample_args sample_args(const struct qtr_sequence *s) {
 }
 
 /* What the device needs to know to sample a row. */
-static struct qtr_choose_row choose_row(struct qtr_engine *e, const struct qtr_sequence *s) {
+static struct qtr_choose_row choose_row(struct qtr_engine *e, const struct qtr_sequence *s, int32_t target) {
   const struct qtr_request *r = s->request;
   const struct qtr_sampling *p = &r->sampling;
   struct qtr_choose_row row = {.temperature = p->temperature,
@@ -117,6 +117,7 @@ static struct qtr_choose_row choose_row(struct qtr_engine *e, const struct qtr_s
                                .seed = s->seed,
                                .position = (uint64_t)(s->n_tokens - r->n_prompt)};
   row.skip = r->constraint.mask != NULL; /* its tokens are known here only, when the logits are there */
+  if (target > 0) row.skip = 1;          /* nothing is drawn from it */
   if (row.skip || (r->n_bias == 0 && !qtr_sampling_has_penalties(p))) return row;
   size_t most = QTR_MIN((size_t)s->n_tokens + r->n_bias, (size_t)e->vocab_size), need = e->n_adjust + most;
   if (need > e->adjust_capacity) {
@@ -162,14 +163,19 @@ static enum qtr_status sample_row(struct qtr_engine *e, int32_t i, const float *
                                   struct qtr_error *err) {
   struct qtr_backend *b = e->model->backend;
   size_t vocab = (size_t)e->vocab_size;
-  const uint32_t *allowed;
-  if (!constrain(e, e->row_seq[i], &allowed)) {
+  const struct qtr_sequence *s = e->row_seq[i];
+  const uint32_t *allowed = NULL;
+  if (e->row_target[i] == 0 && !constrain(e, e->row_seq[i], &allowed)) {
     *result = (struct qtr_sample_result){.token = -1};
     return QTR_OK;
   }
   enum qtr_status status = b->ops->download(b, logits + (size_t)i * vocab, QTR_DTYPE_F32, vocab, e->row_logits, err);
   if (status) return status;
-  struct qtr_sample_args args = sample_args(e->row_seq[i]);
+  if (e->row_target[i] > 0) {
+    qtr_sampler_score(e->sampler, e->row_logits, s->token[e->row_target[i]], s->request->logprobs, result);
+    return QTR_OK;
+  }
+  struct qtr_sample_args args = sample_args(s);
   args.logits = e->row_logits;
   args.allowed = allowed;
   qtr_sample(e->sampler, &args, result);
@@ -183,7 +189,7 @@ static enum qtr_status run_batch(struct qtr_engine *e, double *model_seconds, st
   double start = qtr_now();
   if (device) {
     e->n_adjust = 0;
-    for (int32_t i = 0; i < e->batch.n_logit_rows; i++) e->choose[i] = choose_row(e, e->row_seq[i]);
+    for (int32_t i = 0; i < e->batch.n_logit_rows; i++) e->choose[i] = choose_row(e, e->row_seq[i], e->row_target[i]);
     e->batch.choose = e->choose;
     e->batch.chosen = e->chosen;
     e->batch.adjust = e->adjust;
@@ -198,7 +204,11 @@ static enum qtr_status run_batch(struct qtr_engine *e, double *model_seconds, st
     } else {
       status = sample_row(e, i, logits, &result, err);
     }
-    if (!status) qtr_sequence_accept(e, e->row_seq[i], &result, e->row_node[i]);
+    if (status) break;
+    if (e->row_target[i] > 0)
+      qtr_sequence_score(e->row_seq[i], e->row_target[i], &result, e->row_node[i]);
+    else
+      qtr_sequence_accept(e, e->row_seq[i], &result, e->row_node[i]);
   }
   return status;
 }

@@ -61,6 +61,7 @@ struct qtr_sequence {
   int32_t n_pages, n_published;
   int32_t n_cached;  /* prompt tokens the prefix cache gave at the first admission; -1 before it */
   int32_t n_emitted; /* output tokens handed out */
+  int32_t n_scored;  /* prompt tokens 1 … n_scored have their log-probabilities out */
   int32_t *token;    /* (n_prompt + max_tokens) prompt, then output; NULL before the first admission */
   int32_t *page;     /* (pages of n_prompt + max_tokens) block table */
   uint64_t seed;
@@ -83,6 +84,7 @@ struct qtr_request {
   int32_t n_prompt, max_tokens, priority, logprobs;
   int32_t n_sequences, n_live;
   bool ignore_eos, cancelled;
+  bool prompt_logprobs;
   bool prefilled;  /* some sequence has computed the prompt: its pages are published */
   int32_t *prompt; /* (n_prompt) */
   struct qtr_sampling sampling;
@@ -104,10 +106,15 @@ void qtr_request_free(struct qtr_request *request); /* not its sequences' `final
 
 /* Buffers for tokens and pages, made at the first admission. False: out of memory. */
 bool qtr_sequence_prepare(struct qtr_sequence *seq);
+/* Does this sequence still owe log-probabilities of its prompt? */
+bool qtr_sequence_scores(const struct qtr_sequence *seq);
 /* Appends a sampled token (-1: the model gave nothing finite), fills the event with token, text and log-probabilities, and
  * sets seq->finish when this was the last one. */
 void qtr_sequence_accept(const struct qtr_engine *engine, struct qtr_sequence *seq, const struct qtr_sample_result *result,
                          struct qtr_event_node *node);
+/* Fills the event with the log-probability of prompt token number `target`. */
+void qtr_sequence_score(const struct qtr_sequence *seq, int32_t target, const struct qtr_sample_result *result,
+                        struct qtr_event_node *node);
 /* Fills the fields that every event of the sequence has. */
 void qtr_sequence_describe(const struct qtr_sequence *seq, struct qtr_event *event);
 
@@ -128,6 +135,7 @@ struct qtr_engine {
   char device[32];
   int32_t group_size, threads, vocab_size, bos_token;
   int32_t max_num_seqs, max_num_batched_tokens, max_model_len, max_blocks, n_pages;
+  int32_t max_rows; /* of logits in a step: one for each sequence, and what is left for the log-probabilities of prompts */
   int32_t eos_token[QTR_MAX_EOS];
   int32_t n_eos;
   size_t kv_page_bytes;
@@ -148,15 +156,16 @@ struct qtr_engine {
 
   /* the step's own */
   struct qtr_batch batch;
-  int32_t *token, *position;        /* (max_num_batched_tokens) */
-  int32_t *q_start, *kv_len;        /* (max_num_seqs + 1), (max_num_seqs) */
-  int32_t *block_table;             /* (max_num_seqs, max_blocks) at most; rows are as long as this step needs */
-  int32_t *logit_row;               /* (max_num_seqs) */
-  struct qtr_sequence **batch_seq;  /* (max_num_seqs) */
-  struct qtr_sequence **row_seq;    /* (max_num_seqs) whose logits row i holds */
-  struct qtr_event_node **row_node; /* (max_num_seqs) */
-  struct qtr_choose_row *choose;    /* (max_num_seqs) for a device that samples; NULL where none does */
-  struct qtr_choose_result *chosen; /* (max_num_seqs) */
+  int32_t *token, *position;       /* (max_num_batched_tokens) */
+  int32_t *q_start, *kv_len;       /* (max_num_seqs + 1), (max_num_seqs) */
+  int32_t *block_table;            /* (max_num_seqs, max_blocks) at most; rows are as long as this step needs */
+  int32_t *logit_row;              /* (max_rows) */
+  struct qtr_sequence **batch_seq; /* (max_num_seqs) */
+  struct qtr_sequence **row_seq;   /* (max_rows) whose logits row i holds */
+  int32_t *row_target; /* (max_rows) > 0: the row is there for this prompt token's log-probability; 0: to sample */
+  struct qtr_event_node **row_node; /* (max_rows) */
+  struct qtr_choose_row *choose;    /* (max_rows) for a device that samples; NULL where none does */
+  struct qtr_choose_result *chosen; /* (max_rows) */
   struct qtr_choose_adjust *adjust; /* (adjust_capacity) what bias and penalties change in this step's rows */
   size_t n_adjust, adjust_capacity;
   struct qtr_sampler *sampler;

@@ -12,7 +12,8 @@
 #include <string.h>
 
 #define DEFAULT_MAX_NUM_SEQS 256
-#define MOST_SEQS 65536          /* arrays of a step stay small */
+#define LEAST_ROWS 32   /* of logits in a step: with few sequences, still some for the log-probabilities of prompts */
+#define MOST_SEQS 65536 /* arrays of a step stay small */
 #define MOST_STEP_TOKENS 1048576 /* likewise; QServe's default is 262,144 */
 #define MEMORY_SHARE 0.85 /* of what is free after weights and workspace: the rest is for the process and its neighbours */
 
@@ -228,7 +229,7 @@ static void describe(struct qtr_engine *e, enum qtr_kv_format kv) {
 
 /* Everything a step needs, so that it allocates nothing. */
 static enum qtr_status make_batch(struct qtr_engine *e, struct qtr_error *err) {
-  size_t tokens = (size_t)e->max_num_batched_tokens, seqs = (size_t)e->max_num_seqs;
+  size_t tokens = (size_t)e->max_num_batched_tokens, seqs = (size_t)e->max_num_seqs, rows = (size_t)e->max_rows;
   size_t blocks;
   e->max_blocks = (int32_t)qtr_ceil_div((size_t)e->max_model_len, QTR_PAGE_TOKENS);
   if (qtr_mul_overflow(seqs, (size_t)e->max_blocks * sizeof(int32_t), &blocks))
@@ -241,13 +242,14 @@ static enum qtr_status make_batch(struct qtr_engine *e, struct qtr_error *err) {
                {&e->q_start, (seqs + 1) * sizeof *e->q_start},
                {&e->kv_len, seqs * sizeof *e->kv_len},
                {&e->block_table, blocks},
-               {&e->logit_row, seqs * sizeof *e->logit_row},
+               {&e->logit_row, rows * sizeof *e->logit_row},
                {&e->running, seqs * sizeof *e->running},
                {&e->batch_seq, seqs * sizeof *e->batch_seq},
-               {&e->row_seq, seqs * sizeof *e->row_seq},
-               {&e->row_node, seqs * sizeof *e->row_node},
-               {&e->choose, seqs * sizeof *e->choose},
-               {&e->chosen, seqs * sizeof *e->chosen},
+               {&e->row_seq, rows * sizeof *e->row_seq},
+               {&e->row_target, rows * sizeof *e->row_target},
+               {&e->row_node, rows * sizeof *e->row_node},
+               {&e->choose, rows * sizeof *e->choose},
+               {&e->chosen, rows * sizeof *e->chosen},
                {&e->row_logits, (size_t)e->vocab_size * sizeof *e->row_logits},
                {&e->allowed, qtr_ceil_div((size_t)e->vocab_size, 32) * sizeof *e->allowed}};
   for (size_t i = 0; i < sizeof array / sizeof array[0]; i++) {
@@ -265,9 +267,9 @@ static void engine_free(struct qtr_engine *e) {
   qtr_kv_pool_free(e->pool);
   qtr_event_queue_free(&e->events);
   qtr_sampler_free(e->sampler);
-  void *const array[] = {e->token,     e->position,  e->q_start, e->kv_len,   e->block_table, e->logit_row,
-                         e->running,   e->batch_seq, e->row_seq, e->row_node, e->row_logits,  e->allowed,
-                         e->model_dir, e->choose,    e->chosen,  e->adjust};
+  void *const array[] = {e->token,   e->position,  e->q_start, e->kv_len,     e->block_table, e->logit_row,
+                         e->running, e->batch_seq, e->row_seq, e->row_target, e->row_node,    e->row_logits,
+                         e->allowed, e->model_dir, e->choose,  e->chosen,     e->adjust};
   for (size_t i = 0; i < sizeof array / sizeof array[0]; i++) free(array[i]);
   (void)pthread_mutex_destroy(&e->mutex);
   free(e);
@@ -301,7 +303,8 @@ enum qtr_status qtr_engine_open_model(struct qtr_model *model, struct qtr_tokeni
     status = qtr_fail_memory(err, "a path", o->model_dir ? strlen(o->model_dir) : 0);
     goto done;
   }
-  status = qtr_workspace_create(model, (size_t)e->max_num_batched_tokens, (size_t)e->max_num_seqs, &e->workspace, err);
+  e->max_rows = QTR_MIN(QTR_MAX(e->max_num_seqs, LEAST_ROWS), e->max_num_batched_tokens);
+  status = qtr_workspace_create(model, (size_t)e->max_num_batched_tokens, (size_t)e->max_rows, &e->workspace, err);
   if (status) goto done;
   struct qtr_kv_config kv = {.format = kv_format,
                              .n_layers = model->config.n_layers,

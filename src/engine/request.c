@@ -179,6 +179,7 @@ enum qtr_status qtr_request_create(const struct qtr_engine *engine, const struct
   r->max_tokens = o->max_tokens > 0 ? QTR_MIN(o->max_tokens, room) : room;
   r->priority = o->priority;
   r->logprobs = o->logprobs;
+  r->prompt_logprobs = o->prompt_logprobs && o->logprobs >= 0;
   r->n_sequences = r->n_live = n;
   r->ignore_eos = o->ignore_eos;
   if (o->constraint) r->constraint = *o->constraint;
@@ -312,6 +313,26 @@ void qtr_sequence_describe(const struct qtr_sequence *s, struct qtr_event *e) {
   e->n_cached_tokens = QTR_MAX(s->n_cached, 0);
 }
 
+bool qtr_sequence_scores(const struct qtr_sequence *s) {
+  const struct qtr_request *r = s->request;
+  return r->prompt_logprobs && s->index == 0 && s->n_scored < r->n_prompt - 1;
+}
+
+static void put_logprob(const struct qtr_sample_result *result, struct qtr_event_node *node) {
+  node->event.has_logprob = true;
+  node->event.logprob = result->logprob;
+  node->event.n_top_logprob = result->n_top;
+  memcpy(node->top, result->top, (size_t)result->n_top * sizeof node->top[0]);
+}
+
+void qtr_sequence_score(const struct qtr_sequence *s, int32_t target, const struct qtr_sample_result *result,
+                        struct qtr_event_node *node) {
+  qtr_sequence_describe(s, &node->event);
+  node->event.token = result->token;
+  node->event.prompt_index = target;
+  put_logprob(result, node);
+}
+
 void qtr_sequence_accept(const struct qtr_engine *engine, struct qtr_sequence *s, const struct qtr_sample_result *result,
                          struct qtr_event_node *node) {
   const struct qtr_request *r = s->request;
@@ -325,12 +346,7 @@ void qtr_sequence_accept(const struct qtr_engine *engine, struct qtr_sequence *s
   s->token[s->n_tokens++] = result->token;
   if (s->constraint) r->constraint.accept(s->constraint, result->token);
   e->n_output_tokens++;
-  if (r->logprobs >= 0) {
-    e->has_logprob = true;
-    e->logprob = result->logprob;
-    e->n_top_logprob = result->n_top;
-    memcpy(node->top, result->top, (size_t)result->n_top * sizeof node->top[0]);
-  }
+  if (r->logprobs >= 0) put_logprob(result, node);
   bool stop = ends_sequence(engine, r, result->token);
   bool full = e->n_output_tokens >= r->max_tokens;
   if (engine->tokenizer) {

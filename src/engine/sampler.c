@@ -413,6 +413,12 @@ static void log_probabilities(struct qtr_sampler *s, const struct qtr_sample_arg
   }
 }
 
+void qtr_sampler_score(struct qtr_sampler *s, const float *logits, int32_t token, int32_t n_top,
+                       struct qtr_sample_result *r) {
+  *r = (struct qtr_sample_result){.token = token, .logprob = NAN};
+  log_probabilities(s, &(struct qtr_sample_args){.logits = logits, .n_top = n_top}, r);
+}
+
 void qtr_sample(struct qtr_sampler *s, const struct qtr_sample_args *a, struct qtr_sample_result *r) {
   r->logprob = 0;
   r->n_top = 0;

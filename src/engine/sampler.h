@@ -44,6 +44,10 @@ struct qtr_choose_adjust;
 size_t qtr_sampler_adjustments(struct qtr_sampler *sampler, const struct qtr_sample_args *args,
                                struct qtr_choose_adjust *adjust, size_t most);
 
+/* The log-probability of a given token, and of the n_top best ones. NaN where no logit is finite. */
+void qtr_sampler_score(struct qtr_sampler *sampler, const float *logits, int32_t token, int32_t n_top,
+                       struct qtr_sample_result *result);
+
 void qtr_sample(struct qtr_sampler *sampler, const struct qtr_sample_args *args, struct qtr_sample_result *result);
 
 #endif

@@ -140,9 +140,21 @@ static void preempt_last(struct qtr_engine *e, int32_t *budget) {
   e->stats.n_preemptions++;
 }
 
+/* How many of `left` tokens a sequence computes in this step. Each sequence has a row of logits of its own; one that owes
+ * log-probabilities of its prompt needs one for each token and takes at most half of the *rows that are left over, so that
+ * others can still be admitted. What it has told before (it was preempted) needs none. */
+static int32_t share(const struct qtr_sequence *s, int32_t left, int32_t budget, int32_t *rows) {
+  int32_t n = QTR_MIN(left, budget);
+  if (!qtr_sequence_scores(s)) return n;
+  int32_t told = QTR_MAX(s->n_scored - s->n_computed, 0), most = *rows / 2;
+  n = QTR_MIN(n, told + 1 + most);
+  *rows -= QTR_MAX(n - told - 1, 0);
+  return n;
+}
+
 /* Running sequences; `decode` chooses those with one token to compute or the others. Returns false when something was
  * preempted: pages are short, and nobody shall be admitted. */
-static bool plan_running(struct qtr_engine *e, bool decode, int32_t *budget) {
+static bool plan_running(struct qtr_engine *e, bool decode, int32_t *budget, int32_t *rows) {
   bool ample = true;
   for (int32_t i = 0; i<e->n_running && * budget> 0; i++) {
     struct qtr_sequence *s = e->running[i];
@@ -158,7 +170,7 @@ static bool plan_running(struct qtr_engine *e, bool decode, int32_t *budget) {
       ample = false;
     }
     if (s->state != QTR_SEQ_RUNNING) break;
-    s->n_planned = QTR_MIN(left, *budget);
+    s->n_planned = share(s, left, *budget, rows);
     *budget -= s->n_planned;
   }
   return ample;
@@ -168,7 +180,8 @@ static bool plan_running(struct qtr_engine *e, bool decode, int32_t *budget) {
  * for its logits. One page in a hundred stays free for those that run, lest an admission preempts them at once. */
 static bool take_pages(struct qtr_engine *e, struct qtr_sequence *s) {
   int32_t total = pages_for(s->n_tokens), spare = e->n_running > 0 ? e->n_pages / 100 : 0;
-  s->n_pages = qtr_kv_pool_match(e->pool, 0, s->token, (size_t)s->n_tokens - 1, s->page, total);
+  int32_t reusable = qtr_sequence_scores(s) ? s->n_scored : s->n_tokens - 1; /* what must be told must be computed */
+  s->n_pages = qtr_kv_pool_match(e->pool, 0, s->token, (size_t)reusable, s->page, total);
   if (qtr_kv_pool_available(e->pool) < total - s->n_pages + spare) {
     release_pages(e, s);
     return false;
@@ -180,22 +193,24 @@ static bool take_pages(struct qtr_engine *e, struct qtr_sequence *s) {
 }
 
 /* Admits from the queue in order. The first that does not fit holds up the rest, so that large ones get their turn. */
-static void admit(struct qtr_engine *e, int32_t *budget) {
+static void admit(struct qtr_engine *e, int32_t *budget, int32_t *rows) {
   struct qtr_sequence *next;
   for (struct qtr_sequence *s = e->waiting_first; s && *budget > 0; s = next) {
     next = s->next;
     struct qtr_request *r = s->request;
     /* Further completions wait until the first has published the prompt, then share its pages. */
-    if (s->index > 0 && e->prefix_cache && !r->prefilled) continue;
+    if (s->index > 0 && (e->prefix_cache || r->prompt_logprobs) && !r->prefilled) continue;
     if (!qtr_sequence_prepare(s)) { /* out of memory: this one ends, its siblings need not wait for it */
       r->prefilled = true;
       finish_with(e, s, QTR_FINISH_ERROR);
       retire(e, r);
       continue;
     }
+    if (e->n_running < e->max_num_seqs && *rows == 0) return; /* the next step has some again */
     while (e->n_running == e->max_num_seqs || !take_pages(e, s)) {
       if (e->n_running == 0 || e->running[e->n_running - 1]->request->priority >= r->priority) return;
       preempt_last(e, budget);
+      (*rows)++;
     }
     next = s->next; /* perhaps one of those preempted just now */
     queue_remove(e, s);
@@ -205,9 +220,18 @@ static void admit(struct qtr_engine *e, int32_t *budget) {
       e->stats.n_prompt_tokens += (uint64_t)r->n_prompt;
       e->stats.n_cached_tokens += (uint64_t)s->n_cached;
     }
-    s->n_planned = QTR_MIN(s->n_tokens - s->n_computed, *budget);
+    (*rows)--;
+    s->n_planned = share(s, s->n_tokens - s->n_computed, *budget, rows);
     *budget -= s->n_planned;
   }
+}
+
+/* A row of logits after the token at this place of the batch. target: see row_target. */
+static void add_row(struct qtr_engine *e, struct qtr_sequence *s, int32_t place, int32_t target) {
+  int32_t i = e->batch.n_logit_rows++;
+  e->row_seq[i] = s;
+  e->row_target[i] = target;
+  e->logit_row[i] = place;
 }
 
 /* Lays the planned tokens out as a batch. */
@@ -236,21 +260,24 @@ static void build_batch(struct qtr_engine *e) {
     e->q_start[b->n_seqs] = b->n_tokens;
     e->kv_len[b->n_seqs] = s->n_computed;
     e->batch_seq[b->n_seqs++] = s;
-    b->n_tokens += s->n_planned;
-    if (s->n_computed + s->n_planned == s->n_tokens) {
-      e->row_seq[b->n_logit_rows] = s;
-      e->logit_row[b->n_logit_rows++] = b->n_tokens - 1;
+    if (qtr_sequence_scores(s)) {
+      int32_t last = QTR_MIN(s->n_computed + s->n_planned, s->request->n_prompt - 1);
+      for (int32_t target = QTR_MAX(s->n_scored, s->n_computed) + 1; target <= last; target++) {
+        add_row(e, s, b->n_tokens + target - 1 - s->n_computed, target);
+      }
     }
+    b->n_tokens += s->n_planned;
+    if (s->n_computed + s->n_planned == s->n_tokens) add_row(e, s, b->n_tokens - 1, 0);
   }
   e->q_start[b->n_seqs] = b->n_tokens;
 }
 
 void qtr_scheduler_plan(struct qtr_engine *e) {
-  int32_t budget = e->max_num_batched_tokens;
+  int32_t budget = e->max_num_batched_tokens, rows = e->max_rows - e->n_running;
   for (int32_t i = 0; i < e->n_running; i++) e->running[i]->n_planned = 0;
-  bool ample = plan_running(e, true, &budget);
-  ample = plan_running(e, false, &budget) && ample;
-  if (ample) admit(e, &budget);
+  bool ample = plan_running(e, true, &budget, &rows);
+  ample = plan_running(e, false, &budget, &rows) && ample;
+  if (ample) admit(e, &budget, &rows);
   build_batch(e);
 }
 
@@ -285,6 +312,11 @@ void qtr_scheduler_commit(struct qtr_engine *e) {
     e->row_node[i] = NULL;
     if (r->cancelled) { /* its end follows, and nothing else */
       qtr_event_recycle(&e->events, node);
+      continue;
+    }
+    if (e->row_target[i] > 0) {
+      s->n_scored = e->row_target[i];
+      qtr_event_push(&e->events, node);
       continue;
     }
     s->n_emitted = node->event.n_output_tokens;

@@ -22,6 +22,8 @@ static void job_free(struct qtr_job *job) {
   for (size_t i = 0; job->run && i < job->request.n_prompts; i++) {
     free(job->run[i].token);
     free(job->run[i].echo);
+    free(job->run[i].offset);
+    for (int k = 0; k < 4; k++) qtr_buffer_free(&job->run[i].lp[k]);
   }
   for (int32_t i = 0; i < job->n_choices; i++) {
     qtr_buffer_free(&job->choice[i].text);
@@ -162,6 +164,7 @@ static bool add_runs(struct qtr_job *job, struct qtr_api_error *err) {
     job->n_live += options.n;
     s->n_live += options.n;
     job->n_prompt_tokens += (int64_t)run->n_token;
+    if (run->offset) qtr_reply_first_token(job, run->token[0], run->lp);
     free(run->token);
     run->token = NULL;
   }
@@ -185,7 +188,7 @@ static void begin_stream(struct qtr_job *job) {
     struct qtr_choice *c = &job->choice[i];
     if (job->chat) qtr_reply_chunk(job, c, &(struct qtr_chunk){.role = true}, &out);
     const struct qtr_run *run = &job->run[c->prompt];
-    if (run->echo && run->n_echo > 0) {
+    if (run->n_echo > 0 && !run->offset) { /* else it goes out with the log-probabilities, when they are there */
       qtr_reply_chunk(job, c, &(struct qtr_chunk){.text = run->echo, .len = run->n_echo}, &out);
     }
   }
@@ -235,7 +238,7 @@ static void on_prepared(struct qtr_task *task) {
     for (int32_t i = 0; i < job->n_choices; i++) {
       struct qtr_choice *c = &job->choice[i];
       const struct qtr_run *run = &job->run[c->prompt];
-      c->n_text = run->n_echo;
+      c->n_text = run->n_echo > 0 ? qtr_count_characters(run->echo, run->n_echo) : 0;
       if (run->n_echo > 0 && !job->request.stream) qtr_buffer_put(&c->text, run->echo, run->n_echo);
     }
     ok = add_runs(job, &err);
@@ -317,8 +320,16 @@ static void take_text(struct qtr_job *job, struct qtr_choice *c, const struct qt
     qtr_buffer_put(&c->text, text, len);
     if (lp) qtr_reply_logprobs(job, lp, c->n_text, c->lp);
   }
-  c->n_text += len;
+  c->n_text += qtr_count_characters(text, len);
   qtr_buffer_free(&content);
+}
+
+/* The prompt's text with its log-probabilities, which are complete when the first token comes. */
+static void stream_echo(struct qtr_job *job, struct qtr_choice *c, const struct qtr_run *run) {
+  struct qtr_buffer out = {0};
+  qtr_reply_chunk(job, c, &(struct qtr_chunk){.text = run->echo, .len = run->n_echo, .lp = run->lp}, &out);
+  write_stream(job, &out);
+  qtr_buffer_free(&out);
 }
 
 void qtr_job_event(struct qtr_server *s, const struct qtr_mail *mail) {
@@ -326,12 +337,16 @@ void qtr_job_event(struct qtr_server *s, const struct qtr_mail *mail) {
   const struct qtr_event *e = &event;
   struct qtr_run *run = e->user;
   struct qtr_job *job = run->job;
-  if (job->request.no_output && event.token >= 0) { /* max_tokens 0: the one token it took to read the prompt is nobody's */
+  if (job->request.no_output && event.token >= 0 && event.prompt_index == 0) { /* max_tokens 0: the one token it took to read the prompt is nobody's */
     event.token = -1;
     event.text = "";
     event.text_len = 0;
     event.has_logprob = false;
     event.finish = QTR_FINISH_LENGTH;
+  }
+  if (e->prompt_index > 0) {
+    if (!job->answered) qtr_reply_logprobs(job, e, (size_t)run->offset[e->prompt_index], run->lp);
+    return;
   }
   struct qtr_choice *c = &job->choice[run->prompt * job->request.options.n + e->index];
   bool last = e->finish != QTR_FINISH_NONE;
@@ -347,6 +362,7 @@ void qtr_job_event(struct qtr_server *s, const struct qtr_mail *mail) {
   if (!c->begun) {
     c->begun = true;
     if (e->index == 0) job->n_cached_tokens += e->n_cached_tokens;
+    if (job->streaming && run->offset) stream_echo(job, c, run);
   }
   if (!job->answered && (e->finish == QTR_FINISH_NONE || e->finish == QTR_FINISH_STOP || e->finish == QTR_FINISH_LENGTH)) {
     c->finish = e->finish;

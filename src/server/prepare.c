@@ -65,6 +65,26 @@ static bool prepare_chat(struct qtr_job *job, struct qtr_api_error *err) {
   return ok;
 }
 
+/* Where the text of each of the prompt's tokens begins. */
+static bool find_offsets(const struct qtr_job *job, struct qtr_run *run, bool from_text, struct qtr_api_error *err) {
+  struct qtr_detokenizer detokenizer;
+  struct qtr_text text = {0};
+  size_t n = 0;
+  bool ok = true;
+  run->offset = calloc(run->n_token + 1, sizeof *run->offset);
+  if (!run->offset) return qtr_api_fail(err, 503, NULL, "out of memory");
+  if (!job->server->engine->tokenizer) return true;
+  qtr_detokenizer_init(&detokenizer, job->server->engine->tokenizer, from_text); /* a text has no BOS in it */
+  for (size_t i = 0; i < run->n_token && ok; i++) {
+    run->offset[i] = (int32_t)n;
+    text.len = 0;
+    ok = !qtr_detokenizer_push(&detokenizer, run->token[i], &text, NULL);
+    if (ok && text.len > 0) n += qtr_count_characters(text.data, text.len);
+  }
+  qtr_text_free(&text);
+  return ok || qtr_api_fail(err, 503, NULL, "out of memory");
+}
+
 static bool prepare_prompt(struct qtr_job *job, size_t i, struct qtr_api_error *err) {
   struct qtr_api_prompt *p = &job->request.prompt[i];
   struct qtr_run *run = &job->run[i];
@@ -75,7 +95,8 @@ static bool prepare_prompt(struct qtr_job *job, size_t i, struct qtr_api_error *
       memcpy(run->echo, p->text, p->len + 1);
       run->n_echo = p->len;
     }
-    return encode(job, p->text, p->len, true, false, "prompt", &run->token, &run->n_token, err);
+    if (!encode(job, p->text, p->len, true, false, "prompt", &run->token, &run->n_token, err)) return false;
+    return !job->request.options.prompt_logprobs || !job->request.logprobs || find_offsets(job, run, true, err);
   }
   if (!check_ids(job, "prompt", p->token, p->n_token, err)) return false;
   run->token = p->token;
@@ -86,7 +107,7 @@ static bool prepare_prompt(struct qtr_job *job, size_t i, struct qtr_api_error *
     qtr_api_error_from(err, &why, "echo");
     return false;
   }
-  return true;
+  return !job->request.options.prompt_logprobs || !job->request.logprobs || find_offsets(job, run, false, err);
 }
 
 /* What describes the grammar, as a text; malloc'ed, NULL when there is no memory. The order of members counts. */

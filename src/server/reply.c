@@ -41,6 +41,12 @@ static void put_calls(const struct qtr_tool_parser *tool, size_t first, size_t n
   qtr_buffer_puts(out, "]");
 }
 
+size_t qtr_count_characters(const char *text, size_t len) {
+  size_t n = 0;
+  for (size_t i = 0; i < len; i++) n += ((unsigned char)text[i] & 0xC0) != 0x80;
+  return n;
+}
+
 /* ---- log-probabilities --------------------------------------------------------------------------- */
 
 /* The token's text as a JSON string, special tokens by their names; bytes that are no text become U+FFFD. */
@@ -95,34 +101,50 @@ void qtr_reply_logprobs(const struct qtr_job *job, const struct qtr_event *e, si
   for (int i = 0; i < 4; i++) qtr_buffer_puts(&lp[i], comma);
   put_token(job, e->token, &lp[0], NULL);
   qtr_buffer_number(&lp[1], (double)e->logprob);
-  qtr_buffer_puts(&lp[2], "{");
-  for (int32_t i = 0; i < e->n_top_logprob; i++) { /* several tokens may look alike: the first is the best */
+  qtr_buffer_puts(&lp[2], "{"); /* the best ones, and the chosen one where it is not among them, as OpenAI has it */
+  const struct qtr_token_logprob chosen = {e->token, e->logprob};
+  bool listed = false;
+  for (int32_t i = 0; i <= e->n_top_logprob; i++) { /* several tokens may look alike: the first is the best */
+    const struct qtr_token_logprob *t = i < e->n_top_logprob ? &e->top_logprob[i] : &chosen;
+    if (i == e->n_top_logprob && listed) break;
+    listed = listed || t->token == e->token;
     if (i > 0) qtr_buffer_puts(&lp[2], ",");
-    put_token(job, e->top_logprob[i].token, &lp[2], NULL);
+    put_token(job, t->token, &lp[2], NULL);
     qtr_buffer_puts(&lp[2], ":");
-    qtr_buffer_number(&lp[2], (double)e->top_logprob[i].logprob);
+    qtr_buffer_number(&lp[2], (double)t->logprob);
   }
   qtr_buffer_puts(&lp[2], "}");
   qtr_buffer_printf(&lp[3], "%zu", text_at);
 }
 
-static void put_items(struct qtr_buffer *out, const char *name, const struct qtr_buffer *items) {
-  qtr_buffer_puts(out, name);
-  qtr_buffer_put(out, items->data, items->len);
-  qtr_buffer_puts(out, "]");
-  out->failed = out->failed || items->failed;
+void qtr_reply_first_token(const struct qtr_job *job, int32_t token, struct qtr_buffer lp[4]) {
+  put_token(job, token, &lp[0], NULL);
+  qtr_buffer_puts(&lp[1], "null");
+  qtr_buffer_puts(&lp[2], "null");
+  qtr_buffer_puts(&lp[3], "0");
 }
 
-static void put_logprobs(const struct qtr_job *job, const struct qtr_buffer lp[4], struct qtr_buffer *out) {
+/* `name`[items of the prompt, then of the output]; prompt NULL: none */
+static void put_items(struct qtr_buffer *out, const char *name, const struct qtr_buffer *prompt,
+                      const struct qtr_buffer *items) {
+  qtr_buffer_puts(out, name);
+  if (prompt) qtr_buffer_put(out, prompt->data, prompt->len);
+  if (prompt && prompt->len > 0 && items->len > 0) qtr_buffer_puts(out, ",");
+  qtr_buffer_put(out, items->data, items->len);
+  qtr_buffer_puts(out, "]");
+  out->failed = out->failed || items->failed || (prompt && prompt->failed);
+}
+
+static void put_logprobs(const struct qtr_job *job, const struct qtr_buffer *prompt, const struct qtr_buffer lp[4],
+                         struct qtr_buffer *out) {
   if (job->chat) {
-    put_items(out, ",\"logprobs\":{\"content\":[", &lp[0]);
+    put_items(out, ",\"logprobs\":{\"content\":[", NULL, &lp[0]);
     qtr_buffer_puts(out, ",\"refusal\":null}");
     return;
   }
-  put_items(out, ",\"logprobs\":{\"tokens\":[", &lp[0]);
-  put_items(out, ",\"token_logprobs\":[", &lp[1]);
-  put_items(out, ",\"top_logprobs\":[", &lp[2]);
-  put_items(out, ",\"text_offset\":[", &lp[3]);
+  static const char *const name[] = {",\"logprobs\":{\"tokens\":[", ",\"token_logprobs\":[", ",\"top_logprobs\":[",
+                                     ",\"text_offset\":["};
+  for (int i = 0; i < 4; i++) put_items(out, name[i], prompt ? &prompt[i] : NULL, &lp[i]);
   qtr_buffer_puts(out, "}");
 }
 
@@ -153,7 +175,7 @@ void qtr_reply_final(const struct qtr_job *job, struct qtr_buffer *out) {
     }
     out->failed = out->failed || c->text.failed;
     if (job->request.logprobs)
-      put_logprobs(job, c->lp, out);
+      put_logprobs(job, job->run[c->prompt].offset ? job->run[c->prompt].lp : NULL, c->lp, out);
     else
       qtr_buffer_puts(out, ",\"logprobs\":null");
     qtr_buffer_printf(out, ",\"finish_reason\":\"%s\"}", qtr_reply_finish(c));
@@ -193,10 +215,12 @@ void qtr_reply_chunk(const struct qtr_job *job, const struct qtr_choice *c, cons
     qtr_buffer_puts(out, "\"text\":");
     qtr_buffer_string(out, chunk->text ? chunk->text : "", chunk->len);
   }
-  if (chunk->logprob) {
+  if (chunk->lp) {
+    put_logprobs(job, NULL, chunk->lp, out);
+  } else if (chunk->logprob) {
     struct qtr_buffer lp[4] = {{0}};
     qtr_reply_logprobs(job, chunk->logprob, c->n_text, lp);
-    put_logprobs(job, lp, out);
+    put_logprobs(job, NULL, lp, out);
     for (int i = 0; i < 4; i++) qtr_buffer_free(&lp[i]);
   } else {
     qtr_buffer_puts(out, ",\"logprobs\":null");

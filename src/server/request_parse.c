@@ -525,9 +525,7 @@ static bool check_completion(struct qtr_api_request *r, struct qtr_api_error *er
   struct qtr_request_options *o = &r->options;
   o->logprobs = r->top_logprobs;
   r->logprobs = r->top_logprobs >= 0;
-  if (r->logprobs && r->echo) {
-    return qtr_api_fail(err, 400, "echo", "echo together with logprobs is not supported: leave one of them out");
-  }
+  o->prompt_logprobs = r->echo;
   if (r->suffix && *r->suffix) {
     return qtr_api_fail(err, 400, "suffix", "suffix is not supported: this server only continues text");
   }

@@ -98,7 +98,7 @@ static bool step(struct qtr_runner *r) {
   bool any = false;
   while (qtr_engine_poll(r->engine, &event)) {
     append_mail(r, &event, now);
-    n_tokens += event.token >= 0;
+    n_tokens += event.token >= 0 && event.prompt_index == 0;
     any = true;
   }
   if (any || has_work) {

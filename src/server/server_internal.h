@@ -43,7 +43,7 @@ struct qtr_choice { /* one completion */
   bool ended, begun; /* begun: its first chunk is out */
   int32_t n_tokens;
   double t_last;
-  size_t n_text; /* bytes of text so far, echo included: offsets of log-probabilities */
+  size_t n_text; /* characters so far, echo included: offsets of log-probabilities */
   size_t n_calls_sent;
   struct qtr_buffer text;  /* not streamed: all of it */
   struct qtr_buffer lp[4]; /* not streamed: items of the log-probabilities' arrays */
@@ -59,6 +59,8 @@ struct qtr_run { /* one prompt: a request of the engine */
   size_t n_token;
   char *echo; /* (n_echo) the prompt's text when it is wanted back */
   size_t n_echo;
+  int32_t *offset; /* (n_token) where each token's text begins, in characters; NULL: its log-probabilities are not wanted */
+  struct qtr_buffer lp[4]; /* items of the log-probabilities of the prompt, for all its completions */
 };
 
 struct qtr_job {
@@ -108,6 +110,7 @@ struct qtr_chunk {
   const char *text;
   size_t len;
   const struct qtr_event *logprob; /* NULL = none */
+  const struct qtr_buffer *lp;     /* or items that are made already; NULL = none */
   size_t first_call, n_calls;      /* of choice->tool */
   bool role;
   const char *finish;
@@ -117,6 +120,9 @@ void qtr_reply_chunk(const struct qtr_job *job, const struct qtr_choice *choice,
 void qtr_reply_usage_chunk(const struct qtr_job *job, struct qtr_buffer *out);
 /* Appends an event's log-probabilities to lp[0 … 3] (chat: lp[0] only). text_at: offset of the token's text. */
 void qtr_reply_logprobs(const struct qtr_job *job, const struct qtr_event *event, size_t text_at, struct qtr_buffer lp[4]);
+/* The first token of a prompt, which has none. */
+void qtr_reply_first_token(const struct qtr_job *job, int32_t token, struct qtr_buffer lp[4]);
+size_t qtr_count_characters(const char *text, size_t len);     /* of UTF-8 */
 const char *qtr_reply_finish(const struct qtr_choice *choice); /* "stop", "length", "tool_calls" */
 
 /* ---- the rest of the routes and the log (routes.c, log.c) ------------------------------------------ */

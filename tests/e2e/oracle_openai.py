@@ -184,6 +184,67 @@ def test_logprobs(server):
     check([c.token for c in items] == [c.token for c in content], "logprobs of a stream")
 
 
+def test_echo(server):
+    """Log-probabilities of prompts: what `quattuor eval ppl` says of the same tokens, in every way to ask for them."""
+    client = server.client()
+    text = "The old man, who had been in the garden, said that it was late.\nNobody answered him; the dog slept." * 8
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write(text)
+        file.flush()
+        tokens = httpx.post(server.url + "/tokenize", json={"prompt": text}).json()["tokens"]
+        out = subprocess.run([quattuor, "eval", "ppl", "--model", model, "--text", file.name, "--ctx", str(len(tokens)), "--json"],
+                             capture_output=True, text=True, check=True)
+        wanted = json.loads(out.stdout.splitlines()[-1])["mean_nll"]
+    create = lambda **more: client.completions.create(model=name, prompt=text, temperature=0, top_p=1, echo=True, logprobs=2, **more)
+    plain = create(max_tokens=0)
+    answer, lp = plain.choices[0], plain.choices[0].logprobs
+    check(answer.text == text and answer.finish_reason == "length" and plain.usage.completion_tokens == 0, "echo alone", answer.finish_reason)
+    check(lp.token_logprobs[0] is None and lp.top_logprobs[0] is None and len(lp.token_logprobs) == len(tokens), "the first token")
+    mean = -sum(lp.token_logprobs[1:]) / (len(tokens) - 1)
+    check(abs(mean - wanted) < 2e-4, "mean log-probability against eval ppl", mean, wanted)
+    check(all(token in top and 2 <= len(top) <= 3 for token, top in zip(lp.tokens[1:], lp.top_logprobs[1:])), "the token beside the best")
+    check(all(text[at:].startswith(token) for token, at in list(zip(lp.tokens, lp.text_offset))[1:]), "text_offset of a prompt")
+    check("".join(lp.tokens[1:]) == text, "tokens of a prompt")
+    longer = create(max_tokens=5, n=2)
+    for choice in longer.choices:
+        check(choice.logprobs.token_logprobs[:len(tokens)] == lp.token_logprobs, "the same after a prefix-cache hit, in each completion")
+        check(len(choice.logprobs.tokens) == len(tokens) + 5 and choice.text == "".join(choice.logprobs.tokens[1:]), "and the output's")
+    parts = [c.choices[0] for c in create(max_tokens=5, stream=True) if c.choices]
+    check("".join(p.text for p in parts) == longer.choices[0].text, "echo in a stream")
+    streamed = [x for p in parts if p.logprobs for x in p.logprobs.token_logprobs]
+    check(streamed == longer.choices[0].logprobs.token_logprobs, "log-probabilities of a stream", len(streamed))
+    given = client.completions.create(model=name, prompt=[tokens, tokens[:9]], max_tokens=0, echo=True, logprobs=0).choices
+    check(given[0].logprobs.token_logprobs == lp.token_logprobs, "a prompt of tokens")
+    check(given[1].logprobs.token_logprobs == lp.token_logprobs[:9], "and a shorter one")
+
+
+def test_transformers():
+    """The same of the float model, by transformers, where it and torch are installed."""
+    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../../../shared/models/demo-bf16")
+    folder = os.path.join(os.environ["QUATTUOR_SHARED"], "models/demo-bf16") if "QUATTUOR_SHARED" in os.environ else folder
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        print("test_transformers: left out, no torch and transformers in this Python")
+        return
+    if not os.path.isdir(folder):
+        print("test_transformers: left out, there is no", folder)
+        return
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)
+    server = Server("--log-format", "none", model_dir=folder)
+    text = "The old man, who had been in the garden, said that it was late. Nobody answered him."
+    got = server.client().completions.create(model="demo-bf16", prompt=text, max_tokens=0, echo=True, logprobs=1).choices[0].logprobs
+    tokens = httpx.post(server.url + "/tokenize", json={"prompt": text}).json()["tokens"]
+    with torch.no_grad():
+        scores = torch.log_softmax(reference(torch.tensor([tokens])).logits[0].double(), -1)
+    wanted = [scores[i - 1, t].item() for i, t in enumerate(tokens)][1:]
+    worst = max(abs(a - b) for a, b in zip(got.token_logprobs[1:], wanted))
+    check(len(got.token_logprobs) == len(tokens) and worst < 0.03, "log-probabilities of transformers", worst)
+    print("test_transformers: largest difference", worst)
+    server.stop()
+
+
 def test_errors(server):
     client = server.client()
     bad, chat, completion = openai.BadRequestError, client.chat.completions.create, client.completions.create
@@ -204,7 +265,6 @@ def test_errors(server):
     fails(bad, "prompt", completion, model=name, prompt=[1, "x"])
     fails(bad, "prompt", completion, model=name, prompt=[99999999])
     fails(bad, "prompt", completion, model=name, prompt="word " * 20000)
-    fails(bad, "echo", completion, model=name, prompt="x", echo=True, logprobs=1)
     fails(bad, "suffix", completion, model=name, prompt="x", suffix="y")
     fails(openai.NotFoundError, "model", chat, model="other", messages=CHAT)
     fails(openai.NotFoundError, "model", client.models.retrieve, model="other")
@@ -416,13 +476,13 @@ def test_json(server):
 def main():
     server = Server("--log-format", "none")
     try:
-        for test in (test_plain, test_prompts, test_logprobs, test_errors, test_json, test_many, test_cancel):
+        for test in (test_plain, test_prompts, test_logprobs, test_echo, test_errors, test_json, test_many, test_cancel):
             start = time.time()
             test(server)
             print(f"{test.__name__}: {time.time() - start:.1f} s")
     finally:
         server.stop()
-    for test in (test_tools, test_operation):
+    for test in (test_tools, test_operation, test_transformers):
         start = time.time()
         test()
         print(f"{test.__name__}: {time.time() - start:.1f} s")

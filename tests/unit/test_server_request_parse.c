@@ -199,7 +199,6 @@ static void test_errors(void **state) {
       {QTR_API_COMPLETION, "\"prompt\":[2147483648]", "prompt"},
       {QTR_API_COMPLETION, "\"prompt\":\"a\",\"logprobs\":true", "logprobs"},
       {QTR_API_COMPLETION, "\"prompt\":\"a\",\"logprobs\":21", "logprobs"},
-      {QTR_API_COMPLETION, "\"prompt\":\"a\",\"echo\":true,\"logprobs\":0", "echo"},
       {QTR_API_COMPLETION, "\"prompt\":\"a\",\"suffix\":\"b\"", "suffix"},
       {QTR_API_COMPLETION, "\"prompt\":[\"a\",\"a\",\"a\",\"a\",\"a\"],\"n\":64", "n"}};
   for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {

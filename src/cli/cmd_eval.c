@@ -1,4 +1,4 @@
-/* cmd_eval.c - `quattuor eval NAME`: finds the evaluation, and what evaluations share (eval.h). */
+/* cmd_eval.c - `quattuor eval NAME`: finds the evaluation; evaluations over a text share how it is read (eval.h). */
 #include "base/checked.h"
 #include "base/file.h"
 #include "base/status.h"
@@ -15,6 +15,7 @@
 static const struct qtr_command evaluations[] = {
     {"ppl", "Perplexity over a text file.", qtr_eval_ppl},
     {"compare", "Two models over the same text: KL divergence, agreement, hidden states.", qtr_eval_compare},
+    {"niah", "Needle in a haystack: retrieval over lengths and depths.", qtr_eval_niah},
 };
 enum { N_EVALUATIONS = sizeof evaluations / sizeof evaluations[0] };
 

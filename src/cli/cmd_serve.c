@@ -38,7 +38,7 @@ static const struct qtr_option own_options[] = {
      .kind = QTR_OPTION_STRING,
      .offset = AT(api_key),
      .help = "File with the keys that open the API, one a line. Default: the key in $QUATTUOR_API_KEY, else none is needed. "
-             "Every route but /health wants it."},
+             "Every route but /health and the page's files wants it."},
     {.name = "served-model-name",
      .argument = "NAME",
      .kind = QTR_OPTION_STRING,

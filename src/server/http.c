@@ -456,6 +456,7 @@ static const char *reason(int status) {
   switch (status) {
     case 200: return "OK";
     case 204: return "No Content";
+    case 304: return "Not Modified";
     case 400: return "Bad Request";
     case 401: return "Unauthorized";
     case 404: return "Not Found";
@@ -492,7 +493,7 @@ void qtr_http_reply(struct qtr_http_conn *c, int status, const char *type, const
   if (c->state != STATE_ANSWER) return;
   struct evbuffer *out = bufferevent_get_output(c->bev);
   write_head(c, status, type, headers);
-  if (status != 204) (void)evbuffer_add_printf(out, "Content-Length: %zu\r\n", len);
+  if (status != 204 && status != 304) (void)evbuffer_add_printf(out, "Content-Length: %zu\r\n", len);
   (void)evbuffer_add(out, "\r\n", 2);
   if (!c->is_head && len > 0) (void)evbuffer_add(out, body, len);
   finish_answer(c);

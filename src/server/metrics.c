@@ -80,6 +80,8 @@ void qtr_metrics_write(struct qtr_buffer *out, const char *model, const struct q
 
   value(p, "vllm:num_requests_running", "gauge", "Completions that run.", s->n_running);
   value(p, "vllm:num_requests_waiting", "gauge", "Completions that wait.", s->n_waiting);
+  value(p, "quattuor:max_num_seqs", "gauge", "Completions that may run at once.", r->max_running);
+  value(p, "quattuor:max_queue", "gauge", "Completions that may wait.", r->max_queue);
   double used = s->n_pages_total > 0 ? (double)s->n_pages_used / s->n_pages_total : 0;
   value(p, "vllm:kv_cache_usage_perc", "gauge", "Share of the KV pages that are in use, 0 to 1.", used);
   value(p, "vllm:gpu_cache_usage_perc", "gauge", "The same under its older name.", used);
@@ -104,6 +106,8 @@ void qtr_metrics_write(struct qtr_buffer *out, const char *model, const struct q
   histogram(p, "quattuor:step_seconds", "Time of one step of the engine.", &steps->seconds);
   histogram(p, "quattuor:step_sequences", "Completions that got a token in a step.", &steps->batch);
   value(p, "quattuor:model_seconds_total", "counter", "Time inside the model.", s->model_seconds);
+  value(p, "quattuor:kv_pages_free", "gauge", "Pages that hold nothing.",
+        s->n_pages_total - s->n_pages_used - s->n_pages_cached);
   value(p, "quattuor:kv_pages", "gauge", "Pages of the KV pool.", s->n_pages_total);
   value(p, "quattuor:kv_pages_used", "gauge", "Pages that running completions hold.", s->n_pages_used);
   value(p, "quattuor:kv_pages_cached", "gauge", "Pages that nobody holds and that a prompt may reuse.", s->n_pages_cached);

@@ -23,6 +23,7 @@ struct qtr_request_metrics {
   uint64_t outcome[QTR_OUTCOMES]; /* completions by how they ended */
   uint64_t rejected;              /* 429 */
   uint64_t http[6];               /* answers by class of status: 1xx … 5xx at 1 … 5 */
+  int max_running, max_queue;     /* the limits, for gauges */
 };
 /* Of steps; belongs to the engine's thread, copied under the mailbox's mutex. */
 struct qtr_step_metrics {

@@ -21,8 +21,10 @@ static bool render(const struct qtr_job *job, const json_t *messages, const json
   const struct qtr_engine *engine = job->server->engine;
   struct qtr_error why;
   if (!engine->chat) {
-    return qtr_api_fail(err, 400, "messages",
-                        "this model has no chat template: use /v1/completions with a prompt of your own");
+    (void)qtr_api_fail(err, 400, "messages",
+                       "this model has no chat template: use /v1/completions with a prompt of your own");
+    err->code = "no_chat_template"; /* the page goes on with completions then */
+    return false;
   }
   if (qtr_chat_template_render(engine->chat, messages, tools, generation, extra, text, len, &why)) {
     qtr_api_error_from(err, &why, "messages");

@@ -1,5 +1,6 @@
 /* routes.c - which request goes where, who may ask, and the answers that need no engine. */
 #include "base/clock.h"
+#include "server/page.h"
 #include "server/server_internal.h"
 
 #include <stdio.h>
@@ -216,7 +217,9 @@ static const struct qtr_route routes[] = {{"/v1/chat/completions", .post = true,
                                           {"/health", .open = true, .answer = get_health},
                                           {"/version", .answer = get_version},
                                           {"/openapi.json", .answer = get_openapi},
-                                          {"/metrics", .answer = get_metrics}};
+                                          {"/metrics", .answer = get_metrics},
+                                          {"/", .open = true, .page = true, .answer = qtr_page_get},
+                                          {"/page/", .open = true, .page = true, .answer = qtr_page_get}};
 
 const struct qtr_route *qtr_routes(size_t *n) {
   *n = sizeof routes / sizeof routes[0];
@@ -226,7 +229,7 @@ const struct qtr_route *qtr_routes(size_t *n) {
 static const struct qtr_route *find_route(struct qtr_http_slice path) {
   for (size_t i = 0; i < sizeof routes / sizeof routes[0]; i++) {
     size_t n = strlen(routes[i].path);
-    bool prefix = routes[i].path[n - 1] == '/';
+    bool prefix = n > 1 && routes[i].path[n - 1] == '/';
     if (prefix ? path.len > n && memcmp(path.data, routes[i].path, n) == 0 : qtr_http_is(path, routes[i].path))
       return &routes[i];
   }

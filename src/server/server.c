@@ -205,6 +205,8 @@ enum qtr_status qtr_server_run(struct qtr_engine *engine, const struct qtr_serve
   struct qtr_server s = {.o = o, .engine = engine, .created = (int64_t)time(NULL), .t_start = qtr_now()};
   qtr_engine_get_info(engine, &s.info);
   qtr_request_metrics_init(&s.metrics);
+  s.metrics.max_running = o->max_running;
+  s.metrics.max_queue = o->max_queue;
   if (getrandom(&s.next_id, sizeof s.next_id, 0) != (ssize_t)sizeof s.next_id) s.next_id = (uint64_t)s.created << 20;
   qtr_tools_probe(&s);
   enum qtr_status status = QTR_OK;
@@ -221,6 +223,7 @@ enum qtr_status qtr_server_run(struct qtr_engine *engine, const struct qtr_serve
     (void)snprintf(url, sizeof url, "http://%s%.255s%s:%d", six ? "[" : "", o->host, six ? "]" : "", qtr_http_port(s.http));
     (void)fprintf(stderr, "quattuor serve: model \"%s\" at %s/v1%s; Ctrl-C ends it\n", o->model_name, url,
                   o->n_api_keys > 0 ? " (API key needed)" : "");
+    (void)fprintf(stderr, "quattuor serve: its page at %s/\n", url);
     (void)fprintf(stderr,
                   "quattuor serve: try: curl %s/v1/chat/completions%s -H 'Content-Type: application/json' "
                   "-d '{\"messages\": [{\"role\": \"user\", \"content\": \"A table for two, please.\"}]}'\n",

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Compares with Python's own implementations, where they are installed: oracles.sh QUATTUOR [PYTHON] [TEMPLATE_RENDER]
-# (PyPI tokenizers, jinja2, numpy, safetensors, openai, schemathesis). An oracle that is missing is named and skipped; a difference fails.
+# (PyPI tokenizers, jinja2, numpy, safetensors, openai, schemathesis, playwright). An oracle that is missing is named and skipped; a difference fails.
 set -euo pipefail
 quattuor=$(realpath "$1") python=${2:-python3}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -26,4 +26,5 @@ done
 oracle "quattuor serve against the openai client" "$python" "$here/oracle_openai.py" "$quattuor" "$here/../../models/demo"
 oracle "quattuor serve against its own /openapi.json, by schemathesis" "$python" "$here/oracle_schemathesis.py" "$quattuor" \
   "$here/../../models/demo"
+oracle "the page in Chromium" "$python" "$here/page_playwright.py" "$quattuor" "$here/../../models/demo"
 exit $failed

@@ -311,17 +311,18 @@ static int32_t get_token(const json_t *root, const char *key) {
   return id >= 0 && id <= INT32_MAX ? (int32_t)id : -1;
 }
 
-static enum qtr_status parse_quantization(const json_t *root, struct qtr_config *c, struct qtr_error *err) {
+static enum qtr_status parse_quantization(const json_t *root, bool foreign, struct qtr_config *c, struct qtr_error *err) {
   const json_t *quantization = get(root, "quantization_config");
   if (!quantization) return QTR_OK;
   char method[32];
   get_name(quantization, "quant_method", method, sizeof method);
   if (strcmp(method, "qoq") != 0) {
-    return qtr_fail(
-        err, QTR_ERR_UNSUPPORTED,
-        "this checkpoint is quantised by \"%s\", which needs conversion: take the float checkpoint it was made from "
-        "and run `quattuor quantize` on that",
-        method[0] ? method : "an unnamed method");
+    if (foreign) return QTR_OK;
+    return qtr_fail(err, QTR_ERR_UNSUPPORTED,
+                    "this checkpoint is quantised by \"%s\", which needs conversion: `quattuor convert` imports gptq and "
+                    "awq; for others "
+                    "take the float checkpoint it was made from and run `quattuor quantize` on that",
+                    method[0] ? method : "an unnamed method");
   }
   get_name(quantization, "precision", c->precision, sizeof c->precision);
   return QTR_OK;
@@ -343,15 +344,16 @@ static enum qtr_status parse_text(const char *json, size_t len, const char *what
   return qtr_fail(err, QTR_ERR_FORMAT, "%s must hold a JSON object", what);
 }
 
-enum qtr_status qtr_config_parse(const char *json, size_t len, const char *generation, size_t generation_len,
-                                 struct qtr_config *config, struct qtr_error *err) {
+/* foreign: quantised by others is fine, too. */
+static enum qtr_status parse_config(const char *json, size_t len, const char *generation, size_t generation_len,
+                                    bool foreign, struct qtr_config *config, struct qtr_error *err) {
   *config = (struct qtr_config){0};
   json_t *root = NULL, *more = NULL;
   const struct family *family = NULL;
   enum qtr_status status = parse_text(json, len, "config.json", &root, err);
   if (!status && generation) status = parse_text(generation, generation_len, "generation_config.json", &more, err);
   if (status) goto done;
-  if ((status = parse_family(root, config, &family, err)) || (status = parse_quantization(root, config, err)) ||
+  if ((status = parse_family(root, config, &family, err)) || (status = parse_quantization(root, foreign, config, err)) ||
       (status = parse_sizes(root, family, config, err)) || (status = parse_attention(root, family, config, err)) ||
       (status = parse_rope(root, config, err)) || (status = parse_eos(root, config, err))) {
     (void)qtr_error_prefix(err, "config.json");
@@ -371,7 +373,12 @@ done:
   return status;
 }
 
-enum qtr_status qtr_config_read(const char *dir, struct qtr_config *config, struct qtr_error *err) {
+enum qtr_status qtr_config_parse(const char *json, size_t len, const char *generation, size_t generation_len,
+                                 struct qtr_config *config, struct qtr_error *err) {
+  return parse_config(json, len, generation, generation_len, false, config, err);
+}
+
+static enum qtr_status read_config(const char *dir, bool foreign, struct qtr_config *config, struct qtr_error *err) {
   char *path = qtr_path_join(dir, "config.json"), *generation_path = qtr_path_join(dir, "generation_config.json");
   char *json = NULL, *generation = NULL;
   size_t len = 0, generation_len = 0;
@@ -384,7 +391,7 @@ enum qtr_status qtr_config_read(const char *dir, struct qtr_config *config, stru
   if (qtr_file_exists(generation_path)) {
     if ((status = qtr_file_read(generation_path, MAX_CONFIG_BYTES, &generation, &generation_len, err))) goto done;
   }
-  if ((status = qtr_config_parse(json, len, generation, generation_len, config, err)))
+  if ((status = parse_config(json, len, generation, generation_len, foreign, config, err)))
     status = qtr_error_prefix(err, "%s", dir);
 done:
   free(path);
@@ -392,6 +399,14 @@ done:
   free(json);
   free(generation);
   return status;
+}
+
+enum qtr_status qtr_config_read(const char *dir, struct qtr_config *config, struct qtr_error *err) {
+  return read_config(dir, false, config, err);
+}
+
+enum qtr_status qtr_config_read_foreign(const char *dir, struct qtr_config *config, struct qtr_error *err) {
+  return read_config(dir, true, config, err);
 }
 
 void qtr_config_inv_freq(const struct qtr_config *c, int32_t max_len, float *inv_freq) {

@@ -35,6 +35,8 @@ enum qtr_status qtr_config_parse(const char *json, size_t len, const char *gener
                                  struct qtr_config *config, struct qtr_error *err);
 /* Reads <dir>/config.json and, when there, <dir>/generation_config.json. */
 enum qtr_status qtr_config_read(const char *dir, struct qtr_config *config, struct qtr_error *err);
+/* The same for importers: a quantization_config of another program is no reason to refuse. */
+enum qtr_status qtr_config_read_foreign(const char *dir, struct qtr_config *config, struct qtr_error *err);
 /* RoPE frequencies, (head_dim/2) floats, with the scaling applied (C.4; llama3 as in the Llama 3.1 release). `dynamic`
  * depends on the longest context that will be used: max_len <= max_position_embeddings gives plain RoPE, more enlarges the
  * base once and for all as Hugging Face does for a sequence of max_len. */

@@ -2,9 +2,9 @@
  * did to each layer. */
 #include "base/status.h"
 #include "cli/cli.h"
+#include "cli/layer_report.h"
 #include "quant/quantize.h"
 
-#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -68,60 +68,11 @@ static const struct qtr_option own_options[] = {
     {0}};
 #undef AT
 
-/* The layer whose matrices are coming in. */
-struct layer {
-  bool json, broken;
-  int32_t number; /* -1: embedding and head */
-  size_t n;
-  double squared_error, squared_norm, max_error;
-  char worst[24];
-  double worst_error;
-  json_t *projections;
-};
-
-static void print_layer(struct layer *l) {
-  if (l->n == 0) return;
-  double error = l->squared_norm > 0 ? sqrt(l->squared_error / l->squared_norm) : 0;
-  if (l->json) {
-    json_t *o = json_pack("{s:i, s:o, s:o, s:o}", "layer", (int)l->number, "relative_error", qtr_json_number(error, 6),
-                          "max_error", qtr_json_number(l->max_error, 6), "projections", l->projections);
-    l->projections = NULL;
-    l->broken = !qtr_print_json("quantize", o) || l->broken;
-  } else {
-    if (l->number >= 0) {
-      printf("layer %3d  ", l->number);
-    } else {
-      printf("tables     ");
-    }
-    printf("error %6.3f %%  worst %s %.3f %%  largest |w - w'| %.4g\n", error * 100, l->worst, l->worst_error * 100,
-           l->max_error);
-  }
-  *l = (struct layer){.json = l->json, .broken = l->broken};
-}
-
-static void on_matrix(const struct qtr_quantize_report *r, void *user) {
-  struct layer *l = user;
-  if (l->n > 0 && l->number != r->layer) print_layer(l);
-  l->number = r->layer;
-  l->n++;
-  l->squared_error += r->squared_error;
-  l->squared_norm += r->squared_norm;
-  if (r->max_error > l->max_error) l->max_error = r->max_error;
-  if (r->relative_error >= l->worst_error) {
-    l->worst_error = r->relative_error;
-    (void)snprintf(l->worst, sizeof l->worst, "%s", r->projection);
-  }
-  if (l->json) {
-    if (!l->projections) l->projections = json_object();
-    json_object_set_new(l->projections, r->projection, qtr_json_number(r->relative_error, 6));
-  }
-}
-
 static int quantize(const struct flags *flags) {
   struct qtr_error err;
   struct qtr_quantize_options options;
   struct qtr_quantize_summary summary;
-  struct layer layer = {.json = flags->json};
+  struct qtr_layer_report layer = {.command = "quantize", .json = flags->json};
   qtr_quantize_options_init(&options);
   enum qtr_status status = QTR_OK;
   if (flags->precision) status = qtr_precision_parse(flags->precision, &options.precision, &err);
@@ -133,12 +84,12 @@ static int quantize(const struct flags *flags) {
   options.embed_int8 = flags->embed && strcmp(flags->embed, "int8") == 0;
   options.overwrite = flags->overwrite;
   options.threads = flags->threads;
-  if (!status) status = qtr_quantize(&options, on_matrix, &layer, &summary, &err);
+  if (!status) status = qtr_quantize(&options, qtr_layer_report_add, &layer, &summary, &err);
   if (status) {
-    json_decref(layer.projections);
+    qtr_layer_report_drop(&layer);
     return qtr_report("quantize", &err);
   }
-  print_layer(&layer);
+  qtr_layer_report_end(&layer);
   if (flags->json) {
     layer.broken =
         !qtr_print_json(

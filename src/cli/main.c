@@ -15,6 +15,7 @@ static const struct qtr_command commands[] = {
     {"tokenize", "turn text into token ids", qtr_cmd_tokenize},
     {"info", "say what a model directory holds and what it will cost here", qtr_cmd_info},
     {"quantize", "make a QServe checkpoint from a Hugging Face model", qtr_cmd_quantize},
+    {"convert", "import DeepCompressor, GPTQ, AWQ, QServe and float checkpoints", qtr_cmd_convert},
 };
 enum { N_COMMANDS = sizeof commands / sizeof commands[0] };
 

@@ -98,6 +98,8 @@ static bool has_suffix(const char *name, const char *suffix) {
 }
 
 static bool belongs(const char *name) {
+  /* what GPTQ and AWQ say of weights that are not there any more */
+  if (strcmp(name, "quantize_config.json") == 0 || strcmp(name, "quant_config.json") == 0) return false;
   if (name[0] == '.' || strcmp(name, "config.json") == 0 || has_suffix(name, ".index.json")) return false;
   return has_suffix(name, ".json") || has_suffix(name, ".jinja") || strcmp(name, "tokenizer.model") == 0 ||
          strcmp(name, "merges.txt") == 0;

@@ -37,6 +37,8 @@ struct plan {
   struct job *job; /* (n_jobs) */
   size_t n_jobs, job_capacity;
   size_t input_bytes;
+  float *kv_pair;               /* (n_layers, 2) of options->kv_scales */
+  struct qtr_tensor *kv_tensor; /* (n_layers) the same as tensors */
   struct qtr_error *err;
 };
 
@@ -110,6 +112,10 @@ static enum qtr_status plan_slot(const struct qtr_slot *slot, void *user) {
     case QTR_SLOT_NORM: return plan_vector(p, slot, ".weight", slot->n_in);
     case QTR_SLOT_PROJECTION: return plan_projection(p, slot);
     case QTR_SLOT_KV_SCALE:
+      if (p->kv_tensor) {
+        (void)qtr_source_find(&p->source, slot->name, ""); /* replaced */
+        return add_job(p, QTR_STORE_RAW, &p->kv_tensor[slot->layer], slot, "");
+      }
       if (!qtr_source_find(&p->source, slot->name, "")) return QTR_OK;
       status = qtr_source_get(&p->source, slot->name, "", 1, &slot->n_in, &t, p->err);
       return status ? status : add_job(p, QTR_STORE_RAW, t, slot, "");
@@ -117,6 +123,26 @@ static enum qtr_status plan_slot(const struct qtr_slot *slot, void *user) {
       status = qtr_source_vocab(&p->source, slot, &t, p->err);
       return status ? status : add_job(p, int8 ? QTR_STORE_W8 : p->float_store, t, slot, ".weight");
   }
+}
+
+static enum qtr_status make_kv_tensors(struct plan *p) {
+  const struct qtr_kv_scales *scales = p->options->kv_scales;
+  size_t n = (size_t)p->config.n_layers;
+  if (!scales) return QTR_OK;
+  p->kv_pair = malloc(n * 2 * sizeof *p->kv_pair);
+  p->kv_tensor = calloc(n, sizeof *p->kv_tensor);
+  if (!p->kv_pair || !p->kv_tensor) return qtr_fail_memory(p->err, "KV scales", n * sizeof *p->kv_tensor);
+  for (int32_t i = 0; i < p->config.n_layers; i++) {
+    float *pair = &p->kv_pair[2 * i];
+    for (int v = 0; v < 2; v++) pair[v] = qtr_kv_scales_tensor(scales, i, v);
+    p->kv_tensor[i] = (struct qtr_tensor){.name = "kv_scale_quant_orig",
+                                          .dtype = QTR_DTYPE_F32,
+                                          .n_dims = 1,
+                                          .shape = {2},
+                                          .data = pair,
+                                          .n_bytes = 2 * sizeof *pair};
+  }
+  return QTR_OK;
 }
 
 static enum qtr_status make_plan(struct plan *p) {
@@ -127,7 +153,7 @@ static enum qtr_status make_plan(struct plan *p) {
     return qtr_fail(p->err, QTR_ERR_UNSUPPORTED, "the source is %s already; start from the float checkpoint",
                     qtr_linear_format_name(format));
   }
-  if ((status = qtr_layout_walk(&p->config, plan_slot, p))) return status;
+  if ((status = make_kv_tensors(p)) || (status = qtr_layout_walk(&p->config, plan_slot, p))) return status;
   return qtr_source_leftovers(&p->source, p->err);
 }
 
@@ -154,6 +180,7 @@ static enum qtr_status run_plan(const struct plan *p, qtr_quantize_callback call
                                          .n_layers = p->config.n_layers,
                                          .projection = j->slot.projection,
                                          .tensor = j->slot.name,
+                                         .how = "rounded",
                                          .n_out = qtr_source_rows(j->tensor),
                                          .n_in = qtr_source_columns(j->tensor),
                                          .relative_error = relative(error.squared, error.norm),
@@ -216,6 +243,8 @@ done:
   qtr_sink_free(p.sink);
   qtr_threads_free(p.team);
   qtr_source_close(&p.source);
+  free(p.kv_pair);
+  free(p.kv_tensor);
   free(p.job);
   return status;
 }

@@ -4,6 +4,7 @@
 #ifndef QTR_QUANT_QUANTIZE_H
 #define QTR_QUANT_QUANTIZE_H
 
+#include "checkpoint/kv_scales.h"
 #include "model/model.h" /* struct qtr_precision */
 
 struct qtr_quantize_options {
@@ -16,7 +17,8 @@ struct qtr_quantize_options {
   const char *method;         /* NULL or "rtn" */
   bool head_int8, embed_int8; /* LM head / embedding as int8 with one scale a row instead of fp16 (an extension: other tools
                                  than Quattuor do not read such a file) */
-  bool bf16;                  /* what stays float becomes bf16 instead of fp16 */
+  const struct qtr_kv_scales *kv_scales; /* static KV8 scales to put in, per tensor; NULL: those of the source, if any */
+  bool bf16;                             /* what stays float becomes bf16 instead of fp16 */
   bool overwrite;
   int32_t threads; /* 0 = all cores this process may use */
   bool quiet;      /* no progress line */
@@ -30,6 +32,7 @@ struct qtr_quantize_report {
   int32_t layer, n_layers; /* layer = -1: embedding or head */
   const char *projection;  /* "q_proj" … "down_proj", "embed_tokens", "lm_head"; static */
   const char *tensor;      /* full name, "model.layers.0.self_attn.q_proj"; valid during the call */
+  const char *how;         /* "rounded", or what convert.h says; static */
   size_t n_out, n_in;
   double relative_error;              /* ‖W − Ŵ‖ / ‖W‖, Frobenius; 0 for W = 0 */
   double squared_error, squared_norm; /* ‖W − Ŵ‖², ‖W‖²: a layer's error is sqrt(sum / sum) */

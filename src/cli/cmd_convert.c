@@ -1,0 +1,186 @@
+/* cmd_convert.c - `quattuor convert`: other people's checkpoints into QServe's layout (quant/convert.h). */
+#include "base/status.h"
+#include "cli/cli.h"
+#include "cli/layer_report.h"
+#include "quant/convert.h"
+
+#include <stdio.h>
+#include <string.h>
+
+struct flags {
+  const char *model, *config, *output, *precision, *s2_order, *dtype, *kv_scales;
+  int32_t group_size, threads;
+  bool strict, overwrite, json;
+};
+
+#define AT(field) offsetof(struct flags, field)
+static const struct qtr_option own_options[] = {
+    {.name = "model",
+     .argument = "IN",
+     .kind = QTR_OPTION_STRING,
+     .offset = AT(model),
+     .help = "What to import, a directory or one file; its kind is found and printed. Needed."},
+    {.name = "output",
+     .argument = "DIR",
+     .kind = QTR_OPTION_STRING,
+     .offset = AT(output),
+     .help = "Where the checkpoint goes, with config and tokenizer; made when absent. Needed."},
+    {.name = "config",
+     .argument = "DIR",
+     .kind = QTR_OPTION_STRING,
+     .offset = AT(config),
+     .help = "Hugging Face directory with config.json and tokenizer, where IN has none."},
+    {.name = "strict",
+     .kind = QTR_OPTION_FLAG,
+     .offset = AT(strict),
+     .help = "Refuse what cannot be taken over exactly, naming the matrix and how far it would move."},
+    {.name = "precision",
+     .kind = QTR_OPTION_CHOICE,
+     .offset = AT(precision),
+     .choices = "w4a8kv4|w4a8kv8|w4a8|w8a8kv4|w8a8kv8|w8a8|w16a16kv4|w16a16kv8|w16a16",
+     .help =
+         "Float input: what to make of it, by round to nearest; default w16a16. Else the weights are those found, and only "
+         "the KV width, the default of the new model, is free."},
+    {.name = "group-size",
+     .argument = "G",
+     .kind = QTR_OPTION_INT,
+     .offset = AT(group_size),
+     .min = -1,
+     .max = 128,
+     .help = "Float input to 4-bit weights: 128 (default) or -1, one scale a channel."},
+    {.name = "dtype",
+     .kind = QTR_OPTION_CHOICE,
+     .offset = AT(dtype),
+     .choices = "fp16|bf16",
+     .help = "Float input: what stays float. Default fp16."},
+    {.name = "s2-order",
+     .kind = QTR_OPTION_CHOICE,
+     .offset = AT(s2_order),
+     .choices = "auto|omniserve|deepcompressor",
+     .help =
+         "QServe input in groups: how its second-level scales are ordered. Default auto: DeepCompressor's in files named "
+         "quant_model.*, else OmniServe's."},
+    {.name = "kv-scales",
+     .argument = "FILE",
+     .kind = QTR_OPTION_STRING,
+     .offset = AT(kv_scales),
+     .help = "Static KV8 scales to put in: the JSON of vLLM, or a directory with it."},
+    {.name = "overwrite",
+     .kind = QTR_OPTION_FLAG,
+     .offset = AT(overwrite),
+     .help = "Replace a model in the output directory."},
+    {.name = "threads",
+     .argument = "N",
+     .kind = QTR_OPTION_INT,
+     .offset = AT(threads),
+     .min = 1,
+     .max = 1024,
+     .help = "CPU threads. Default: all cores this process may use."},
+    {.name = "json",
+     .kind = QTR_OPTION_FLAG,
+     .offset = AT(json),
+     .help = "One object with the kind, one a layer (as quantize), then one with the summary."},
+    {0}};
+#undef AT
+
+static const char *kind_word(enum qtr_convert_kind kind) {
+  static const char *const words[] = {"deepcompressor", "qserve", "gptq", "awq", "float"};
+  return words[kind];
+}
+
+static void on_found(enum qtr_convert_kind kind, void *user) {
+  struct qtr_layer_report *l = user;
+  if (l->json) {
+    l->broken = !qtr_print_json("convert", json_pack("{s:s}", "kind", kind_word(kind))) || l->broken;
+  } else {
+    printf("%s\n", qtr_convert_kind_name(kind));
+  }
+}
+
+static bool print_summary(const struct flags *flags, const struct qtr_convert_summary *s) {
+  const struct qtr_quantize_summary *q = &s->quantize;
+  if (flags->json) {
+    json_t *o = json_pack("{s:s, s:s, s:s, s:i, s:i, s:I, s:I, s:I, s:o, s:o}", "output", flags->output, "kind",
+                          kind_word(s->kind), "precision", q->precision, "group_size", (int)q->group_size, "n_layers",
+                          (int)q->n_layers, "n_tensors", (json_int_t)q->n_tensors, "input_bytes", (json_int_t)q->input_bytes,
+                          "output_bytes", (json_int_t)q->output_bytes, "relative_error",
+                          qtr_json_number(q->relative_error, 6), "seconds", qtr_json_number(q->seconds, 5));
+    json_object_update_new(
+        o, json_pack("{s:I, s:I, s:I, s:I, s:I, s:I}", "exact", (json_int_t)s->n_exact, "moved", (json_int_t)s->n_moved,
+                     "rounded", (json_int_t)s->n_rounded, "groups_rounded", (json_int_t)s->n_groups_rounded, "groups_moved",
+                     (json_int_t)s->n_groups_moved, "reordered_layers", (json_int_t)s->n_reordered));
+    return qtr_print_json("convert", o);
+  }
+  char in[32], out[32];
+  printf("%s: %s, group %d: %s -> %s in %.1f s, error %.3f %%\n", flags->output, q->precision, q->group_size,
+         qtr_show_bytes(q->input_bytes, in), qtr_show_bytes(q->output_bytes, out), q->seconds, q->relative_error * 100);
+  if (s->kind != QTR_CONVERT_FLOAT) {
+    printf("%zu matrices exact", s->n_exact);
+    if (s->n_moved) {
+      printf(", %zu with the scales of %zu groups moved and the codes of %zu", s->n_moved, s->n_groups_moved,
+             s->n_groups_rounded);
+    }
+    if (s->n_rounded) printf(", %zu rounded anew", s->n_rounded);
+    if (s->n_reordered) printf("; inner channels of %zu layers reordered", s->n_reordered);
+    printf("\n");
+  }
+  return qtr_finish_output("convert");
+}
+
+static int convert(const struct flags *flags) {
+  struct qtr_error err;
+  struct qtr_convert_options options;
+  struct qtr_convert_summary summary;
+  struct qtr_layer_report layer = {.command = "convert", .json = flags->json};
+  qtr_convert_options_init(&options);
+  options.input = flags->model;
+  options.config_dir = flags->config;
+  options.output_dir = flags->output;
+  options.precision = flags->precision;
+  options.group_size = flags->group_size;
+  options.bf16 = flags->dtype && strcmp(flags->dtype, "bf16") == 0;
+  if (flags->s2_order && strcmp(flags->s2_order, "omniserve") == 0) options.s2_order = QTR_S2_QSERVE;
+  if (flags->s2_order && strcmp(flags->s2_order, "deepcompressor") == 0) options.s2_order = QTR_S2_DEEPCOMPRESSOR;
+  options.kv_scales = flags->kv_scales;
+  options.strict = flags->strict;
+  options.overwrite = flags->overwrite;
+  options.threads = flags->threads;
+  if (qtr_convert(&options, on_found, qtr_layer_report_add, &layer, &summary, &err)) {
+    qtr_layer_report_drop(&layer);
+    return qtr_report("convert", &err);
+  }
+  qtr_layer_report_end(&layer);
+  return print_summary(flags, &summary) && !layer.broken ? QTR_EXIT_OK : QTR_EXIT_FAILURE;
+}
+
+int qtr_cmd_convert(int argc, char **argv) {
+  struct flags flags = {0};
+  const struct qtr_option_group groups[] = {{"Options", own_options, &flags}};
+  struct qtr_command_line line = {
+      .command = "convert",
+      .usage = "convert --model IN --output DIR [options]",
+      .about =
+          "Imports a checkpoint into QServe's layout as safetensors: the fake-quantised model.pt and scale.pt of "
+          "DeepCompressor or LMQuant, QServe's own .bin, .pt or .safetensors, GPTQ and AWQ with 4 bits in groups of 128 "
+          "or one a row, and float models. Says what it is, and how far each layer's weights moved: not at all where the "
+          "formats allow.",
+      .group = groups,
+      .n_groups = 1};
+  int code = QTR_EXIT_USAGE;
+  switch (qtr_options_parse(&line, argc, argv)) {
+    case QTR_PARSE_OK:
+      if (!flags.model || !flags.output) {
+        (void)fprintf(stderr, "quattuor convert: no %s: give --%s\n", flags.model ? "output" : "input",
+                      flags.model ? "output DIR" : "model IN");
+      } else if (flags.group_size != 0 && flags.group_size != -1 && flags.group_size != 128) {
+        (void)fprintf(stderr, "quattuor convert: --group-size \"%d\": write -1 or 128\n", flags.group_size);
+      } else {
+        code = convert(&flags);
+      }
+      break;
+    case QTR_PARSE_HELP: code = qtr_finish_output("convert") ? QTR_EXIT_OK : QTR_EXIT_FAILURE; break;
+    case QTR_PARSE_ERROR: break;
+  }
+  qtr_options_free(&line);
+  return code;
+}

@@ -1,0 +1,25 @@
+/* layer_report.h - what rounding did to a model's layers, printed as the matrices come: a line or a JSON object a layer. */
+#ifndef QTR_CLI_LAYER_REPORT_H
+#define QTR_CLI_LAYER_REPORT_H
+
+#include "quant/quantize.h"
+
+#include <jansson.h>
+
+/* Begin with {.command, .json}; the rest is the layer whose matrices are coming in. */
+struct qtr_layer_report {
+  const char *command;
+  bool json, broken; /* broken: stdout could not be written */
+  int32_t number;    /* -1: embedding and head */
+  size_t n;
+  double squared_error, squared_norm, max_error;
+  char worst[24];
+  double worst_error;
+  json_t *projections;
+};
+
+void qtr_layer_report_add(const struct qtr_quantize_report *matrix, void *report); /* a qtr_quantize_callback */
+void qtr_layer_report_end(struct qtr_layer_report *report);                        /* prints the last layer */
+void qtr_layer_report_drop(struct qtr_layer_report *report);                       /* after an error */
+
+#endif

@@ -1,0 +1,107 @@
+# test_convert.sh - quattuor convert on what other quantisers write: every variant gives the integers it was made from, and
+# every fault is named and leaves no model. The inputs are made by tests/golden/make_import.py (numpy).
+. "$(dirname "$0")/lib.sh"
+python=python3 # the distribution's own where another one comes first and has no numpy
+"$python" -c 'import numpy' 2>/dev/null || python=/usr/bin/python3
+"$python" -c 'import numpy' 2>/dev/null || skip "python3-numpy is not installed"
+IMPORT=$SRC/tests/golden/make_import.py
+check() { "$python" "$IMPORT" check "$1" "$2" >"$T/checked" 2>&1 || fail "$2: $(tail -1 "$T/checked")"; }
+read_back() { "$python" "$SRC/tests/e2e/oracle_reader.py" "$@" >"$T/checked" 2>&1 || fail "$*: $(tail -1 "$T/checked")"; }
+
+for variant in $("$python" "$IMPORT" list); do
+  "$python" "$IMPORT" make "$T/$variant" "$variant"
+  run 0 convert --model "$T/$variant" --output "$T/o-$variant" --json --threads 2
+  kind=deepcompressor # the fake-quantised ones
+  case $variant in gptq* | awq* | qserve*) kind=${variant%%-*} ;; esac
+  same "$(head -1 "$T/out" | field kind)" "\"$kind\"" "kind of $variant"
+  case $variant in
+    gptq | awq) [ "$(tail -1 "$T/out" | field moved)" = 14 ] || fail "$variant: nothing moved" ;;
+    gptq-act-all) same "$(tail -1 "$T/out" | field rounded)" 12 "matrices rounded anew" ;;
+    *) same "$(tail -1 "$T/out" | field exact)" 16 "exact matrices of $variant" ;;
+  esac
+  check "$T/$variant" "$T/o-$variant"
+  read_back "$T/o-$variant"
+done
+
+# The order of the second-level scales by flag: a copy without the name that tells.
+mkdir "$T/renamed" && cp "$T/qserve-deepcompressor/config.json" "$T/qserve-deepcompressor/tokenizer.json" "$T/renamed/"
+cp "$T/qserve-deepcompressor/quant_model.pt" "$T/renamed/pytorch_model.bin"
+run 0 convert --model "$T/renamed" --output "$T/o-flag" --s2-order deepcompressor
+check "$T/qserve-deepcompressor" "$T/o-flag"
+run 0 convert --model "$T/qserve-deepcompressor" --output "$T/o-wrong" --s2-order omniserve
+cmp -s "$T/o-flag/model.safetensors" "$T/o-wrong/model.safetensors" && fail "--s2-order changes nothing"
+# One file, with the configuration elsewhere; the result again is the same; the KV width is recorded.
+run 0 convert --model "$T/renamed/pytorch_model.bin" --config "$T/renamed" --output "$T/o-file" --s2-order deepcompressor \
+  --precision w4a8kv8
+check "$T/qserve-deepcompressor" "$T/o-file"
+grep -q '"precision": "w4a8kv8"' "$T/o-file/config.json" || fail "the KV width is not recorded"
+run 0 convert --model "$T/o-file" --output "$T/o-again"
+cmp "$T/o-file/model.safetensors" "$T/o-again/model.safetensors" || fail "converting what was converted changes it"
+# DeepCompressor's directory has no config.json of its own.
+mkdir "$T/bare" && cp "$T/postscale-g128/"*.pt "$T/bare/"
+run 1 convert --model "$T/bare" --output "$T/no"
+says "$T/err" "config.json.*--config"
+run 0 convert --model "$T/bare" --config "$T/postscale-g128" --output "$T/o-bare"
+check "$T/postscale-g128" "$T/o-bare"
+# --strict
+run 0 convert --model "$T/awq-exact" --output "$T/o-strict" --strict
+run 1 convert --model "$T/awq" --output "$T/no" --strict
+says "$T/err" "layers.0.self_attn.q_proj: not exact \(scales moved; the weights would move by [0-9.]+ %\)"
+run 1 convert --model "$T/gptq-act-all" --output "$T/no" --strict
+says "$T/err" "desc_act"
+# Floats: fp16 and bf16, and by rounding as quantize does it.
+"$python" "$SRC/tests/e2e/oracle_checkpoint.py" make "$T/float" float32
+for dtype in fp16 bf16; do
+  run 0 convert --model "$T/float" --output "$T/o-$dtype" --dtype $dtype --json
+  same "$(head -1 "$T/out" | field kind)" '"float"' "kind of a float model"
+  run 0 info --model "$T/o-$dtype" --json
+  same "$(field weight_format <"$T/out")" "\"${dtype/fp16/f16}\"" "format of --dtype $dtype"
+done
+run 0 convert --model "$T/float" --output "$T/o-rtn" --precision w4a8kv4
+run 0 quantize --model "$T/float" --output "$T/o-quantize" --precision w4a8kv4 --method rtn
+cmp "$T/o-rtn/model.safetensors" "$T/o-quantize/model.safetensors" || fail "convert rounds otherwise than quantize"
+
+# Faults.
+fault() { # fault VARIANT HOW PATTERN
+  "$python" "$IMPORT" make "$T/$1.$2" "$1" "$2"
+  run 1 convert --model "$T/$1.$2" --output "$T/no"
+  says "$T/err" "$3"
+  [ -e "$T/no" ] && fail "$1 $2: something was left behind"
+}
+fault lmquant-g128 off-grid "layers.1.self_attn.k_proj: row 7, column 9: .*not .*scale.0"
+fault postscale-channel off-grid "layers.1.self_attn.k_proj: row 7, column 9: .*grid"
+fault lmquant-channel no-scale "scale.pt has no tensor model.layers.1.self_attn.k_proj.weight.scale.0"
+fault lmquant-channel scale-shape "k_proj.weight.scale.0 has 4 dimensions.*expected"
+fault lmquant-channel scale-zero "k_proj: row 5: weight.scale.0 is 0"
+fault lmquant-channel extra-scale "scale.pt.*model.layers.2.mlp.up_proj.weight.scale.0 has no place"
+fault lmquant-g128 mixed-levels "k_proj has no weight.scale.1"
+fault lmquant-g128 no-weight "model.pt.*no tensor model.layers.1.self_attn.k_proj.weight"
+fault lmquant-g128 extra-tensor "q_norm.weight has no place"
+fault gptq no-tensor "no tensor model.layers.1.self_attn.k_proj.qzeros"
+fault gptq shape "k_proj.scales has shape \[2, 120\].*\[2, 128\]"
+fault gptq type "k_proj: qweight, qzeros and scales are F32"
+fault gptq negative "k_proj: row 3: a scale is negative or not finite"
+fault gptq infinite "k_proj: row 3: a scale is negative or not finite"
+fault gptq group-index "k_proj.g_idx: input 5 is in group 77 of 2"
+fault gptq extra-tensor "q_norm.weight has no place"
+fault gptq-exact bits "8 bits"
+fault gptq-exact group "group_size 64, but"
+fault gptq-exact method "bitsandbytes"
+fault gptq-exact format "marlin"
+fault gptq-exact other "\"awq\", but the tensors are laid out as GPTQ"
+fault gptq-exact nonsense "whole numbers"
+fault awq-exact no-tensor "no tensor model.layers.1.self_attn.k_proj.qzeros"
+mv "$T/bare/model.pt" "$T/bare/other.pt"
+run 1 convert --model "$T/bare" --config "$T/postscale-g128" --output "$T/no"
+says "$T/err" "scale.pt but no model.pt"
+run 1 convert --model "$T/awq" --output "$T/no" --precision w8a8
+says "$T/err" "asks for 8-bit weights"
+run 1 convert --model "$T/awq" --output "$T/no" --group-size -1
+says "$T/err" "groups of 128"
+run 1 convert --model "$T/awq" --output "$T/o-awq"
+says "$T/err" "overwrite"
+run 1 convert --model "$T/awq" --output "$T/awq" --overwrite
+says "$T/err" "source itself"
+[ -e "$T/no" ] && fail "something was left behind"
+run 2 convert --model "$T/awq"
+finish

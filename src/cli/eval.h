@@ -13,6 +13,7 @@
 int qtr_eval_ppl(int argc, char **argv);
 int qtr_eval_compare(int argc, char **argv);
 int qtr_eval_niah(int argc, char **argv);
+int qtr_eval_longbench(int argc, char **argv);
 
 /* A text file as one token stream, BOS first when the tokenizer adds one. *token is malloc'ed. */
 enum qtr_status qtr_eval_read_stream(struct qtr_engine *engine, const char *path, int32_t **token, size_t *n_tokens,

@@ -61,6 +61,21 @@ struct qtr_engine;
 
 enum qtr_norm { QTR_NORM_EXACT = 0, QTR_NORM_QSERVE = 1 }; /* spec B.7 */
 
+/* Sparse attention (docs/long-context.md). Off unless static_sparsity > 0 or decode_mode != 0. */
+struct qtr_sparse_options {
+  const char *heads_dir;       /* directory with full_attention_heads.tsv; needed when static_sparsity > 0 */
+  float static_sparsity;       /* 0 … 1: share of KV heads that become streaming heads; 0 */
+  bool context_mode;           /* streaming heads see a window in prompts as well; false: everything */
+  int32_t ctx_sink, ctx_local; /* tokens, with context_mode; 128, 8192 */
+  int32_t dec_sink, dec_local; /* tokens, for generated tokens; 128, 256 */
+  int32_t decode_mode;         /* 0: retrieval heads read everything; 1: for generated tokens the pages that matter; 0 */
+  int32_t token_budget;        /* tokens that they then read, a multiple of 64; 4096 */
+  int32_t selector_interval;   /* steps between two choices of pages; 4 */
+  int32_t sub_chunks;          /* 4, 2 or 1 sets of statistics in a page of 64 tokens; 4 */
+  bool each_head;              /* the query heads of a KV head choose each for itself, not together */
+  int32_t stream_pages;        /* pages of the streaming heads' pool; 0 = as many as sequences need at once */
+};
+
 struct qtr_engine_options {
   const char *model_dir;          /* Hugging Face or QServe directory; required */
   const char *device;             /* "auto" (a GPU when there is one), "cpu", "cuda", "reference"; NULL = "auto" */
@@ -76,6 +91,7 @@ struct qtr_engine_options {
   int32_t kv_pages;               /* pages of 64 tokens; 0 = from kv_bytes; the larger wish wins nothing: this one does */
   bool no_prefix_cache;
   enum qtr_norm norm;
+  struct qtr_sparse_options sparse;
 };
 
 /* Fills every field with its default. */
@@ -206,7 +222,11 @@ struct qtr_stats {
   int32_t n_running, n_waiting;
   int32_t n_pages_total, n_pages_used, n_pages_cached; /* used: referenced; cached: unreferenced but reusable */
   int32_t page_tokens;
-  size_t weight_bytes, kv_pool_bytes, kv_bytes_per_token;
+  int32_t n_stream_pages_total, n_stream_pages_used, n_stream_pages_cached; /* the same of the streaming heads' pool */
+  int32_t n_streaming_heads;                                                /* KV heads of all layers that are */
+  size_t weight_bytes, kv_pool_bytes;                                       /* both pools */
+  size_t kv_bytes_per_token; /* what a context costs for each token: without streaming heads, whose cost is fixed, … */
+  size_t stream_page_bytes;  /* … n_stream_pages of this */
   double step_seconds, model_seconds;              /* summed over all steps */
   double device_busy_seconds, device_idle_seconds; /* of a GPU: working on steps, waiting between them; 0 on CPUs */
 };

@@ -32,6 +32,8 @@ struct qtr_model_flags {
   int32_t threads, gpu, group_size, kv_pages, max_num_seqs, max_num_batched_tokens, max_model_len;
   size_t kv_bytes;
   bool no_prefix_cache;
+  struct qtr_sparse_options sparse;
+  const char *sparse_decode_mode, *sub_chunks, *selector_heads; /* choices */
 };
 extern const struct qtr_option qtr_model_options_table[]; /* all of struct qtr_model_flags */
 extern const struct qtr_option

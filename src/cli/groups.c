@@ -104,10 +104,99 @@ const struct qtr_option qtr_model_options_table[] = {
      .kind = QTR_OPTION_FLAG,
      .offset = AT(no_prefix_cache),
      .help = "Do not reuse the KV pages of equal prompt beginnings."},
+    {.name = "static-sparse-attn-load-dir",
+     .argument = "DIR",
+     .kind = QTR_OPTION_STRING,
+     .offset = AT(sparse.heads_dir),
+     .help = "Directory with full_attention_heads.tsv, DuoAttention's or quattuor calibrate heads': which KV heads need the "
+             "whole "
+             "text."},
+    {.name = "static-sparsity",
+     .argument = "S",
+     .kind = QTR_OPTION_FLOAT,
+     .offset = AT(sparse.static_sparsity),
+     .min = 0,
+     .max = 1,
+     .help =
+         "Share of the KV heads, those that need it least, that see only the first tokens and the last ones. Default 0."},
+    {.name = "sparse-context-mode",
+     .kind = QTR_OPTION_FLAG,
+     .offset = AT(sparse.context_mode),
+     .help = "They do so in prompts as well, and then cost the same memory at any length."},
+    {.name = "ctx-sink-token",
+     .argument = "N",
+     .kind = QTR_OPTION_INT,
+     .offset = AT(sparse.ctx_sink),
+     .min = 0,
+     .max = 1 << 24,
+     .help = "With --sparse-context-mode: first tokens that they see in prompts. Default 128."},
+    {.name = "ctx-local-token",
+     .argument = "N",
+     .kind = QTR_OPTION_INT,
+     .offset = AT(sparse.ctx_local),
+     .min = 1,
+     .max = 1 << 24,
+     .help = "With --sparse-context-mode: last tokens that they see in prompts. Default 8192."},
+    {.name = "dec-sink-token",
+     .argument = "N",
+     .kind = QTR_OPTION_INT,
+     .offset = AT(sparse.dec_sink),
+     .min = 0,
+     .max = 1 << 24,
+     .help = "First tokens that they see when text is generated. Default 128."},
+    {.name = "dec-local-token",
+     .argument = "N",
+     .kind = QTR_OPTION_INT,
+     .offset = AT(sparse.dec_local),
+     .min = 1,
+     .max = 1 << 24,
+     .help = "Last tokens, the newest among them, that they see when text is generated. Default 256."},
+    {.name = "kv-stream-pages",
+     .argument = "N",
+     .kind = QTR_OPTION_INT,
+     .offset = AT(sparse.stream_pages),
+     .min = 1,
+     .max = INT32_MAX,
+     .help = "Pages of 64 tokens for them. Default: $NUM_STREAMING_GPU_PAGE_BLOCKS, else what all sequences need at once."},
+    {.name = "sparse-decode-mode",
+     .kind = QTR_OPTION_CHOICE,
+     .offset = AT(sparse_decode_mode),
+     .choices = "0|1",
+     .help =
+         "1: the other heads read, for generated tokens, only the pages that matter to the query. Default 0: everything."},
+    {.name = "dynamic-sparse-token-budget",
+     .argument = "N",
+     .kind = QTR_OPTION_INT,
+     .offset = AT(sparse.token_budget),
+     .min = 64,
+     .max = 1 << 24,
+     .help = "With --sparse-decode-mode 1: tokens that they read, a multiple of 64; shorter texts are read whole. Default "
+             "4096."},
+    {.name = "selector-update-interval",
+     .argument = "N",
+     .kind = QTR_OPTION_INT,
+     .offset = AT(sparse.selector_interval),
+     .min = 1,
+     .max = 1 << 24,
+     .help = "With --sparse-decode-mode 1: the pages are chosen anew every N tokens. Default 4."},
+    {.name = "sub-chunk-per-block",
+     .kind = QTR_OPTION_CHOICE,
+     .offset = AT(sub_chunks),
+     .choices = "4|2|1",
+     .help = "With --sparse-decode-mode 1: parts of a page that have statistics of their own. Default 4: 16 tokens each."},
+    {.name = "selector-heads",
+     .kind = QTR_OPTION_CHOICE,
+     .offset = AT(selector_heads),
+     .choices = "group|each",
+     .help = "With --sparse-decode-mode 1: the query heads of a KV head choose together (default) or each for itself."},
     {0}};
 #undef AT
 
-void qtr_model_flags_init(struct qtr_model_flags *flags) { *flags = (struct qtr_model_flags){.device = "auto"}; }
+void qtr_model_flags_init(struct qtr_model_flags *flags) {
+  struct qtr_engine_options defaults;
+  qtr_engine_options_init(&defaults);
+  *flags = (struct qtr_model_flags){.device = "auto", .sparse = defaults.sparse};
+}
 
 /* <dir>/<name> when it holds a config.json, else NULL. malloc'ed. */
 static char *model_at(const char *dir, const char *name) {
@@ -174,6 +263,10 @@ void qtr_engine_options_from_flags(const struct qtr_model_flags *flags, const ch
   options->kv_bytes = flags->kv_bytes;
   options->kv_pages = flags->kv_pages;
   options->no_prefix_cache = flags->no_prefix_cache;
+  options->sparse = flags->sparse;
+  if (flags->sparse_decode_mode) options->sparse.decode_mode = flags->sparse_decode_mode[0] - '0';
+  if (flags->sub_chunks) options->sparse.sub_chunks = flags->sub_chunks[0] - '0';
+  options->sparse.each_head = flags->selector_heads && strcmp(flags->selector_heads, "each") == 0;
   options->norm = flags->norm && strcmp(flags->norm, "qserve") == 0 ? QTR_NORM_QSERVE : QTR_NORM_EXACT;
 }
 

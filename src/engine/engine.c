@@ -301,12 +301,16 @@ void qtr_engine_stats(struct qtr_engine *e, struct qtr_stats *stats) {
   stats->n_running = e->n_running;
   stats->n_waiting = e->n_waiting;
   qtr_kv_pool_counts(e->pool, &stats->n_pages_total, &stats->n_pages_used, &stats->n_pages_cached);
+  qtr_kv_pool_stream_counts(e->pool, &stats->n_stream_pages_total, &stats->n_stream_pages_used,
+                            &stats->n_stream_pages_cached);
   pthread_mutex_unlock(&e->mutex);
+  stats->n_streaming_heads = e->n_streaming_heads;
+  stats->stream_page_bytes = e->stream_page_bytes;
   struct qtr_backend *b = e->model->backend;
   if (b->ops->busy_read) b->ops->busy_read(b, &stats->device_busy_seconds, &stats->device_idle_seconds);
   stats->page_tokens = QTR_PAGE_TOKENS;
   stats->weight_bytes = e->model->weight_bytes;
-  stats->kv_pool_bytes = e->kv_page_bytes * (size_t)e->n_pages;
+  stats->kv_pool_bytes = e->kv_page_bytes * (size_t)e->n_pages + e->stream_page_bytes * (size_t)e->n_stream_pages;
   stats->kv_bytes_per_token = e->kv_page_bytes / QTR_PAGE_TOKENS;
 }
 

@@ -64,6 +64,8 @@ struct qtr_sequence {
   int32_t n_scored;  /* prompt tokens 1 … n_scored have their log-probabilities out */
   int32_t *token;    /* (n_prompt + max_tokens) prompt, then output; NULL before the first admission */
   int32_t *page;     /* (pages of n_prompt + max_tokens) block table */
+  int32_t *stream;   /* (the same) pages of the streaming heads; -1: not held */
+  int32_t slot;      /* of the engine's; -1: none, it does not run */
   uint64_t seed;
   struct qtr_detokenizer detokenizer;
   struct qtr_text held;         /* text that may begin a stop string */
@@ -138,8 +140,13 @@ struct qtr_engine {
   int32_t max_rows; /* of logits in a step: one for each sequence, and what is left for the log-probabilities of prompts */
   int32_t eos_token[QTR_MAX_EOS];
   int32_t n_eos;
-  size_t kv_page_bytes;
+  size_t kv_page_bytes, stream_page_bytes;
   bool prefix_cache;
+  /* Sparse attention: */
+  struct qtr_kv_sparse sparse; /* as the cache has it, but streaming is NULL */
+  bool streams;                /* there are streaming heads: n_stream_pages pages hold their K and V */
+  bool tells_apart;            /* queries of generated tokens see otherwise than those of given ones */
+  int32_t n_stream_pages, n_streaming_heads;
 
   /* guarded */
   bool stepping, dead;
@@ -151,6 +158,8 @@ struct qtr_engine {
   struct qtr_sequence *waiting_first, *waiting_last; /* by priority, then arrival, then completion */
   struct qtr_sequence **running;                     /* (max_num_seqs) in the same order */
   int32_t n_running, n_waiting;
+  int32_t *free_slot; /* (max_num_seqs) slots that no running sequence has: the first n_free_slots */
+  int32_t n_free_slots;
   struct qtr_event_queue events;
   struct qtr_stats stats; /* counters only */
 
@@ -159,6 +168,8 @@ struct qtr_engine {
   int32_t *token, *position;       /* (max_num_batched_tokens) */
   int32_t *q_start, *kv_len;       /* (max_num_seqs + 1), (max_num_seqs) */
   int32_t *block_table;            /* (max_num_seqs, max_blocks) at most; rows are as long as this step needs */
+  int32_t *stream_table;           /* as block_table; with streaming heads */
+  int32_t *decode_start, *slot;    /* (max_num_seqs) */
   int32_t *logit_row;              /* (max_rows) */
   struct qtr_sequence **batch_seq; /* (max_num_seqs) */
   struct qtr_sequence **row_seq;   /* (max_rows) whose logits row i holds */
@@ -191,5 +202,21 @@ void qtr_scheduler_plan(struct qtr_engine *engine);
 void qtr_scheduler_commit(struct qtr_engine *engine);
 /* Ends every completion of the request that still lives, with an event each, and frees the request. */
 void qtr_scheduler_end(struct qtr_engine *engine, struct qtr_request *request, enum qtr_finish finish);
+
+/* ---- pages of streaming heads (streams.c) ---------------------------------------------------------- */
+
+/* Most stream pages that one sequence holds in a step of n_tokens. */
+int32_t qtr_streams_most(const struct qtr_kv_sparse *sparse, int32_t n_tokens, int32_t max_model_len);
+/* All under the mutex, and nothing to do without streaming heads. */
+/* Shortens what the prefix cache gave (seq->n_pages) to where the stream pages that come next into sight are there as well,
+ * and references those. */
+void qtr_streams_match(struct qtr_engine *engine, struct qtr_sequence *seq);
+/* Takes pages for the next n tokens. Returns for how many of them there are any: 0 … n. */
+int32_t qtr_streams_take(struct qtr_engine *engine, struct qtr_sequence *seq, int32_t n);
+/* Pages that qtr_streams_take(n) would take from the pool. */
+int32_t qtr_streams_missing(const struct qtr_engine *engine, const struct qtr_sequence *seq, int32_t n);
+void qtr_streams_publish(struct qtr_engine *engine, struct qtr_sequence *seq, int32_t index); /* page[index] was published */
+void qtr_streams_let_go(struct qtr_engine *engine, struct qtr_sequence *seq);                 /* what no later query sees */
+void qtr_streams_release(struct qtr_engine *engine, struct qtr_sequence *seq);
 
 #endif

@@ -4,6 +4,7 @@
 #include "base/checked.h"
 #include "base/file.h"
 #include "base/status.h"
+#include "checkpoint/heads.h"
 #include "engine/engine_internal.h"
 
 #include <errno.h>
@@ -15,9 +16,63 @@
 #define LEAST_ROWS 32   /* of logits in a step: with few sequences, still some for the log-probabilities of prompts */
 #define MOST_SEQS 65536 /* arrays of a step stay small */
 #define MOST_STEP_TOKENS 1048576 /* likewise; QServe's default is 262,144 */
+#define MOST_WINDOW (1 << 30)    /* tokens; sums of two stay within int32 */
 #define MEMORY_SHARE 0.85 /* of what is free after weights and workspace: the rest is for the process and its neighbours */
 
-void qtr_engine_options_init(struct qtr_engine_options *options) { *options = (struct qtr_engine_options){0}; }
+void qtr_engine_options_init(struct qtr_engine_options *options) {
+  *options = (struct qtr_engine_options){.sparse = {.ctx_sink = 128,
+                                                    .ctx_local = 8192,
+                                                    .dec_sink = 128,
+                                                    .dec_local = 256,
+                                                    .token_budget = 4096,
+                                                    .selector_interval = 4,
+                                                    .sub_chunks = 4}};
+}
+
+/* Only what is switched on is looked at: a struct of zeros is dense. */
+static enum qtr_status check_sparse(const struct qtr_sparse_options *o, struct qtr_error *err) {
+  if (!(o->static_sparsity >= 0 && o->static_sparsity <= 1)) {
+    return qtr_fail(err, QTR_ERR_ARGUMENT, "static_sparsity is %g; it must be from 0 (no streaming heads) to 1 (all)",
+                    (double)o->static_sparsity);
+  }
+  if (o->static_sparsity > 0 && !o->heads_dir) {
+    return qtr_fail(err, QTR_ERR_ARGUMENT,
+                    "static_sparsity %g needs a directory with full_attention_heads.tsv, which says which heads may stream; "
+                    "quattuor calibrate heads makes one",
+                    (double)o->static_sparsity);
+  }
+  if (o->decode_mode != 0 && o->decode_mode != 1) {
+    return qtr_fail(err, QTR_ERR_ARGUMENT, "sparse decode mode is %d; it must be 0 (dense) or 1 (chosen pages)",
+                    o->decode_mode);
+  }
+  const struct {
+    const char *name;
+    int32_t value, least, most;
+    bool used;
+  } number[] = {{"ctx_sink", o->ctx_sink, 0, MOST_WINDOW, o->static_sparsity > 0 && o->context_mode},
+                {"ctx_local", o->ctx_local, 1, MOST_WINDOW, o->static_sparsity > 0 && o->context_mode},
+                {"dec_sink", o->dec_sink, 0, MOST_WINDOW, o->static_sparsity > 0},
+                {"dec_local", o->dec_local, 1, MOST_WINDOW, o->static_sparsity > 0},
+                {"stream_pages", o->stream_pages, 0, INT32_MAX, o->static_sparsity > 0},
+                {"token_budget", o->token_budget, QTR_PAGE_TOKENS, MOST_WINDOW, o->decode_mode != 0},
+                {"selector_interval", o->selector_interval, 1, MOST_WINDOW, o->decode_mode != 0},
+                {"sub_chunks", o->sub_chunks, 1, 4, o->decode_mode != 0}};
+  for (size_t i = 0; i < sizeof number / sizeof number[0]; i++) {
+    if (number[i].used && (number[i].value < number[i].least || number[i].value > number[i].most)) {
+      return qtr_fail(err, QTR_ERR_ARGUMENT, "%s is %d; it must be %d … %d", number[i].name, number[i].value,
+                      number[i].least, number[i].most);
+    }
+  }
+  if (o->decode_mode != 0 && o->token_budget % QTR_PAGE_TOKENS != 0) {
+    return qtr_fail(err, QTR_ERR_ARGUMENT, "token_budget is %d; it must be a multiple of %d, the tokens of a page",
+                    o->token_budget, QTR_PAGE_TOKENS);
+  }
+  if (o->decode_mode != 0 && o->sub_chunks == 3) {
+    return qtr_fail(err, QTR_ERR_ARGUMENT, "sub_chunks is 3; a page of %d tokens has 1, 2 or 4 of equal size",
+                    QTR_PAGE_TOKENS);
+  }
+  return QTR_OK;
+}
 
 enum qtr_status qtr_engine_options_check(const struct qtr_engine_options *o, struct qtr_error *err) {
   const struct {
@@ -44,6 +99,8 @@ enum qtr_status qtr_engine_options_check(const struct qtr_engine_options *o, str
   if (o->norm != QTR_NORM_EXACT && o->norm != QTR_NORM_QSERVE) {
     return qtr_fail(err, QTR_ERR_ARGUMENT, "norm is %d; it must be QTR_NORM_EXACT or QTR_NORM_QSERVE", (int)o->norm);
   }
+  enum qtr_status status = check_sparse(&o->sparse, err);
+  if (status) return status;
   struct qtr_precision precision;
   return o->precision ? qtr_precision_parse(o->precision, &precision, err) : QTR_OK;
 }
@@ -112,11 +169,10 @@ static enum qtr_status choose_kv_format(const struct qtr_model *model, const str
 
 /* ---- pool ---------------------------------------------------------------------------------------- */
 
-/* QServe's variables for the number of pages (D.9). */
-static enum qtr_status read_environment(int32_t *n_pages, struct qtr_error *err) {
-  static const char *const names[] = {"NUM_GPU_PAGE_BLOCKS", "NUM_RETRIEVAL_GPU_PAGE_BLOCKS"};
+/* The first of some variables that is set: a number of pages. *n_pages 0: none is. QServe's are in D.9. */
+static enum qtr_status read_environment(const char *const *names, size_t n_names, int32_t *n_pages, struct qtr_error *err) {
   *n_pages = 0;
-  for (size_t i = 0; i < 2 && *n_pages == 0; i++) {
+  for (size_t i = 0; i < n_names && *n_pages == 0; i++) {
     const char *text = getenv(names[i]);
     if (!text || !*text) continue;
     char *end;
@@ -133,56 +189,163 @@ static enum qtr_status read_environment(int32_t *n_pages, struct qtr_error *err)
   return QTR_OK;
 }
 
-/* Sets n_pages, and max_model_len so that the pool holds any one sequence alone. */
-static enum qtr_status size_pool(struct qtr_engine *e, const struct qtr_engine_options *o, struct qtr_error *err) {
-  struct qtr_caps caps;
-  e->model->backend->ops->caps(e->model->backend, &caps);
-  int32_t from_environment = 0;
-  size_t whole = qtr_ceil_div((size_t)e->max_model_len, QTR_PAGE_TOKENS), n = 0; /* pages of a full-length sequence */
-  const char *from;
+/* What the pools may take, and the bytes of their pages. */
+struct sizing {
+  size_t page, stream_page; /* bytes; 0: no such heads */
+  size_t whole;             /* pages of a full-length sequence */
+  size_t least_streams;     /* stream pages that one sequence may need at once */
+  size_t wanted_streams;    /* for all sequences at once, prompts included */
+  size_t most;              /* bytes that there are at all */
+};
+
+static size_t pool_bytes(const struct sizing *z, size_t n_pages, size_t n_streams) {
+  size_t a, b, sum; /* page counts are below 2^31, page sizes below 2^48 */
+  if (qtr_mul_overflow(n_pages, z->page, &a) || qtr_mul_overflow(n_streams, z->stream_page, &b) ||
+      qtr_add_overflow(a, b, &sum))
+    return SIZE_MAX;
+  return sum;
+}
+
+/* Stream pages to go with n pages: never more than those, or than are of use. */
+static size_t streams_for(const struct sizing *z, size_t n_pages) {
+  if (z->stream_page == 0) return 0;
+  return QTR_MAX(QTR_MIN(n_pages, z->wanted_streams), z->least_streams);
+}
+
+/* The most pages that fit into n_bytes together with their stream pages. */
+static size_t pages_in(const struct sizing *z, size_t n_bytes, size_t fixed_streams) {
+  size_t low = 0, high = INT32_MAX;
+  while (low < high) {
+    size_t middle = low + (high - low + 1) / 2;
+    if (pool_bytes(z, middle, fixed_streams ? fixed_streams : streams_for(z, middle)) <= n_bytes)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  return low;
+}
+
+static struct sizing make_sizing(const struct qtr_engine *e, const struct qtr_caps *caps) {
   /* Mapped weights may not be resident yet and still count as free: what the machine has bounds the pool too. */
   size_t fixed = e->model->weight_bytes + qtr_workspace_bytes(e->workspace);
-  size_t most = caps.memory_total > fixed ? caps.memory_total - fixed : 0;
-  enum qtr_status status = read_environment(&from_environment, err);
+  struct sizing z = {.page = e->kv_page_bytes,
+                     .stream_page = e->stream_page_bytes,
+                     .whole = qtr_ceil_div((size_t)e->max_model_len, QTR_PAGE_TOKENS),
+                     .most = caps->memory_total > fixed ? caps->memory_total - fixed : 0};
+  if (e->streams) {
+    struct qtr_kv_sparse decode = e->sparse;
+    decode.context = decode.decode;
+    size_t steady = (size_t)qtr_streams_most(&decode, 1, e->max_model_len);
+    z.least_streams = (size_t)qtr_streams_most(&e->sparse, e->max_num_batched_tokens, e->max_model_len);
+    z.wanted_streams = z.least_streams + ((size_t)e->max_num_seqs - 1) * steady;
+  }
+  return z;
+}
+
+/* Sets n_pages and n_stream_pages, and max_model_len so that the pools hold any one sequence alone. */
+static enum qtr_status size_pool(struct qtr_engine *e, const struct qtr_engine_options *o, struct qtr_error *err) {
+  static const char *const variables[] = {"NUM_GPU_PAGE_BLOCKS", "NUM_RETRIEVAL_GPU_PAGE_BLOCKS"},
+                           *const stream_variables[] = {"NUM_STREAMING_GPU_PAGE_BLOCKS"};
+  struct qtr_caps caps;
+  e->model->backend->ops->caps(e->model->backend, &caps);
+  struct sizing z = make_sizing(e, &caps);
+  int32_t from_environment = 0, streams_from_environment = 0;
+  size_t n = 0, n_streams = 0; /* n_streams 0: to go with n */
+  const char *from;
+  enum qtr_status status = read_environment(variables, 2, &from_environment, err);
+  if (!status && e->streams) status = read_environment(stream_variables, 1, &streams_from_environment, err);
   if (status) return status;
+  if (e->streams) {
+    n_streams = (size_t)(o->sparse.stream_pages > 0 ? o->sparse.stream_pages : streams_from_environment);
+    if (n_streams > 0 && n_streams < z.least_streams) {
+      return qtr_fail(
+          err, QTR_ERR_LIMIT,
+          "%zu pages for the streaming heads: one sequence in steps of %d tokens needs %zu; give it more pages, smaller "
+          "windows, or smaller steps (max_num_batched_tokens)",
+          n_streams, e->max_num_batched_tokens, z.least_streams);
+    }
+  }
   if (o->kv_pages > 0) {
     n = (size_t)o->kv_pages;
     from = "kv_pages";
   } else if (o->kv_bytes > 0) {
-    n = o->kv_bytes / e->kv_page_bytes;
+    n = pages_in(&z, o->kv_bytes, n_streams);
     from = "kv_bytes";
   } else if (from_environment > 0) {
     n = (size_t)from_environment;
     from = "the environment";
   } else {
-    size_t room = QTR_MIN(most, caps.memory_free);
+    size_t room = QTR_MIN(z.most, caps.memory_free);
     double share = caps.memory_share > 0 ? (double)caps.memory_share : MEMORY_SHARE;
-    n = (size_t)(share * (double)room) / e->kv_page_bytes;
-    n = QTR_MIN(n, whole * (size_t)e->max_num_seqs);
+    n = pages_in(&z, (size_t)(share * (double)room), n_streams);
+    n = QTR_MIN(n, z.whole * (size_t)e->max_num_seqs);
     from = "free memory";
   }
+  if (z.page == 0) n = QTR_MIN(n, z.whole * (size_t)e->max_num_seqs); /* no retrieval heads at all: pages cost nothing */
   n = QTR_MIN(n, (size_t)INT32_MAX);
-  /* Memory is given out page by page as it is touched: a wish beyond what there is would end the process in the middle. */
-  if (n > most / e->kv_page_bytes) {
-    return qtr_fail(
-        err, QTR_ERR_LIMIT,
-        "the KV pool (from %s) has %zu pages of %zu bytes, but %s has %zu bytes, and %zu of them go to weights and "
-        "workspace: at most %zu pages fit",
-        from, n, e->kv_page_bytes, e->device, caps.memory_total, fixed, most / e->kv_page_bytes);
-  }
-  if (n < whole) {
+  if (n < z.whole) {
     if (n < 1 || o->max_model_len > 0) {
       return qtr_fail(
           err, QTR_ERR_LIMIT,
           "the KV pool (from %s) has %zu pages of %d tokens at %zu bytes; one sequence of max_model_len %d needs %zu "
           "pages: give it more memory or lower max_model_len",
-          from, n, QTR_PAGE_TOKENS, e->kv_page_bytes, e->max_model_len, whole);
+          from, n, QTR_PAGE_TOKENS, e->kv_page_bytes, e->max_model_len, z.whole);
     }
     e->max_model_len = (int32_t)n * QTR_PAGE_TOKENS;
     (void)fprintf(stderr, "quattuor: the KV pool (from %s) has %zu pages: max_model_len is lowered to %d tokens\n", from, n,
                   e->max_model_len);
+    z = make_sizing(e, &caps);
+  }
+  if (e->streams && n_streams == 0) n_streams = streams_for(&z, n);
+  n_streams = QTR_MIN(n_streams, (size_t)INT32_MAX);
+  /* Memory is given out page by page as it is touched: a wish beyond what there is would end the process in the middle. */
+  if (pool_bytes(&z, n, n_streams) > z.most) {
+    return qtr_fail(
+        err, QTR_ERR_LIMIT,
+        "the KV pool (from %s) has %zu pages of %zu bytes%s, but %s has %zu bytes, and %zu of them go to weights and "
+        "workspace: at most %zu pages fit",
+        from, n, e->kv_page_bytes, e->streams ? " besides those of the streaming heads" : "", e->device, caps.memory_total,
+        caps.memory_total - z.most, pages_in(&z, z.most, n_streams));
   }
   e->n_pages = (int32_t)n;
+  e->n_stream_pages = (int32_t)n_streams;
+  return QTR_OK;
+}
+
+/* ---- sparse attention ------------------------------------------------------------------------------- */
+
+/* Fills e->sparse; *streaming (n_layers, n_kv_heads) is malloc'ed when there are streaming heads, else NULL. */
+static enum qtr_status choose_sparse(struct qtr_engine *e, const struct qtr_sparse_options *o, uint8_t **streaming,
+                                     struct qtr_error *err) {
+  const struct qtr_config *c = &e->model->config;
+  size_t n = (size_t)c->n_layers * (size_t)c->n_kv_heads;
+  const struct qtr_kv_window everything = {0, QTR_ALL_TOKENS};
+  *streaming = NULL;
+  e->sparse = (struct qtr_kv_sparse){.context = everything, .decode = everything};
+  if (o->static_sparsity > 0) {
+    *streaming = calloc(n, 1);
+    if (!*streaming) return qtr_fail_memory(err, "the classes of attention heads", n);
+    enum qtr_status status =
+        qtr_heads_read(o->heads_dir, c->n_layers, c->n_kv_heads, (double)o->static_sparsity, *streaming, err);
+    if (status) return status;
+    for (size_t i = 0; i < n; i++) e->n_streaming_heads += (*streaming)[i];
+    e->streams = e->n_streaming_heads > 0;
+  }
+  if (e->streams) {
+    e->sparse.decode = (struct qtr_kv_window){o->dec_sink, o->dec_local};
+    if (o->context_mode) e->sparse.context = (struct qtr_kv_window){o->ctx_sink, o->ctx_local};
+    e->tells_apart = e->sparse.context.sink != o->dec_sink || e->sparse.context.local != o->dec_local;
+  }
+  if (o->decode_mode != 0) {
+    e->sparse.budget = o->token_budget;
+    e->sparse.interval = o->selector_interval;
+    e->sparse.logical_tokens = QTR_PAGE_TOKENS / o->sub_chunks;
+    e->sparse.each_head = o->each_head;
+    e->tells_apart = true;
+  }
+  e->sparse.group = c->n_heads / c->n_kv_heads;
+  e->sparse.n_slots = e->max_num_seqs;
+  e->sparse.max_pages = (int32_t)qtr_ceil_div((size_t)e->max_model_len, QTR_PAGE_TOKENS);
   return QTR_OK;
 }
 
@@ -242,6 +405,10 @@ static enum qtr_status make_batch(struct qtr_engine *e, struct qtr_error *err) {
                {&e->q_start, (seqs + 1) * sizeof *e->q_start},
                {&e->kv_len, seqs * sizeof *e->kv_len},
                {&e->block_table, blocks},
+               {&e->stream_table, e->streams ? blocks : 1},
+               {&e->decode_start, seqs * sizeof *e->decode_start},
+               {&e->slot, seqs * sizeof *e->slot},
+               {&e->free_slot, seqs * sizeof *e->free_slot},
                {&e->logit_row, rows * sizeof *e->logit_row},
                {&e->running, seqs * sizeof *e->running},
                {&e->batch_seq, seqs * sizeof *e->batch_seq},
@@ -257,6 +424,7 @@ static enum qtr_status make_batch(struct qtr_engine *e, struct qtr_error *err) {
     if (!memory) return qtr_fail_memory(err, "the arrays of a step", array[i].n_bytes);
     memcpy(array[i].at, &memory, sizeof memory);
   }
+  for (size_t i = 0; i < seqs; i++) e->free_slot[e->n_free_slots++] = (int32_t)(seqs - 1 - i); /* 0 goes first */
   return qtr_sampler_create(e->vocab_size, &e->sampler, err);
 }
 
@@ -267,9 +435,10 @@ static void engine_free(struct qtr_engine *e) {
   qtr_kv_pool_free(e->pool);
   qtr_event_queue_free(&e->events);
   qtr_sampler_free(e->sampler);
-  void *const array[] = {e->token,   e->position,  e->q_start, e->kv_len,     e->block_table, e->logit_row,
-                         e->running, e->batch_seq, e->row_seq, e->row_target, e->row_node,    e->row_logits,
-                         e->allowed, e->model_dir, e->choose,  e->chosen,     e->adjust};
+  void *const array[] = {e->token,        e->position,  e->q_start,  e->kv_len,     e->block_table, e->logit_row,
+                         e->running,      e->batch_seq, e->row_seq,  e->row_target, e->row_node,    e->row_logits,
+                         e->allowed,      e->model_dir, e->choose,   e->chosen,     e->adjust,      e->stream_table,
+                         e->decode_start, e->slot,      e->free_slot};
   for (size_t i = 0; i < sizeof array / sizeof array[0]; i++) free(array[i]);
   (void)pthread_mutex_destroy(&e->mutex);
   free(e);
@@ -292,10 +461,12 @@ enum qtr_status qtr_engine_open_model(struct qtr_model *model, struct qtr_tokeni
   e->prefix_cache = !o->no_prefix_cache;
 
   enum qtr_kv_format kv_format = QTR_KV_F16;
+  uint8_t *streaming = NULL;
   enum qtr_status status = qtr_engine_options_check(o, err);
   if (!status) status = check_weights(model, o, err);
   if (!status) status = choose_kv_format(model, o, &kv_format, err);
   if (!status) status = choose_lengths(e, o, err);
+  if (!status) status = choose_sparse(e, &o->sparse, &streaming, err);
   if (status) goto done;
   describe(e, kv_format);
   e->model_dir = strdup(o->model_dir ? o->model_dir : "");
@@ -311,17 +482,24 @@ enum qtr_status qtr_engine_open_model(struct qtr_model *model, struct qtr_tokeni
                              .n_kv_heads = model->config.n_kv_heads,
                              .head_dim = model->config.head_dim,
                              .static_scale = model->static_kv_scale};
+  struct qtr_kv_sparse sparse = e->sparse;
+  sparse.streaming = e->streams ? streaming : NULL;
+  if (e->streams || e->sparse.budget > 0) kv.sparse = &sparse;
   e->kv_page_bytes = qtr_kv_page_bytes(&kv);
-  if (e->kv_page_bytes == 0) {
+  e->stream_page_bytes = qtr_kv_stream_page_bytes(&kv);
+  if (e->kv_page_bytes == SIZE_MAX || e->stream_page_bytes == SIZE_MAX) {
     status = qtr_fail(err, QTR_ERR_LIMIT, "a KV page of this model would be larger than the address space");
     goto done;
   }
   status = size_pool(e, o, err);
   kv.n_pages = e->n_pages;
+  kv.n_stream_pages = e->n_stream_pages;
   if (!status) status = make_batch(e, err);
   if (!status) status = qtr_kv_pool_create(e->n_pages, e->prefix_cache, &e->pool, err);
+  if (!status && e->streams) status = qtr_kv_pool_add_streams(e->pool, e->n_stream_pages, err);
   if (!status) status = model->backend->ops->kv_create(model->backend, &kv, &e->kv, err);
 done:
+  free(streaming);
   if (status)
     engine_free(e);
   else

@@ -210,6 +210,7 @@ enum qtr_status qtr_request_create(const struct qtr_engine *engine, const struct
     s->index = i;
     s->n_tokens = r->n_prompt;
     s->n_cached = -1;
+    s->slot = -1;
     s->seed = mix(seed + mix((uint64_t)i));
     if (engine->tokenizer) {
       qtr_detokenizer_init(&s->detokenizer, engine->tokenizer, true);
@@ -225,6 +226,7 @@ void qtr_request_free(struct qtr_request *r) {
   for (int32_t i = 0; i < r->n_sequences; i++) {
     free(r->sequence[i].token);
     free(r->sequence[i].page);
+    free(r->sequence[i].stream);
     qtr_text_free(&r->sequence[i].held);
     if (r->sequence[i].constraint) r->constraint.stop(r->sequence[i].constraint);
   }
@@ -238,15 +240,19 @@ void qtr_request_free(struct qtr_request *r) {
 bool qtr_sequence_prepare(struct qtr_sequence *s) {
   const struct qtr_request *r = s->request;
   size_t n = (size_t)r->n_prompt + (size_t)r->max_tokens;
+  size_t n_pages = qtr_ceil_div(n, QTR_PAGE_TOKENS);
   if (s->token) return true;
   s->token = malloc(n * sizeof *s->token);
-  s->page = malloc(qtr_ceil_div(n, QTR_PAGE_TOKENS) * sizeof *s->page);
-  if (!s->token || !s->page) {
+  s->page = malloc(n_pages * sizeof *s->page);
+  s->stream = malloc(n_pages * sizeof *s->stream);
+  if (!s->token || !s->page || !s->stream) {
     free(s->token);
     free(s->page);
-    s->token = s->page = NULL;
+    free(s->stream);
+    s->token = s->page = s->stream = NULL;
     return false;
   }
+  for (size_t i = 0; i < n_pages; i++) s->stream[i] = -1;
   memcpy(s->token, r->prompt, (size_t)r->n_prompt * sizeof *s->token);
   return true;
 }

@@ -79,6 +79,9 @@ static void running_remove(struct qtr_engine *e, struct qtr_sequence *s) {
 
 /* From the last page to the first, as the pool wants it. */
 static void release_pages(struct qtr_engine *e, struct qtr_sequence *s) {
+  qtr_streams_release(e, s);
+  if (s->slot >= 0) e->free_slot[e->n_free_slots++] = s->slot;
+  s->slot = -1;
   while (s->n_pages > 0) qtr_kv_pool_unref(e->pool, s->page[--s->n_pages]);
   s->n_computed = s->n_published = s->n_planned = 0;
 }
@@ -169,25 +172,37 @@ static bool plan_running(struct qtr_engine *e, bool decode, int32_t *budget, int
       preempt_last(e, budget); /* perhaps s itself, which then is the last */
       ample = false;
     }
+    /* Fewer tokens where their streaming heads have no room for more. */
+    int32_t n = 0;
+    while (s->state == QTR_SEQ_RUNNING && (n = qtr_streams_take(e, s, QTR_MIN(left, *budget))) == 0) {
+      preempt_last(e, budget);
+      ample = false;
+    }
     if (s->state != QTR_SEQ_RUNNING) break;
-    s->n_planned = share(s, left, *budget, rows);
+    s->n_planned = share(s, n, n, rows);
     *budget -= s->n_planned;
   }
   return ample;
 }
 
-/* Pages for all tokens of a waiting sequence, cached ones first. False: not enough. The last token is always computed anew,
- * for its logits. One page in a hundred stays free for those that run, lest an admission preempts them at once. */
-static bool take_pages(struct qtr_engine *e, struct qtr_sequence *s) {
+/* Pages for all tokens of a waiting sequence, cached ones first, and for the streaming heads of the first `budget` tokens.
+ * False: not enough. The last token is always computed anew, for its logits. One page in a hundred stays free for those that
+ * run, lest an admission preempts them at once. */
+static bool take_pages(struct qtr_engine *e, struct qtr_sequence *s, int32_t budget) {
   int32_t total = pages_for(s->n_tokens), spare = e->n_running > 0 ? e->n_pages / 100 : 0;
-  int32_t reusable = qtr_sequence_scores(s) ? s->n_scored : s->n_tokens - 1; /* what must be told must be computed */
-  s->n_pages = qtr_kv_pool_match(e->pool, 0, s->token, (size_t)reusable, s->page, total);
-  if (qtr_kv_pool_available(e->pool) < total - s->n_pages + spare) {
+  int32_t most = qtr_sequence_scores(s) ? s->n_scored : s->n_tokens - 1; /* what must be told must be computed */
+  if (e->tells_apart) most = QTR_MIN(most, s->request->n_prompt);        /* elsewhere the same tokens may have been given */
+  s->n_pages = qtr_kv_pool_match(e->pool, 0, s->token, (size_t)most, s->page, total);
+  qtr_streams_match(e, s);
+  s->n_published = s->n_pages;
+  s->n_computed = s->n_pages * QTR_PAGE_TOKENS;
+  int32_t first = QTR_MIN(s->n_tokens - s->n_computed, budget),
+          stream_spare = e->n_running > 0 ? e->n_stream_pages / 100 : 0;
+  if (qtr_kv_pool_available(e->pool) < total - s->n_pages + spare ||
+      (e->streams && qtr_kv_pool_stream_available(e->pool) < qtr_streams_missing(e, s, first) + stream_spare)) {
     release_pages(e, s);
     return false;
   }
-  s->n_published = s->n_pages;
-  s->n_computed = s->n_pages * QTR_PAGE_TOKENS;
   while (s->n_pages < total) s->page[s->n_pages++] = qtr_kv_pool_take(e->pool);
   return true;
 }
@@ -207,7 +222,7 @@ static void admit(struct qtr_engine *e, int32_t *budget, int32_t *rows) {
       continue;
     }
     if (e->n_running < e->max_num_seqs && *rows == 0) return; /* the next step has some again */
-    while (e->n_running == e->max_num_seqs || !take_pages(e, s)) {
+    while (e->n_running == e->max_num_seqs || !take_pages(e, s, *budget)) {
       if (e->n_running == 0 || e->running[e->n_running - 1]->request->priority >= r->priority) return;
       preempt_last(e, budget);
       (*rows)++;
@@ -221,7 +236,9 @@ static void admit(struct qtr_engine *e, int32_t *budget, int32_t *rows) {
       e->stats.n_cached_tokens += (uint64_t)s->n_cached;
     }
     (*rows)--;
-    s->n_planned = share(s, s->n_tokens - s->n_computed, *budget, rows);
+    s->slot = e->free_slot[--e->n_free_slots];
+    int32_t n = qtr_streams_take(e, s, QTR_MIN(s->n_tokens - s->n_computed, *budget));
+    s->n_planned = share(s, n, n, rows);
     *budget -= s->n_planned;
   }
 }
@@ -242,7 +259,10 @@ static void build_batch(struct qtr_engine *e) {
                           .q_start = e->q_start,
                           .kv_len = e->kv_len,
                           .block_table = e->block_table,
-                          .logit_row = e->logit_row};
+                          .logit_row = e->logit_row,
+                          .stream_table = e->streams ? e->stream_table : NULL,
+                          .decode_start = e->tells_apart ? e->decode_start : NULL,
+                          .slot = e->tells_apart ? e->slot : NULL};
   for (int32_t i = 0; i < e->n_running; i++) {
     const struct qtr_sequence *s = e->running[i];
     if (s->n_planned > 0) b->max_blocks = QTR_MAX(b->max_blocks, pages_for(s->n_computed + s->n_planned));
@@ -250,9 +270,13 @@ static void build_batch(struct qtr_engine *e) {
   for (int32_t i = 0; i < e->n_running; i++) {
     struct qtr_sequence *s = e->running[i];
     if (s->n_planned == 0) continue;
-    int32_t *row = e->block_table + (size_t)b->n_seqs * (size_t)b->max_blocks;
+    size_t at = (size_t)b->n_seqs * (size_t)b->max_blocks;
     int32_t n_blocks = pages_for(s->n_computed + s->n_planned);
-    for (int32_t k = 0; k < b->max_blocks; k++) row[k] = k < n_blocks ? s->page[k] : 0;
+    for (int32_t k = 0; k < b->max_blocks; k++) e->block_table[at + (size_t)k] = k < n_blocks ? s->page[k] : 0;
+    for (int32_t k = 0; e->streams && k < b->max_blocks; k++)
+      e->stream_table[at + (size_t)k] = k < n_blocks ? s->stream[k] : -1;
+    e->decode_start[b->n_seqs] = s->request->n_prompt;
+    e->slot[b->n_seqs] = s->slot;
     for (int32_t k = 0; k < s->n_planned; k++) {
       e->token[b->n_tokens + k] = s->token[s->n_computed + k];
       e->position[b->n_tokens + k] = s->n_computed + k;
@@ -284,16 +308,20 @@ void qtr_scheduler_plan(struct qtr_engine *e) {
 /* ---- afterwards ---------------------------------------------------------------------------------- */
 
 /* Publishes the pages this step has filled. Where the same content is known already, its page replaces ours: nothing is
- * stored twice, and the chain stays whole for the pages to come. */
+ * stored twice, and the chain stays whole for the pages to come. Pages with generated tokens stay private where those see
+ * otherwise than given ones: the same text in a prompt has other keys and values. */
 static void publish_pages(struct qtr_engine *e, struct qtr_sequence *s) {
-  for (; s->n_published < s->n_computed / QTR_PAGE_TOKENS; s->n_published++) {
+  int32_t n = e->tells_apart ? QTR_MIN(s->n_computed, s->request->n_prompt) : s->n_computed;
+  for (; s->n_published < n / QTR_PAGE_TOKENS; s->n_published++) {
     int32_t i = s->n_published, own = s->page[i];
     int32_t known =
         qtr_kv_pool_publish(e->pool, 0, own, i > 0 ? s->page[i - 1] : -1, s->token + (size_t)i * QTR_PAGE_TOKENS);
-    if (known == own) continue;
-    qtr_kv_pool_ref(e->pool, known);
-    qtr_kv_pool_unref(e->pool, own);
-    s->page[i] = known;
+    if (known != own) {
+      qtr_kv_pool_ref(e->pool, known);
+      qtr_kv_pool_unref(e->pool, own);
+      s->page[i] = known;
+    }
+    qtr_streams_publish(e, s, i);
   }
 }
 
@@ -303,6 +331,7 @@ void qtr_scheduler_commit(struct qtr_engine *e) {
     s->n_computed += s->n_planned;
     s->n_planned = 0;
     publish_pages(e, s);
+    qtr_streams_let_go(e, s);
     if (s->n_computed >= s->request->n_prompt) s->request->prefilled = true;
   }
   for (int32_t i = 0; i < e->batch.n_logit_rows; i++) {

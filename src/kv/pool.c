@@ -24,8 +24,15 @@ struct page {
   int32_t parent;       /* when published: page before it, NONE for the first of a chain */
   int32_t next_in_slot; /* when published: next page of the same hash slot */
   int32_t older, newer; /* when cached: neighbours in the recency list. When free: newer = next free page */
+  int32_t companion;    /* stream page, NONE */
   uint64_t salt, hash;
   int32_t token[QTR_PAGE_TOKENS];
+};
+
+struct stream_page {
+  int32_t n_refs;
+  int32_t owner;        /* the page whose companion it is, NONE */
+  int32_t older, newer; /* as in struct page */
 };
 
 struct qtr_kv_pool {
@@ -34,8 +41,11 @@ struct qtr_kv_pool {
   int32_t free_head;      /* a stack, so that memory that was touched is used again first */
   int32_t oldest, newest; /* recency list of cached pages */
   size_t slot_mask;
-  struct page *page; /* (n_pages) */
-  int32_t *slot;     /* (slot_mask + 1) first page of each hash slot */
+  struct page *page;          /* (n_pages) */
+  int32_t *slot;              /* (slot_mask + 1) first page of each hash slot */
+  struct stream_page *stream; /* (n_streams) */
+  int32_t n_streams, n_streams_free, n_streams_cached;
+  int32_t stream_free_head, stream_oldest, stream_newest;
 };
 
 enum qtr_status qtr_kv_pool_create(int32_t n_pages, bool prefix_cache, struct qtr_kv_pool **out, struct qtr_error *err) {
@@ -53,7 +63,10 @@ enum qtr_status qtr_kv_pool_create(int32_t n_pages, bool prefix_cache, struct qt
   pool->slot_mask = n_slots - 1;
   pool->oldest = pool->newest = NONE;
   for (size_t i = 0; i < n_slots; i++) pool->slot[i] = NONE;
-  for (int32_t i = 0; i < n_pages; i++) pool->page[i].newer = i + 1 < n_pages ? i + 1 : NONE;
+  for (int32_t i = 0; i < n_pages; i++) {
+    pool->page[i].newer = i + 1 < n_pages ? i + 1 : NONE;
+    pool->page[i].companion = NONE;
+  }
   *out = pool;
   return QTR_OK;
 fail:
@@ -65,6 +78,7 @@ void qtr_kv_pool_free(struct qtr_kv_pool *pool) {
   if (!pool) return;
   free(pool->page);
   free(pool->slot);
+  free(pool->stream);
   free(pool);
 }
 
@@ -75,6 +89,109 @@ void qtr_kv_pool_counts(const struct qtr_kv_pool *pool, int32_t *total, int32_t 
   *used = pool->n_pages - pool->n_free - pool->n_cached;
   *cached = pool->n_cached;
 }
+
+/* ---- stream pages ---------------------------------------------------------------------------------------- */
+
+enum qtr_status qtr_kv_pool_add_streams(struct qtr_kv_pool *pool, int32_t n, struct qtr_error *err) {
+  if (n < 1) return qtr_fail(err, QTR_ERR_ARGUMENT, "a KV pool for streaming heads needs at least one page, not %d", n);
+  pool->stream = calloc((size_t)n, sizeof *pool->stream);
+  if (!pool->stream) return qtr_fail_memory(err, "the page table of streaming heads", (size_t)n * sizeof *pool->stream);
+  for (int32_t i = 0; i < n; i++) pool->stream[i] = (struct stream_page){.owner = NONE, .newer = i + 1 < n ? i + 1 : NONE};
+  pool->n_streams = pool->n_streams_free = n;
+  pool->stream_oldest = pool->stream_newest = NONE;
+  return QTR_OK;
+}
+
+int32_t qtr_kv_pool_stream_available(const struct qtr_kv_pool *pool) {
+  return pool->n_streams_free + pool->n_streams_cached;
+}
+
+void qtr_kv_pool_stream_counts(const struct qtr_kv_pool *pool, int32_t *total, int32_t *used, int32_t *cached) {
+  *total = pool->n_streams;
+  *used = pool->n_streams - pool->n_streams_free - pool->n_streams_cached;
+  *cached = pool->n_streams_cached;
+}
+
+static void stream_unlink(struct qtr_kv_pool *pool, int32_t i) { /* from the recency list */
+  const struct stream_page *s = &pool->stream[i];
+  if (s->older == NONE)
+    pool->stream_oldest = s->newer;
+  else
+    pool->stream[s->older].newer = s->newer;
+  if (s->newer == NONE)
+    pool->stream_newest = s->older;
+  else
+    pool->stream[s->newer].older = s->older;
+  pool->n_streams_cached--;
+}
+
+static void stream_release(struct qtr_kv_pool *pool, int32_t i) { /* to the free list */
+  pool->stream[i].newer = pool->stream_free_head;
+  pool->stream_free_head = i;
+  pool->n_streams_free++;
+}
+
+int32_t qtr_kv_pool_stream_take(struct qtr_kv_pool *pool) {
+  int32_t i = pool->stream_free_head;
+  if (pool->n_streams_free > 0) {
+    pool->stream_free_head = pool->stream[i].newer;
+    pool->n_streams_free--;
+  } else {
+    i = pool->n_streams > 0 ? pool->stream_oldest : NONE;
+    if (i == NONE) return -1;
+    stream_unlink(pool, i);
+    pool->page[pool->stream[i].owner].companion = NONE;
+    pool->stream[i].owner = NONE;
+  }
+  pool->stream[i].n_refs = 1;
+  return i;
+}
+
+void qtr_kv_pool_stream_ref(struct qtr_kv_pool *pool, int32_t stream) {
+  if (pool->stream[stream].n_refs++ == 0) stream_unlink(pool, stream);
+}
+
+void qtr_kv_pool_stream_unref(struct qtr_kv_pool *pool, int32_t stream) {
+  struct stream_page *s = &pool->stream[stream];
+  if (--s->n_refs > 0) return;
+  if (s->owner == NONE) {
+    stream_release(pool, stream);
+    return;
+  }
+  s->older = pool->stream_newest;
+  s->newer = NONE;
+  if (pool->stream_newest == NONE)
+    pool->stream_oldest = stream;
+  else
+    pool->stream[pool->stream_newest].newer = stream;
+  pool->stream_newest = stream;
+  pool->n_streams_cached++;
+}
+
+int32_t qtr_kv_pool_attach(struct qtr_kv_pool *pool, int32_t page, int32_t stream) {
+  struct page *p = &pool->page[page];
+  if (!p->published) return stream;
+  if (p->companion == NONE) {
+    p->companion = stream;
+    pool->stream[stream].owner = page;
+  }
+  return p->companion;
+}
+
+int32_t qtr_kv_pool_companion(const struct qtr_kv_pool *pool, int32_t page) { return pool->page[page].companion; }
+
+/* A page is published no more: what its companion holds cannot be found any more. */
+static void drop_companion(struct qtr_kv_pool *pool, struct page *p) {
+  int32_t i = p->companion;
+  if (i == NONE) return;
+  p->companion = NONE;
+  pool->stream[i].owner = NONE;
+  if (pool->stream[i].n_refs > 0) return;
+  stream_unlink(pool, i);
+  stream_release(pool, i);
+}
+
+/* ---- pages ------------------------------------------------------------------------------------------------ */
 
 static void unlink_cached(struct qtr_kv_pool *pool, int32_t i) {
   struct page *p = &pool->page[i];
@@ -96,6 +213,7 @@ static void unpublish(struct qtr_kv_pool *pool, int32_t i) {
   *link = p->next_in_slot;
   if (p->parent != NONE) pool->page[p->parent].n_children--;
   p->published = false;
+  drop_companion(pool, p);
 }
 
 /* The least recently used leaf. With pages dropped from last to first it is the oldest page itself. */
@@ -191,6 +309,42 @@ int32_t qtr_kv_pool_publish(struct qtr_kv_pool *pool, uint64_t salt, int32_t pag
   return page;
 }
 
+/* What is wrong with the stream pages, NULL: nothing. */
+static const char *check_streams(const struct qtr_kv_pool *pool, int32_t *where) {
+  int32_t n = pool->n_streams, n_free = 0, n_cached = 0, before = NONE, n_used = 0;
+  for (int32_t i = pool->stream_free_head; n_free < pool->n_streams_free; i = pool->stream[i].newer, n_free++) {
+    *where = i;
+    if (i < 0 || i >= n || pool->stream[i].n_refs != 0 || pool->stream[i].owner != NONE)
+      return "the free list of streams is broken";
+  }
+  for (int32_t i = n > 0 ? pool->stream_oldest : NONE; i != NONE; before = i, i = pool->stream[i].newer, n_cached++) {
+    *where = i;
+    if (i < 0 || i >= n || n_cached > n || pool->stream[i].older != before || pool->stream[i].n_refs != 0)
+      return "the recency list of streams is broken";
+    if (pool->stream[i].owner == NONE) return "a cached stream page belongs to no page";
+  }
+  for (int32_t i = 0; i < n; i++) {
+    const struct stream_page *s = &pool->stream[i];
+    *where = i;
+    n_used += s->n_refs > 0;
+    if (s->n_refs < 0) return "references to a stream page below zero";
+    if (s->owner == NONE) continue;
+    if (s->owner < 0 || s->owner >= pool->n_pages || pool->page[s->owner].companion != i)
+      return "a companion and its page disagree";
+    if (s->n_refs > pool->page[s->owner].n_refs) return "a companion is referenced without its page";
+  }
+  for (int32_t i = 0; i < pool->n_pages; i++) {
+    int32_t companion = pool->page[i].companion;
+    *where = i;
+    if (companion == NONE) continue;
+    if (companion < 0 || companion >= n || pool->stream[companion].owner != i) return "a page and its companion disagree";
+    if (!pool->page[i].published) return "a page that is not published has a companion";
+  }
+  *where = NONE;
+  return n > 0 && (n_cached != pool->n_streams_cached || n_used + n_free + n_cached != n) ? "the counts of streams are wrong"
+                                                                                          : NULL;
+}
+
 bool qtr_kv_pool_check(const struct qtr_kv_pool *pool, struct qtr_error *err) {
   int32_t n = pool->n_pages, n_free = 0, n_cached = 0, n_published = 0, n_found = 0;
   const char *wrong = NULL;
@@ -251,6 +405,7 @@ bool qtr_kv_pool_check(const struct qtr_kv_pool *pool, struct qtr_error *err) {
     for (int32_t i = pool->slot[s]; i != NONE && n_found <= n; i = pool->page[i].next_in_slot) n_found++;
   }
   if (!wrong && n_found != n_published) wrong = "the table and the pages disagree", where = NONE;
+  if (!wrong) wrong = check_streams(pool, &where);
   free(children);
   free(child_refs);
   free(listed);

@@ -1,0 +1,382 @@
+/* Sparse attention through a whole engine: whatever the chunks, the neighbours, the prefix cache, preemption and
+ * cancellation do, a request gives the tokens and the log-probabilities - bit for bit - that it gives alone, and streaming
+ * heads never hold more pages than their windows need. */
+#include "base/file.h"
+#include "engine_fixture.h"
+
+#include <sys/stat.h>
+#include <unistd.h>
+
+enum { LAYERS = 3, HEADS = 4, N_REQUESTS = 10, MAX_LEN = 2048, MAX_OUT = 200 };
+
+static char heads_dir[] = "/tmp/qtr-sparse-XXXXXX";
+
+static struct qtr_model *make_model(const char *device) {
+  struct qtr_config config = {.architecture = "LlamaForCausalLM",
+                              .hidden_size = 64,
+                              .intermediate_size = 64,
+                              .n_layers = LAYERS,
+                              .n_heads = 2 * HEADS,
+                              .n_kv_heads = HEADS,
+                              .head_dim = 16,
+                              .vocab_size = TINY_VOCAB,
+                              .max_position_embeddings = MAX_LEN,
+                              .rms_norm_eps = 1e-5f,
+                              .rope_theta = 10000,
+                              .bos_token = -1,
+                              .pad_token = -1};
+  struct qtr_backend *backend = NULL;
+  struct qtr_model *model = NULL;
+  struct qtr_error err = {0};
+  const struct qtr_backend_options backend_options = {.threads = 2};
+  const struct qtr_model_options model_options = {.quiet = true};
+  if (qtr_backend_open(device, &backend_options, &backend, &err) ||
+      qtr_model_random(&config, QTR_LINEAR_W8A8, false, 5, backend, &model_options, &model, &err)) {
+    fail_msg("%s", err.message);
+  }
+  return model;
+}
+
+/* Layer 0 has streaming heads only at half, layer 1 one of them, layer 2 one more. */
+static int write_heads(void **state) {
+  (void)state;
+  static const char table[] = "0\t0.1\t0\t0.05\n1\t0.9\t0.2\t1\n0.8\t0.3\t1\t0.95\n";
+  struct qtr_error err = {0};
+  if (!mkdtemp(heads_dir)) return -1;
+  char *path = qtr_path_join(heads_dir, "full_attention_heads.tsv");
+  if (!path || qtr_file_write(path, table, sizeof table - 1, &err)) return -1;
+  free(path);
+  return 0;
+}
+
+static int remove_heads(void **state) {
+  (void)state;
+  char *path = qtr_path_join(heads_dir, "full_attention_heads.tsv");
+  if (!path || unlink(path) || rmdir(heads_dir)) return -1;
+  free(path);
+  return 0;
+}
+
+struct request {
+  int32_t prompt[1500], n_prompt, max_tokens;
+  int32_t token[MAX_OUT];
+  float logprob[MAX_OUT];
+  int32_t n, n_cached;
+  enum qtr_finish finish;
+};
+
+static struct request requests[N_REQUESTS];
+
+/* Prompts of many lengths; some share their beginnings, at page borders and elsewhere. */
+static void make_requests(void) {
+  static const int32_t lengths[N_REQUESTS] = {1, 63, 64, 65, 700, 710, 640, 1500, 300, 1000};
+  static const int32_t outputs[N_REQUESTS] = {200, 190, 166, 180, 90, 130, 110, 80, 1, 65};
+  uint32_t x = 12345;
+  for (int i = 0; i < N_REQUESTS; i++) {
+    requests[i].n_prompt = lengths[i];
+    requests[i].max_tokens = outputs[i];
+    for (int32_t k = 0; k < lengths[i]; k++) {
+      x = x * 1664525u + 1013904223u;
+      bool shared = (i == 5 && k < 600) || (i == 6) || (i == 9 && k < 640);
+      requests[i].prompt[k] = shared ? requests[4].prompt[k] : (int32_t)(x >> 16) % TINY_VOCAB;
+    }
+  }
+}
+
+static uint64_t add(struct qtr_engine *e, struct request *r) {
+  struct qtr_request_options o;
+  struct qtr_error err = {0};
+  uint64_t id;
+  qtr_request_options_init(&o);
+  o.prompt_token = r->prompt;
+  o.n_prompt_token = (size_t)r->n_prompt;
+  o.max_tokens = r->max_tokens;
+  o.sampling.temperature = 0;
+  o.logprobs = 0;
+  o.user = r;
+  r->n = 0;
+  r->finish = QTR_FINISH_NONE;
+  if (qtr_engine_add(e, &o, &id, &err)) fail_msg("%s", err.message);
+  return id;
+}
+
+static void poll(struct qtr_engine *e) {
+  struct qtr_event event;
+  while (qtr_engine_poll(e, &event)) {
+    struct request *r = event.user;
+    r->n_cached = event.n_cached_tokens;
+    if (event.finish != QTR_FINISH_NONE) r->finish = event.finish;
+    if (event.token < 0) continue;
+    assert_in_range(r->n, 0, MAX_OUT - 1);
+    r->token[r->n] = event.token;
+    r->logprob[r->n++] = event.logprob;
+  }
+}
+
+/* Steps until nothing is left; after each, streaming heads hold at most `most` pages a running sequence. */
+static void run(struct qtr_engine *e, int32_t most) {
+  struct qtr_error err = {0};
+  struct qtr_stats stats;
+  for (bool work = true; work;) {
+    if (qtr_engine_step(e, &work, &err)) fail_msg("%s", err.message);
+    poll(e);
+    qtr_engine_stats(e, &stats);
+    if (e->streams && stats.n_stream_pages_used > most * stats.n_running)
+      fail_msg("%d stream pages for %d sequences", stats.n_stream_pages_used, stats.n_running);
+    if (!qtr_kv_pool_check(e->pool, &err)) fail_msg("%s", err.message);
+  }
+}
+
+static void assert_all_free(struct qtr_engine *e) {
+  struct qtr_stats stats;
+  assert_idle(e);
+  qtr_engine_stats(e, &stats);
+  assert_int_equal(stats.n_stream_pages_used, 0);
+  assert_int_equal(e->n_free_slots, e->max_num_seqs);
+}
+
+static struct qtr_engine_options base_options(const struct qtr_sparse_options *sparse, const char *precision) {
+  struct qtr_engine_options o;
+  qtr_engine_options_init(&o);
+  o.precision = precision;
+  o.max_num_seqs = 6;
+  o.max_model_len = 1664; /* 26 pages */
+  o.sparse = *sparse;
+  if (o.sparse.static_sparsity > 0) o.sparse.heads_dir = heads_dir;
+  return o;
+}
+
+static void close_engine(struct qtr_engine *e) { qtr_engine_close(e); /* with model and backend */ }
+
+static void assert_same(const struct request *expected, const char *what) {
+  for (int i = 0; i < N_REQUESTS; i++) {
+    const struct request *a = &expected[i], *b = &requests[i];
+    if (b->finish == QTR_FINISH_CANCELLED) continue;
+    if (a->n != b->n || memcmp(a->token, b->token, (size_t)a->n * sizeof *a->token) ||
+        memcmp(a->logprob, b->logprob, (size_t)a->n * sizeof *a->logprob)) {
+      int32_t k = 0;
+      while (k < a->n && k < b->n && a->token[k] == b->token[k] && memcmp(&a->logprob[k], &b->logprob[k], 4) == 0) k++;
+      fail_msg("%s: request %d (%d tokens cached): output %d of %d is %d (%.9g), alone %d (%.9g)", what, i, b->n_cached, k,
+               b->n, b->token[k], (double)b->logprob[k], a->token[k], (double)a->logprob[k]);
+    }
+  }
+}
+
+static const struct qtr_sparse_options settings[] = {
+    {.static_sparsity = 0.5f, .context_mode = true, .ctx_sink = 20, .ctx_local = 100, .dec_sink = 64, .dec_local = 70},
+    {.static_sparsity = 0.5f, .dec_sink = 128, .dec_local = 64}, /* prompts are dense */
+    {.decode_mode = 1, .token_budget = 192, .selector_interval = 4, .sub_chunks = 4},
+    {.static_sparsity = 0.6f,
+     .context_mode = true,
+     .ctx_sink = 130,
+     .ctx_local = 30,
+     .dec_sink = 3,
+     .dec_local = 256,
+     .decode_mode = 1,
+     .token_budget = 256,
+     .selector_interval = 7,
+     .sub_chunks = 2,
+     .each_head = true},
+    {.static_sparsity = 1, .context_mode = true, .ctx_sink = 0, .ctx_local = 64, .dec_sink = 0, .dec_local = 64},
+};
+
+static void check_setting(const struct qtr_sparse_options *sparse, const char *precision) {
+  static struct request alone[N_REQUESTS];
+  struct qtr_engine_options o = base_options(sparse, precision);
+  struct qtr_stats stats;
+  bool streams = sparse->static_sparsity > 0;
+
+  /* Alone, everything in one step. */
+  o.no_prefix_cache = true;
+  o.max_num_batched_tokens = MAX_LEN;
+  o.kv_pages = 64;
+  struct qtr_engine *e = tiny_engine(make_model("cpu"), &o);
+  for (int i = 0; i < N_REQUESTS; i++) {
+    (void)add(e, &requests[i]);
+    run(e, INT32_MAX / 64);
+  }
+  assert_all_free(e);
+  close_engine(e);
+  memcpy(alone, requests, sizeof alone);
+
+  /* Together in small steps, with barely the pages that one of them needs: preemption, again and again. */
+  o.no_prefix_cache = false;
+  o.max_num_batched_tokens = 53;
+  o.kv_pages = 26;
+  e = tiny_engine(make_model("cpu"), &o);
+  int32_t most = streams ? qtr_streams_most(&e->sparse, 53, e->max_model_len) : 0;
+  for (int i = 0; i < N_REQUESTS; i++) (void)add(e, &requests[i]);
+  run(e, most);
+  qtr_engine_stats(e, &stats);
+  if (streams) assert_true(stats.n_stream_pages_total >= most && stats.n_stream_pages_total <= stats.n_pages_total);
+  assert_true(stats.n_preemptions > 0);
+  assert_same(alone, "in small steps");
+  assert_all_free(e);
+  close_engine(e);
+
+  /* With little room for streaming heads in particular. */
+  if (streams) {
+    o.kv_pages = 200;
+    o.sparse.stream_pages = most + 2;
+    e = tiny_engine(make_model("cpu"), &o);
+    for (int i = 0; i < N_REQUESTS; i++) (void)add(e, &requests[i]);
+    run(e, most);
+    assert_same(alone, "with few stream pages");
+    for (int i = 0; i < N_REQUESTS; i++) (void)add(e, &requests[i]);
+    run(e, most);
+    assert_same(alone, "with few stream pages, again");
+    assert_all_free(e);
+    close_engine(e);
+    o.sparse.stream_pages = 0;
+  }
+
+  /* With room for all: the second time prompts are cached; then again while some are cancelled. */
+  o.kv_pages = 200;
+  o.max_num_batched_tokens = 200;
+  o.sparse.stream_pages = streams ? 200 : 0;
+  e = tiny_engine(make_model("cpu"), &o);
+  for (int round = 0; round < 4; round++) {
+    uint64_t id[N_REQUESTS];
+    struct qtr_error err = {0};
+    bool work;
+    for (int i = 0; i < N_REQUESTS; i++) id[i] = add(e, &requests[round % 2 ? N_REQUESTS - 1 - i : i]);
+    for (int k = 0; k < 7 * round; k++) {
+      if (qtr_engine_step(e, &work, &err)) fail_msg("%s", err.message);
+      poll(e);
+      if (round >= 2 && k % 3 == 0) (void)qtr_engine_cancel(e, id[k / 3 % N_REQUESTS], &err);
+    }
+    run(e, INT32_MAX / 64);
+    assert_same(alone, "with cached prompts");
+    if (round == 1) {
+      assert_int_equal(requests[4].n_cached, 640);
+      assert_int_equal(requests[6].n_cached, 576); /* of 640: the last token is computed */
+      assert_int_equal(requests[7].n_cached, 1472);
+    }
+  }
+  assert_all_free(e);
+  close_engine(e);
+}
+
+static void test_settings(void **state) {
+  (void)state;
+  make_requests();
+  for (size_t i = 0; i < sizeof settings / sizeof settings[0]; i++)
+    check_setting(&settings[i], i % 2 ? "w8a8kv4" : "w8a8kv8");
+}
+
+/* A budget that is never reached and no streaming heads: the tokens and probabilities of a dense engine. */
+static void test_dense(void **state) {
+  (void)state;
+  static struct request dense[N_REQUESTS];
+  make_requests();
+  for (int k = 0; k < 2; k++) {
+    struct qtr_sparse_options sparse = {.decode_mode = k, .token_budget = MAX_LEN, .selector_interval = 4, .sub_chunks = 4};
+    struct qtr_engine_options o = base_options(&sparse, "w8a8kv4");
+    o.kv_pages = 100;
+    struct qtr_engine *e = tiny_engine(make_model("cpu"), &o);
+    for (int i = 0; i < N_REQUESTS; i++) (void)add(e, &requests[i]);
+    run(e, 0);
+    close_engine(e);
+    if (k == 0) memcpy(dense, requests, sizeof dense);
+  }
+  assert_same(dense, "with a large budget");
+}
+
+/* What streaming heads cost does not depend on the length; what the statistics cost is in the bytes of a token. */
+static void test_memory(void **state) {
+  (void)state;
+  make_requests();
+  struct qtr_sparse_options sparse = settings[0];
+  struct qtr_engine_options o = base_options(&sparse, "w8a8kv4");
+  size_t head = 2 * QTR_PAGE_TOKENS * (16 / 2 + 4); /* bytes of one head's page, K and V */
+  struct qtr_error err = {0};
+  struct qtr_stats stats;
+  o.max_num_batched_tokens = 64;
+  o.kv_pages = 100;
+  struct qtr_engine *e = tiny_engine(make_model("cpu"), &o);
+  qtr_engine_stats(e, &stats);
+  assert_int_equal(stats.n_streaming_heads, 6);
+  assert_int_equal(e->kv_page_bytes, 6 * head);
+  assert_int_equal(stats.stream_page_bytes, 6 * head);
+  /* sinks of 64 tokens, 100 and 64 tokens of window and step: 1 + 162/64 + 2; each further sequence 1 + 69/64 + 2 */
+  assert_int_equal(stats.n_stream_pages_total, 5 + 5 * 4);
+  assert_int_equal(stats.kv_pool_bytes, 100 * 6 * head + 25 * 6 * head);
+  (void)add(e, &requests[7]); /* 1,500 tokens */
+  int32_t highest = 0, last = 0;
+  for (bool work = true; work;) {
+    if (qtr_engine_step(e, &work, &err)) fail_msg("%s", err.message);
+    poll(e);
+    qtr_engine_stats(e, &stats);
+    highest = QTR_MAX(highest, stats.n_stream_pages_used);
+    if (work) last = stats.n_stream_pages_used;
+  }
+  assert_in_range(highest, 3, 5);
+  assert_in_range(last, 2, 4); /* 64 + 70 tokens */
+  close_engine(e);
+
+  sparse = settings[2];
+  o = base_options(&sparse, "w8a8kv4");
+  o.kv_bytes = 1000000;
+  e = tiny_engine(make_model("cpu"), &o);
+  qtr_engine_stats(e, &stats);
+  assert_int_equal(e->kv_page_bytes, 12 * (head + 2 * 4 * 16 * 2));
+  assert_int_equal(stats.n_pages_total, 1000000 / e->kv_page_bytes);
+  assert_int_equal(stats.n_stream_pages_total, 0);
+  close_engine(e);
+
+  sparse = settings[0];
+  o = base_options(&sparse, "w8a8kv4");
+  o.kv_bytes = 1000000;
+  o.max_num_batched_tokens = 64;
+  e = tiny_engine(make_model("cpu"), &o);
+  qtr_engine_stats(e, &stats);
+  assert_int_equal(stats.n_stream_pages_total, 25);
+  assert_int_equal(stats.n_pages_total, (1000000 - 25 * 6 * head) / (6 * head));
+  assert_true(stats.kv_pool_bytes <= 1000000);
+  close_engine(e);
+}
+
+static void test_bad_options(void **state) {
+  (void)state;
+  struct qtr_engine_options good = base_options(&settings[3], "w8a8kv4"), o;
+  struct qtr_error err = {0};
+  struct qtr_model *model = make_model("cpu");
+  struct qtr_engine *e = NULL;
+  good.kv_pages = 100;
+  static const struct {
+    size_t at;
+    int32_t value;
+    const char *says;
+  } bad[] = {{offsetof(struct qtr_sparse_options, ctx_sink), -1, "ctx_sink"},
+             {offsetof(struct qtr_sparse_options, ctx_local), 0, "ctx_local"},
+             {offsetof(struct qtr_sparse_options, dec_sink), INT32_MAX, "dec_sink"},
+             {offsetof(struct qtr_sparse_options, dec_local), -5, "dec_local"},
+             {offsetof(struct qtr_sparse_options, token_budget), 100, "multiple of 64"},
+             {offsetof(struct qtr_sparse_options, token_budget), 0, "token_budget"},
+             {offsetof(struct qtr_sparse_options, selector_interval), 0, "selector_interval"},
+             {offsetof(struct qtr_sparse_options, sub_chunks), 3, "sub_chunks"},
+             {offsetof(struct qtr_sparse_options, decode_mode), 2, "decode mode"},
+             {offsetof(struct qtr_sparse_options, stream_pages), 2, "pages for the streaming heads"}};
+  for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+    o = good;
+    memcpy((char *)&o.sparse + bad[i].at, &bad[i].value, sizeof bad[i].value);
+    if (qtr_engine_open_model(model, NULL, NULL, &o, &e, &err) == QTR_OK) fail_msg("accepted: %s", bad[i].says);
+    if (!strstr(err.message, bad[i].says)) fail_msg("\"%s\" does not say \"%s\"", err.message, bad[i].says);
+  }
+  o = good;
+  o.sparse.static_sparsity = 1.1f;
+  assert_int_equal(qtr_engine_open_model(model, NULL, NULL, &o, &e, &err), QTR_ERR_ARGUMENT);
+  o = good;
+  o.sparse.heads_dir = NULL;
+  assert_int_equal(qtr_engine_open_model(model, NULL, NULL, &o, &e, &err), QTR_ERR_ARGUMENT);
+  o.sparse.heads_dir = "/nonexistent";
+  assert_int_equal(qtr_engine_open_model(model, NULL, NULL, &o, &e, &err), QTR_ERR_NOT_FOUND);
+  assert_int_equal(qtr_engine_open_model(model, NULL, NULL, &good, &e, &err), QTR_OK);
+  close_engine(e);
+}
+
+int main(void) {
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_settings), cmocka_unit_test(test_dense),
+                                     cmocka_unit_test(test_memory), cmocka_unit_test(test_bad_options)};
+  return cmocka_run_group_tests(tests, write_heads, remove_heads);
+}

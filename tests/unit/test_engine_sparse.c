@@ -264,6 +264,75 @@ static void test_settings(void **state) {
     check_setting(&settings[i], i % 2 ? "w8a8kv4" : "w8a8kv8");
 }
 
+/* The same text generated and given has different keys and values: neither may pass for the other. requests[0] generates a
+ * text; requests[1] is given it, prompt and output, and goes on; requests[2] only pushes others out of the pool. */
+static void test_conversation(void **state) {
+  (void)state;
+  static const struct qtr_sparse_options sparse[] = {
+      {.decode_mode = 1, .token_budget = 192, .selector_interval = 3, .sub_chunks = 4},
+      {.static_sparsity = 0.5f, .context_mode = true, .ctx_sink = 64, .ctx_local = 64, .dec_sink = 0, .dec_local = 64},
+      {.static_sparsity = 0.5f, .context_mode = true, .ctx_sink = 64, .ctx_local = 64, .dec_sink = 64, .dec_local = 64}};
+  for (size_t k = 0; k < sizeof sparse / sizeof sparse[0]; k++) {
+    static struct request alone[2];
+    struct qtr_engine_options o = base_options(&sparse[k], "w8a8kv8");
+    o.kv_pages = 26;
+    o.no_prefix_cache = true;
+    make_requests();
+    requests[0].n_prompt = 640;
+    memcpy(requests[0].prompt, requests[7].prompt, 640 * sizeof(int32_t));
+    requests[0].max_tokens = 200;
+    struct qtr_engine *e = tiny_engine(make_model("cpu"), &o);
+    (void)add(e, &requests[0]);
+    run(e, INT32_MAX / 64);
+    requests[1].n_prompt = 840 + 30;
+    memcpy(requests[1].prompt, requests[0].prompt, 640 * sizeof(int32_t));
+    memcpy(requests[1].prompt + 640, requests[0].token, 200 * sizeof(int32_t));
+    memcpy(requests[1].prompt + 840, requests[0].prompt, 30 * sizeof(int32_t));
+    requests[1].max_tokens = 20;
+    (void)add(e, &requests[1]);
+    run(e, INT32_MAX / 64);
+    close_engine(e);
+    memcpy(alone, requests, sizeof alone);
+
+    for (int order = 0; order < 2; order++) {
+      o.no_prefix_cache = false;
+      e = tiny_engine(make_model("cpu"), &o);
+      (void)add(e, &requests[order]); /* order 1: what is generated later has been given before */
+      run(e, INT32_MAX / 64);
+      (void)add(e, &requests[1 - order]);
+      struct qtr_error err = {0};
+      bool work;
+      for (int i = 0; i < 150 && order == 1; i++) { /* while it generates, it must make room, and is computed again */
+        if (qtr_engine_step(e, &work, &err)) fail_msg("%s", err.message);
+        poll(e);
+        if (i != 140) continue;
+        struct qtr_request_options big;
+        uint64_t id;
+        qtr_request_options_init(&big);
+        big.prompt_token = requests[9].prompt;
+        big.n_prompt_token = 880; /* 14 pages: two of those that were given, beyond the prompt, stay */
+        big.max_tokens = 1;
+        big.priority = 1;
+        big.user = &requests[2];
+        requests[2].n = 0;
+        if (qtr_engine_add(e, &big, &id, &err)) fail_msg("%s", err.message);
+      }
+      run(e, INT32_MAX / 64);
+      struct qtr_stats stats;
+      qtr_engine_stats(e, &stats);
+      if (order == 1) assert_int_equal(stats.n_preemptions, 1);
+      for (int i = 0; i < 2; i++) {
+        assert_int_equal(requests[i].n, alone[i].n);
+        assert_memory_equal(requests[i].token, alone[i].token, (size_t)alone[i].n * sizeof(int32_t));
+        assert_memory_equal(requests[i].logprob, alone[i].logprob, (size_t)alone[i].n * sizeof(float));
+      }
+      /* Where both are the same to the heads, the whole conversation is cached. */
+      if (order == 0) assert_int_equal(requests[1].n_cached, k == 2 ? 832 : 640);
+      close_engine(e);
+    }
+  }
+}
+
 /* A budget that is never reached and no streaming heads: the tokens and probabilities of a dense engine. */
 static void test_dense(void **state) {
   (void)state;
@@ -376,7 +445,8 @@ static void test_bad_options(void **state) {
 }
 
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_settings), cmocka_unit_test(test_dense),
-                                     cmocka_unit_test(test_memory), cmocka_unit_test(test_bad_options)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_settings), cmocka_unit_test(test_conversation),
+                                     cmocka_unit_test(test_dense), cmocka_unit_test(test_memory),
+                                     cmocka_unit_test(test_bad_options)};
   return cmocka_run_group_tests(tests, write_heads, remove_heads);
 }

@@ -77,18 +77,20 @@ struct qtr_sparse_options {
 };
 
 struct qtr_engine_options {
-  const char *model_dir;          /* Hugging Face or QServe directory; required */
-  const char *device;             /* "auto" (a GPU when there is one), "cpu", "cuda", "reference"; NULL = "auto" */
-  int32_t gpu;                    /* which GPU of several; 0 = the first */
-  const char *precision;          /* NULL = as found; "w4a8kv8" … : the weights must match, the KV width is free */
-  const char *kv_scales;          /* NULL, or "static" to use the file's static per-tensor KV8 scales (spec A.2.5) */
-  int32_t group_size;             /* 0 = as found; -1 or 128: checked against the file */
-  int32_t threads;                /* 0 = all cores this process may use */
-  int32_t max_num_seqs;           /* sequences that run at once; 0 = 256 */
-  int32_t max_num_batched_tokens; /* token budget of one step; 0 = the backend's best */
-  int32_t max_model_len;          /* prompt + generated tokens of one request; 0 = the model's own limit */
-  size_t kv_bytes;                /* size of the KV pool; 0 = from free memory */
-  int32_t kv_pages;               /* pages of 64 tokens; 0 = from kv_bytes; the larger wish wins nothing: this one does */
+  const char *model_dir;            /* Hugging Face or QServe directory; required */
+  const char *device;               /* "auto" (a GPU when there is one), "cpu", "cuda", "reference"; NULL = "auto" */
+  int32_t gpu;                      /* which GPU of several; 0 = the first */
+  const char *precision;            /* NULL = as found; "w4a8kv8" … : the weights must match, the KV width is free */
+  const char *kv_scales;            /* NULL, or "static" to use the file's static per-tensor KV8 scales (spec A.2.5) */
+  const char *kv_quant_params_path; /* NULL, or a file of static KV8 scales (vLLM's JSON, see docs/quantisation.md), which
+                                       are used instead of the file's; means kv_scales "static" */
+  int32_t group_size;               /* 0 = as found; -1 or 128: checked against the file */
+  int32_t threads;                  /* 0 = all cores this process may use */
+  int32_t max_num_seqs;             /* sequences that run at once; 0 = 256 */
+  int32_t max_num_batched_tokens;   /* token budget of one step; 0 = the backend's best */
+  int32_t max_model_len;            /* prompt + generated tokens of one request; 0 = the model's own limit */
+  size_t kv_bytes;                  /* size of the KV pool; 0 = from free memory */
+  int32_t kv_pages;                 /* pages of 64 tokens; 0 = from kv_bytes; the larger wish wins nothing: this one does */
   bool no_prefix_cache;
   enum qtr_norm norm;
   struct qtr_sparse_options sparse;

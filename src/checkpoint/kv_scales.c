@@ -244,6 +244,33 @@ enum qtr_status qtr_kv_scales_read(const char *path, const struct qtr_config *co
   return status;
 }
 
+enum qtr_status qtr_kv_scales_find(const struct qtr_checkpoint *checkpoint, const struct qtr_config *config,
+                                   struct qtr_kv_scales *s, struct qtr_error *err) {
+  int32_t n_found = 0;
+  enum qtr_status status = create(config, 1, s, err);
+  for (int32_t i = 0; i < config->n_layers && !status; i++) {
+    char name[96];
+    const struct qtr_tensor *t;
+    const size_t shape[1] = {2};
+    (void)snprintf(name, sizeof name, "model.layers.%d.self_attn.kv_scale_quant_orig", (int)i);
+    if (!qtr_checkpoint_find(checkpoint, name)) continue;
+    n_found++;
+    if ((status = qtr_checkpoint_get(checkpoint, name, 1, shape, &t, err)) ||
+        (status = qtr_tensor_to_floats(t, at(s, i, 0), 2, err))) {
+      break;
+    }
+    if (!usable((double)at(s, i, 0)[0]) || !usable((double)at(s, i, 1)[0])) {
+      status = qtr_fail(err, QTR_ERR_FORMAT, "tensor %s: scales must be positive numbers that fp16 holds", name);
+    }
+  }
+  if (!status && n_found > 0 && n_found < config->n_layers) {
+    status = qtr_fail(err, QTR_ERR_FORMAT, "only %d of %d layers have self_attn.kv_scale_quant_orig", (int)n_found,
+                      (int)config->n_layers);
+  }
+  if (status || n_found == 0) qtr_kv_scales_free(s);
+  return status;
+}
+
 /* The shortest decimal that reads back as the same float. */
 static double shortest(float x) {
   char text[40];

@@ -14,6 +14,7 @@
 #ifndef QTR_CHECKPOINT_KV_SCALES_H
 #define QTR_CHECKPOINT_KV_SCALES_H
 
+#include "checkpoint/checkpoint.h"
 #include "checkpoint/config.h"
 
 struct qtr_kv_scales {
@@ -24,6 +25,10 @@ struct qtr_kv_scales {
 /* Layers and heads must be those of config; every scale a positive number that fp16 holds. */
 enum qtr_status qtr_kv_scales_read(const char *path, const struct qtr_config *config, struct qtr_kv_scales *scales,
                                    struct qtr_error *err);
+/* Those in a checkpoint, self_attn.kv_scale_quant_orig of each layer (A.2.5): scales->scale is NULL when there are none.
+ * Only some layers having them is QTR_ERR_FORMAT. */
+enum qtr_status qtr_kv_scales_find(const struct qtr_checkpoint *checkpoint, const struct qtr_config *config,
+                                   struct qtr_kv_scales *scales, struct qtr_error *err);
 /* The first layout above, complete and atomically. */
 enum qtr_status qtr_kv_scales_write(const char *path, const char *model_type, const struct qtr_kv_scales *scales,
                                     struct qtr_error *err);

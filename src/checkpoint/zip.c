@@ -1,6 +1,7 @@
 /* zip.c - reads the central directory of a zip archive (zip.h). Offsets, counts and sizes are checked against the file
- * before anything is read through them; what the local header of an entry repeats is not used but for the place of its data.
- */
+ * before anything is read through them. What the local header of an entry repeats must agree, and entries must lie apart
+ * from each other and from the directory: an archive that says different things to different readers, or the same bytes many
+ * times over, was made to deceive. */
 #include "checkpoint/zip.h"
 
 #include "base/checked.h"
@@ -30,6 +31,27 @@ static int compare_keys(const char *a, size_t n_a, const char *b, size_t n_b) {
 static int compare_entries(const void *a, const void *b) {
   const struct qtr_zip_entry *x = a, *y = b;
   return compare_keys(x->name, x->name_len, y->name, y->name_len);
+}
+
+/* Where an entry lies, its local header included; for the search for overlaps. */
+struct extent {
+  size_t begin, end;
+  const struct qtr_zip_entry *entry;
+};
+
+static int compare_extents(const void *a, const void *b) {
+  const struct extent *x = a, *y = b;
+  return (x->begin > y->begin) - (x->begin < y->begin);
+}
+
+/* A name that would leave the folder an archive is unpacked to: nothing is unpacked here, but no honest archive has one. */
+static bool is_climbing(const char *name, size_t n) {
+  if (n == 0 || name[0] == '/' || memchr(name, '\\', n) || memchr(name, 0, n) || (n > 1 && name[1] == ':')) return true;
+  for (size_t i = 0; i + 1 < n; i++) {
+    bool begins = i == 0 || name[i - 1] == '/', ends = i + 2 == n || name[i + 2] == '/';
+    if (begins && ends && name[i] == '.' && name[i + 1] == '.') return true;
+  }
+  return false;
 }
 
 static enum qtr_status damaged(struct qtr_error *err, const char *what) {
@@ -91,8 +113,9 @@ static bool read_zip64(const uint8_t *extra, size_t n, uint64_t *uncompressed, u
   return false;
 }
 
+/* *begin: where its local header is. */
 static enum qtr_status read_entry(const uint8_t *data, size_t n, const uint8_t *p, size_t left, struct qtr_zip_entry *entry,
-                                  size_t *used, struct qtr_error *err) {
+                                  size_t *used, size_t *begin, struct qtr_error *err) {
   if (left < CENTRAL_BYTES || memcmp(p, "PK\1\2", 4) != 0) return damaged(err, "directory entry");
   uint16_t flags = u16(p + 8), method = u16(p + 10);
   size_t name_len = u16(p + 28), extra_len = u16(p + 30), comment_len = u16(p + 32);
@@ -105,6 +128,10 @@ static enum qtr_status read_entry(const uint8_t *data, size_t n, const uint8_t *
   if (!read_zip64(p + CENTRAL_BYTES + name_len, extra_len, &uncompressed, &compressed, &offset)) {
     return damaged(err, "zip64 field");
   }
+  if (is_climbing(name, name_len)) {
+    return qtr_fail(err, QTR_ERR_FORMAT, "entry \"%s\" of the archive has an absolute name, or one that leaves its folder",
+                    shown);
+  }
   if (flags & 1u) return qtr_fail(err, QTR_ERR_UNSUPPORTED, "entry %s of the archive is encrypted", shown);
   if (method != 0) {
     return qtr_fail(err, QTR_ERR_UNSUPPORTED, "entry %s of the archive is compressed, which torch.save never does; store it",
@@ -114,10 +141,31 @@ static enum qtr_status read_entry(const uint8_t *data, size_t n, const uint8_t *
   if (n < LOCAL_BYTES || offset > n - LOCAL_BYTES || memcmp(data + offset, "PK\3\4", 4) != 0) {
     return damaged(err, "place of an entry");
   }
+  const uint8_t *local = data + offset;
+  size_t local_len = u16(local + 26);
+  if (u16(local + 8) != method || local_len != name_len || n - offset - LOCAL_BYTES < name_len ||
+      memcmp(local + LOCAL_BYTES, name, name_len) != 0) {
+    return qtr_fail(err, QTR_ERR_FORMAT, "entry %s of the archive is another one where its data lies", shown);
+  }
   size_t before = LOCAL_BYTES + (size_t)u16(data + offset + 26) + u16(data + offset + 28);
-  size_t begin = (size_t)offset + before; /* offset < n: no overflow */
-  if (begin > n || uncompressed > n - begin) return damaged(err, "size of an entry");
-  *entry = (struct qtr_zip_entry){name, name_len, data + begin, (size_t)uncompressed};
+  size_t first = (size_t)offset + before; /* offset < n: no overflow */
+  if (first > n || uncompressed > n - first) return damaged(err, "size of an entry");
+  *entry = (struct qtr_zip_entry){name, name_len, data + first, (size_t)uncompressed};
+  *begin = (size_t)offset;
+  return QTR_OK;
+}
+
+/* extent: (n) in any order; directory: where the central directory begins. */
+static enum qtr_status check_overlaps(struct extent *extent, size_t n, size_t directory, struct qtr_error *err) {
+  qsort(extent, n, sizeof *extent, compare_extents);
+  for (size_t i = 0; i < n; i++) {
+    if (extent[i].end <= (i + 1 < n ? extent[i + 1].begin : directory)) continue;
+    char a[128], b[128];
+    const struct qtr_zip_entry *x = extent[i].entry, *y = i + 1 < n ? extent[i + 1].entry : NULL;
+    qtr_printable(x->name, x->name_len, a, sizeof a);
+    return qtr_fail(err, QTR_ERR_FORMAT, "entry %s of the archive overlaps %s", a,
+                    y ? qtr_printable(y->name, y->name_len, b, sizeof b) : "its directory");
+  }
   return QTR_OK;
 }
 
@@ -126,16 +174,25 @@ enum qtr_status qtr_zip_open(const uint8_t *data, size_t n_bytes, struct qtr_zip
   uint64_t at = 0, size = 0, count = 0;
   enum qtr_status status = find_directory(data, n_bytes, &at, &size, &count, err);
   if (status) return status;
+  struct extent *extent = calloc((size_t)count + 1, sizeof *extent);
   zip->entry = calloc((size_t)count + 1, sizeof *zip->entry);
-  if (!zip->entry) return qtr_fail_memory(err, "the archive's directory", (size_t)count * sizeof *zip->entry);
+  if (!zip->entry || !extent) {
+    status = qtr_fail_memory(err, "the archive's directory", (size_t)count * sizeof *zip->entry);
+    goto done;
+  }
   const uint8_t *p = data + at;
   size_t left = (size_t)size;
   for (; zip->n_entries < count; zip->n_entries++) {
     size_t used = 0;
-    if ((status = read_entry(data, n_bytes, p, left, &zip->entry[zip->n_entries], &used, err))) goto done;
+    struct qtr_zip_entry *e = &zip->entry[zip->n_entries];
+    struct extent *x = &extent[zip->n_entries];
+    if ((status = read_entry(data, n_bytes, p, left, e, &used, &x->begin, err))) goto done;
+    x->end = (size_t)(e->data - data) + e->n_bytes;
+    x->entry = e;
     p += used;
     left -= used;
   }
+  if ((status = check_overlaps(extent, zip->n_entries, (size_t)at, err))) goto done; /* before the entries move */
   qsort(zip->entry, zip->n_entries, sizeof *zip->entry, compare_entries);
   for (size_t i = 1; i < zip->n_entries; i++) {
     if (compare_entries(&zip->entry[i - 1], &zip->entry[i]) == 0) {
@@ -146,6 +203,7 @@ enum qtr_status qtr_zip_open(const uint8_t *data, size_t n_bytes, struct qtr_zip
     }
   }
 done:
+  free(extent);
   if (status) qtr_zip_close(zip);
   return status;
 }

@@ -28,7 +28,7 @@ int qtr_cmd_convert(int argc, char **argv);
 /* ---- option groups (groups.c) --------------------------------------------------------------------- */
 
 struct qtr_model_flags {
-  const char *model, *device, *precision, *norm, *kv_scales;
+  const char *model, *device, *precision, *norm, *kv_scales, *kv_quant_params_path;
   int32_t threads, gpu, group_size, kv_pages, max_num_seqs, max_num_batched_tokens, max_model_len;
   size_t kv_bytes;
   bool no_prefix_cache;
@@ -37,7 +37,7 @@ struct qtr_model_flags {
 };
 extern const struct qtr_option qtr_model_options_table[]; /* all of struct qtr_model_flags */
 extern const struct qtr_option
-    qtr_device_options_table[]; /* model, device, threads, precision, norm, kv-scales, group-size */
+    qtr_device_options_table[]; /* model, device, threads, precision, norm, kv-scales, kv-quant-params-path, group-size */
 void qtr_model_flags_init(struct qtr_model_flags *flags);
 
 /* The model directory: what --model says, else $QUATTUOR_MODEL, else the demo model shipped with this binary. *dir is

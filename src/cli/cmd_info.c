@@ -1,6 +1,7 @@
 /* cmd_info.c - `quattuor info`: what a model directory holds, and what it costs on this machine, without loading it. */
 #include "base/checked.h"
 #include "base/status.h"
+#include "checkpoint/kv_scales.h"
 #include "cli/cli.h"
 #include "model/model.h"
 
@@ -12,7 +13,7 @@
 #define MEMORY_SHARE 0.85
 
 struct flags {
-  const char *model, *device;
+  const char *model, *device, *export_kv_scales;
   bool json;
 };
 
@@ -28,6 +29,11 @@ static const struct qtr_option own_options[] = {
      .offset = AT(device),
      .choices = "auto|cpu|cuda|reference",
      .help = "Whose memory counts. Default auto."},
+    {.name = "export-kv-scales",
+     .argument = "FILE",
+     .kind = QTR_OPTION_STRING,
+     .offset = AT(export_kv_scales),
+     .help = "Also writes the model's static KV8 scales as JSON for --kv-quant-params-path."},
     {.name = "json", .kind = QTR_OPTION_FLAG, .offset = AT(json), .help = "One object."},
     {0}};
 #undef AT
@@ -87,6 +93,18 @@ static enum qtr_status kv_costs(struct info *info, struct qtr_error *err) {
   return QTR_OK;
 }
 
+static enum qtr_status export_kv_scales(const char *path, const struct info *info, const struct qtr_checkpoint *checkpoint,
+                                        struct qtr_error *err) {
+  struct qtr_kv_scales scales;
+  enum qtr_status status = qtr_kv_scales_find(checkpoint, &info->config, &scales, err);
+  if (!status && !scales.scale) {
+    status = qtr_fail(err, QTR_ERR_NOT_FOUND, "%s has no static KV scales to export", info->dir);
+  }
+  if (!status) status = qtr_kv_scales_write(path, info->config.model_type, &scales, err);
+  qtr_kv_scales_free(&scales);
+  return status;
+}
+
 static enum qtr_status read_info(const struct flags *flags, struct info *info, struct qtr_error *err) {
   struct qtr_checkpoint *checkpoint = NULL;
   struct qtr_backend *backend = NULL;
@@ -106,6 +124,7 @@ static enum qtr_status read_info(const struct flags *flags, struct info *info, s
   info->longest = info->config.max_position_embeddings;
   if (info->config.sliding_window > 0) info->longest = QTR_MIN(info->longest, info->config.sliding_window);
   status = kv_costs(info, err);
+  if (!status && flags->export_kv_scales) status = export_kv_scales(flags->export_kv_scales, info, checkpoint, err);
 done:
   qtr_backend_close(backend);
   qtr_checkpoint_close(checkpoint);
@@ -194,7 +213,7 @@ int qtr_cmd_info(int argc, char **argv) {
   const struct qtr_option_group groups[] = {{"Options", own_options, &flags}};
   struct qtr_command_line line = {
       .command = "info",
-      .usage = "info [--model DIR] [--device D] [--json]",
+      .usage = "info [--model DIR] [--device D] [--export-kv-scales FILE] [--json]",
       .about =
           "Says what a model directory holds (architecture, precision, bytes) and what it costs here: KV bytes a token in "
           "each "

@@ -5,6 +5,7 @@
 #include "base/file.h"
 #include "base/status.h"
 #include "checkpoint/heads.h"
+#include "checkpoint/kv_scales.h"
 #include "engine/engine_internal.h"
 
 #include <errno.h>
@@ -142,6 +143,26 @@ static enum qtr_status check_weights(const struct qtr_model *model, const struct
   return QTR_OK;
 }
 
+/* Scales from a file take the place of the checkpoint's. */
+static enum qtr_status read_kv_params(struct qtr_model *model, const struct qtr_engine_options *o, struct qtr_error *err) {
+  struct qtr_kv_scales scales;
+  if (!o->kv_quant_params_path) return QTR_OK;
+  enum qtr_status status = qtr_kv_scales_read(o->kv_quant_params_path, &model->config, &scales, err);
+  if (status) return status;
+  float *pairs = malloc((size_t)model->config.n_layers * 2 * sizeof *pairs);
+  if (!pairs) {
+    status = qtr_fail_memory(err, "KV scales", (size_t)model->config.n_layers * 2 * sizeof *pairs);
+  } else {
+    for (int32_t i = 0; i < model->config.n_layers; i++) {
+      for (int v = 0; v < 2; v++) pairs[2 * i + v] = qtr_kv_scales_tensor(&scales, i, v);
+    }
+    free(model->static_kv_scale);
+    model->static_kv_scale = pairs;
+  }
+  qtr_kv_scales_free(&scales);
+  return status;
+}
+
 /* The caller's word, then the checkpoint's note, then KV8 for quantised weights and KV16 for others. */
 static enum qtr_status choose_kv_format(const struct qtr_model *model, const struct qtr_engine_options *o,
                                         enum qtr_kv_format *format, struct qtr_error *err) {
@@ -153,12 +174,13 @@ static enum qtr_status choose_kv_format(const struct qtr_model *model, const str
     if (status) return o->precision ? status : qtr_error_prefix(err, "quantization_config of config.json");
     if (p.kv_bits > 0) bits = p.kv_bits;
   }
-  if (o->kv_scales) {
+  if (o->kv_scales || o->kv_quant_params_path) {
     if (!model->static_kv_scale) {
       return qtr_fail(err, QTR_ERR_ARGUMENT, "kv_scales \"static\": the model has no static KV scales; leave kv_scales out");
     }
     if (bits != 8) {
-      return qtr_fail(err, QTR_ERR_ARGUMENT, "kv_scales \"static\" needs an 8-bit KV cache, not kv%d: ask for …kv8", bits);
+      return qtr_fail(err, QTR_ERR_ARGUMENT, "%s needs an 8-bit KV cache, not kv%d: ask for …kv8",
+                      o->kv_scales ? "kv_scales \"static\"" : "kv_quant_params_path", bits);
     }
     *format = QTR_KV_INT8_STATIC;
     return QTR_OK;
@@ -464,6 +486,7 @@ enum qtr_status qtr_engine_open_model(struct qtr_model *model, struct qtr_tokeni
   uint8_t *streaming = NULL;
   enum qtr_status status = qtr_engine_options_check(o, err);
   if (!status) status = check_weights(model, o, err);
+  if (!status) status = read_kv_params(model, o, err);
   if (!status) status = choose_kv_format(model, o, &kv_format, err);
   if (!status) status = choose_lengths(e, o, err);
   if (!status) status = choose_sparse(e, &o->sparse, &streaming, err);

@@ -5,6 +5,7 @@
 #include "base/half.h"
 #include "base/progress.h"
 #include "base/status.h"
+#include "checkpoint/kv_scales.h"
 #include "model/model_internal.h"
 
 #include <math.h>
@@ -281,37 +282,10 @@ static enum qtr_status load_head(struct loader *l) {
 }
 
 /* Static KV scales, when every layer has them (A.2.5). */
-static enum qtr_status load_kv_scales(struct loader *l) {
-  struct qtr_model *m = l->model;
-  int32_t n_found = 0;
-  float *all = calloc((size_t)m->config.n_layers, 2 * sizeof *all);
-  if (!all) return qtr_fail_memory(l->err, "KV scales", (size_t)m->config.n_layers * 2 * sizeof *all);
-  enum qtr_status status = QTR_OK;
-  for (int32_t i = 0; i < m->config.n_layers && !status; i++) {
-    char name[96];
-    (void)snprintf(name, sizeof name, "model.layers.%d.self_attn.kv_scale_quant_orig", i);
-    if (!qtr_checkpoint_find(l->cp, name)) continue;
-    const struct qtr_tensor *t;
-    const size_t shape[1] = {2};
-    float *pair = NULL;
-    status = qtr_checkpoint_get(l->cp, name, 1, shape, &t, l->err);
-    if (!status) status = read_floats(l, t, 2, true, &pair);
-    if (!status && pair && (pair[0] <= 0 || pair[1] <= 0)) {
-      status = qtr_fail(l->err, QTR_ERR_FORMAT, "tensor %s: scales must be positive", name);
-    }
-    if (!status && pair) memcpy(&all[2 * i], pair, 2 * sizeof *pair);
-    scratch_free(l);
-    n_found++;
-  }
-  if (!status && n_found > 0 && n_found < m->config.n_layers) {
-    status = qtr_fail(l->err, QTR_ERR_FORMAT, "only %d of %d layers have self_attn.kv_scale_quant_orig", n_found,
-                      m->config.n_layers);
-  }
-  if (status || n_found == 0) {
-    free(all);
-  } else {
-    m->static_kv_scale = all;
-  }
+static enum qtr_status load_kv_scales(const struct loader *l) {
+  struct qtr_kv_scales scales;
+  enum qtr_status status = qtr_kv_scales_find(l->cp, &l->model->config, &scales, l->err);
+  if (!status) l->model->static_kv_scale = scales.scale; /* (n_layers, 2, 1), now the model's */
   return status;
 }
 

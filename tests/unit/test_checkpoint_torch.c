@@ -142,10 +142,14 @@ struct entry {
   size_t n;
 };
 
+enum { LOCAL_SIZE = 30 };
+
 struct zip_how {
   bool zip64;
   uint16_t method, flags;
   uint64_t size_plus, offset_plus, count_plus, directory_plus; /* lies */
+  size_t shared;                                               /* an entry that lies where the one before it does, 0: none */
+  const char *central_name;                                    /* of the last entry, in the directory only */
 };
 
 /* A zip of stored entries. With zip64, all sizes and offsets stand in the 64-bit fields. */
@@ -155,8 +159,14 @@ static void make_zip(struct bytes *b, const struct entry *entries, size_t n, str
   for (size_t i = 0; i < n; i++) {
     size_t name_len = strlen(entries[i].name);
     offset[i] = b->n;
+    if (how.shared && i == how.shared) { /* its local header is the data of the one before */
+      offset[i] -= LOCAL_SIZE + name_len + 3 + entries[i].n;
+      continue;
+    }
     put(b, "PK\3\4", 4);
-    put_int(b, 0, 22);
+    put_int(b, 0, 4);
+    put_int(b, how.method, 2);
+    put_int(b, 0, 16);
     put_int(b, name_len, 2);
     put_int(b, 3, 2); /* an extra field of odd length: data is where the local header says */
     put(b, entries[i].name, name_len);
@@ -165,7 +175,8 @@ static void make_zip(struct bytes *b, const struct entry *entries, size_t n, str
   }
   size_t directory = b->n;
   for (size_t i = 0; i < n; i++) {
-    size_t name_len = strlen(entries[i].name);
+    const char *name = how.central_name && i == n - 1 ? how.central_name : entries[i].name;
+    size_t name_len = strlen(name);
     uint64_t size = entries[i].n + how.size_plus, place = offset[i] + how.offset_plus;
     put(b, "PK\1\2", 4);
     put_int(b, 0, 4);
@@ -178,7 +189,7 @@ static void make_zip(struct bytes *b, const struct entry *entries, size_t n, str
     put_int(b, how.zip64 ? 28 + 5 : 0, 2);
     put_int(b, 0, 10);
     put_int(b, how.zip64 ? UINT32_MAX : place, 4);
-    put(b, entries[i].name, name_len);
+    put(b, name, name_len);
     if (how.zip64) {
       put(b, "\x99\x99\1\0q", 5); /* another field before it */
       put_int(b, 1, 2);
@@ -295,6 +306,43 @@ static void test_hostile_zips(void **state) {
   const struct entry twice[] = {{"x/data.pkl", text, sizeof text - 1}, {"x/data/0", "abcdef", 6}, {"x/data/0", "ghijkl", 6}};
   make_zip(&b, twice, 3, (struct zip_how){0});
   refuse(&b, QTR_ERR_FORMAT, "twice");
+  /* entries that say the same bytes twice: one inside another's data, one that covers the next, one the directory */
+  struct bytes inside = {.n = 0};
+  put(&inside, "PK\3\4", 4);
+  put_int(&inside, 0, 22);
+  put_int(&inside, 8, 2);
+  put_int(&inside, 3, 2);
+  put(&inside, "x/data/1xyzghijkl", 17);
+  const struct entry nested[] = {
+      {"x/data.pkl", text, sizeof text - 1}, {"x/data/0", inside.data, inside.n}, {"x/data/1", "ghijkl", 6}};
+  make_zip(&b, nested, 3, (struct zip_how){.shared = 2});
+  refuse(&b, QTR_ERR_FORMAT, "x/data/0 of the archive overlaps x/data/1");
+  make_archive(&b, text, sizeof text - 1, (struct zip_how){.size_plus = 40});
+  refuse(&b, QTR_ERR_FORMAT, "overlaps");
+  const struct entry last[] = {{"x/data.pkl", text, sizeof text - 1}};
+  make_zip(&b, last, 1, (struct zip_how){.size_plus = 4});
+  refuse(&b, QTR_ERR_FORMAT, "overlaps its directory");
+  /* names that lead elsewhere, and one that is not the name where the data lies */
+  static const char *const climbing[] = {"/etc/passwd", "..", "../x", "x/..", "x/../../y", "C:x", "x\\y", ""};
+  for (size_t i = 0; i < sizeof climbing / sizeof *climbing; i++) {
+    const struct entry entries[] = {{"x/data.pkl", text, sizeof text - 1}, {climbing[i], "abcdef", 6}};
+    make_zip(&b, entries, 2, (struct zip_how){0});
+    refuse(&b, QTR_ERR_FORMAT, "leaves its folder");
+  }
+  static const char *const harmless[] = {"x/..y", "x/y..", "...", "x/.../y", "."};
+  for (size_t i = 0; i < sizeof harmless / sizeof *harmless; i++) {
+    const struct entry entries[] = {
+        {"x/data.pkl", text, sizeof text - 1}, {"x/data/0", "abcdef", 6}, {harmless[i], "abcdef", 6}};
+    struct qtr_checkpoint *c;
+    struct qtr_error err = {0};
+    uint8_t *copy;
+    make_zip(&b, entries, 3, (struct zip_how){0});
+    if (open_copy(&b, &c, &copy, &err)) fail_msg("%s: %s", harmless[i], err.message);
+    qtr_checkpoint_close(c);
+    free(copy);
+  }
+  make_archive(&b, text, sizeof text - 1, (struct zip_how){.central_name = "x/versiom"});
+  refuse(&b, QTR_ERR_FORMAT, "x/versiom of the archive is another one");
   const struct entry two_roots[] = {{"x/data.pkl", text, sizeof text - 1}, {"y/data.pkl", text, sizeof text - 1}};
   make_zip(&b, two_roots, 2, (struct zip_how){0});
   refuse(&b, QTR_ERR_FORMAT, "two data.pkl");

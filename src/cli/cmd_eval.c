@@ -16,6 +16,7 @@ static const struct qtr_command evaluations[] = {
     {"ppl", "Perplexity over a text file.", qtr_eval_ppl},
     {"compare", "Two models over the same text: KL divergence, agreement, hidden states.", qtr_eval_compare},
     {"niah", "Needle in a haystack: retrieval over lengths and depths.", qtr_eval_niah},
+    {"ruler", "Synthetic long-context tasks: several needles, variables, frequent words.", qtr_eval_ruler},
     {"longbench", "LongBench over local data files, or scores of predictions.", qtr_eval_longbench},
 };
 enum { N_EVALUATIONS = sizeof evaluations / sizeof evaluations[0] };

@@ -14,6 +14,7 @@ int qtr_eval_ppl(int argc, char **argv);
 int qtr_eval_compare(int argc, char **argv);
 int qtr_eval_niah(int argc, char **argv);
 int qtr_eval_longbench(int argc, char **argv);
+int qtr_eval_ruler(int argc, char **argv);
 
 /* A text file as one token stream, BOS first when the tokenizer adds one. *token is malloc'ed. */
 enum qtr_status qtr_eval_read_stream(struct qtr_engine *engine, const char *path, int32_t **token, size_t *n_tokens,
@@ -34,11 +35,17 @@ enum qtr_status qtr_eval_open_haystack(struct qtr_engine *engine, const char *pa
 /* "auto", "chat", "plain" */
 enum qtr_ask_style qtr_eval_style(const char *name);
 
-/* Writes what one of the drawing functions made. */
-enum qtr_status qtr_eval_write_drawing(const char *path, const struct qtr_heatmap *map,
-                                       enum qtr_status (*draw)(const struct qtr_heatmap *, void **, size_t *,
-                                                               struct qtr_error *),
-                                       struct qtr_error *err);
+/* --lengths: *length (n) is malloc'ed. */
+enum qtr_status qtr_eval_parse_lengths(const char *text, size_t **length, size_t *n, struct qtr_error *err);
+
+/* "1024", or with a suffix " %" "5 %", for a heat map's sides: one malloc'ed block (n). NULL: out of memory. */
+const char **qtr_eval_number_labels(const double *x, size_t n, const char *suffix);
+
+/* "demo, w4a8kv4, 98.0 % of 100" in out, of a model's directory. */
+const char *qtr_eval_describe(const struct qtr_engine_info *info, double accuracy, size_t n, char out[160]);
+
+/* Writes the heat map where paths are given. */
+enum qtr_status qtr_eval_write_maps(const char *svg, const char *png, const struct qtr_heatmap *map, struct qtr_error *err);
 
 /* A file of JSON lines; written whole by qtr_eval_lines_close. path NULL: none, and nothing happens. */
 struct qtr_eval_lines {

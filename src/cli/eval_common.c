@@ -41,10 +41,40 @@ enum qtr_ask_style qtr_eval_style(const char *name) {
   return strcmp(name, "chat") == 0 ? QTR_ASK_CHAT : strcmp(name, "plain") == 0 ? QTR_ASK_PLAIN : QTR_ASK_AUTO;
 }
 
-enum qtr_status qtr_eval_write_drawing(const char *path, const struct qtr_heatmap *map,
-                                       enum qtr_status (*draw)(const struct qtr_heatmap *, void **, size_t *,
-                                                               struct qtr_error *),
-                                       struct qtr_error *err) {
+enum qtr_status qtr_eval_parse_lengths(const char *text, size_t **length, size_t *n, struct qtr_error *err) {
+  double *list;
+  enum qtr_status status = qtr_eval_parse_numbers("lengths", text, 32, 1 << 24, &list, n, err);
+  *length = NULL;
+  if (status) return status;
+  *length = calloc(*n, sizeof **length);
+  for (size_t i = 0; *length && i < *n; i++) (*length)[i] = (size_t)list[i];
+  free(list);
+  return *length ? QTR_OK : qtr_fail_memory(err, "lengths", *n * sizeof **length);
+}
+
+const char **qtr_eval_number_labels(const double *x, size_t n, const char *suffix) {
+  enum { LABEL = 24 };
+  const char **label = calloc(n, sizeof *label + LABEL); /* the pointers, then what they point to */
+  char *text = (char *)(label ? label + n : NULL);
+  for (size_t i = 0; label && i < n; i++, text += LABEL) {
+    (void)snprintf(text, LABEL, "%.8g%s", x[i], suffix);
+    label[i] = text;
+  }
+  return label;
+}
+
+const char *qtr_eval_describe(const struct qtr_engine_info *info, double accuracy, size_t n, char out[160]) {
+  char model[96];
+  const char *base = strrchr(info->model_dir, '/'); /* the directory's own name */
+  base = base && base[1] ? base + 1 : info->model_dir;
+  (void)snprintf(out, 160, "%s, %s, %.1f %% of %zu", qtr_printable(base, strlen(base), model, sizeof model), info->precision,
+                 100 * accuracy, n);
+  return out;
+}
+
+static enum qtr_status write_map(const char *path, const struct qtr_heatmap *map,
+                                 enum qtr_status (*draw)(const struct qtr_heatmap *, void **, size_t *, struct qtr_error *),
+                                 struct qtr_error *err) {
   void *data = NULL;
   size_t n_bytes = 0;
   if (!path) return QTR_OK;
@@ -52,6 +82,11 @@ enum qtr_status qtr_eval_write_drawing(const char *path, const struct qtr_heatma
   if (!status) status = qtr_file_write(path, data, n_bytes, err);
   free(data);
   return status;
+}
+
+enum qtr_status qtr_eval_write_maps(const char *svg, const char *png, const struct qtr_heatmap *map, struct qtr_error *err) {
+  enum qtr_status status = write_map(svg, map, qtr_heatmap_svg, err);
+  return status ? status : write_map(png, map, qtr_heatmap_png, err);
 }
 
 enum qtr_status qtr_eval_lines_open(const char *path, struct qtr_eval_lines *lines, struct qtr_error *err) {

@@ -92,16 +92,9 @@ struct plan {
 };
 
 static enum qtr_status make_plan(const struct flags *flags, struct plan *plan, struct qtr_error *err) {
-  double *list = NULL;
-  enum qtr_status status = qtr_eval_parse_numbers("lengths", flags->lengths, 32, 1 << 24, &list, &plan->n_lengths, err);
+  enum qtr_status status = qtr_eval_parse_lengths(flags->lengths, &plan->length, &plan->n_lengths, err);
   if (status) return status;
-  plan->length = calloc(plan->n_lengths, sizeof *plan->length);
-  for (size_t i = 0; plan->length && i < plan->n_lengths; i++) {
-    plan->length[i] = (size_t)list[i];
-    plan->longest = QTR_MAX(plan->longest, plan->length[i]);
-  }
-  free(list);
-  if (!plan->length) return qtr_fail_memory(err, "lengths", 0);
+  for (size_t i = 0; i < plan->n_lengths; i++) plan->longest = QTR_MAX(plan->longest, plan->length[i]);
   if (strpbrk(flags->depths, ",%")) {
     status = qtr_eval_parse_numbers("depths", flags->depths, 0, 100, &plan->depth, &plan->n_depths, err);
     for (size_t i = 0; i < plan->n_depths && !status; i++) plan->depth[i] /= 100;
@@ -196,43 +189,39 @@ static enum qtr_status write_answers(const struct flags *flags, const struct pla
 static enum qtr_status write_maps(const struct flags *flags, const struct plan *plan, const struct qtr_engine_info *info,
                                   const struct qtr_niah_result *r, struct qtr_error *err) {
   if (!flags->svg && !flags->png) return QTR_OK;
-  typedef char label[24];
-  label *text = calloc(plan->n_depths + plan->n_lengths, sizeof *text);
-  const char **label_at = calloc(plan->n_depths + plan->n_lengths, sizeof *label_at);
-  double *value = calloc(plan->n_depths * plan->n_lengths, sizeof *value);
-  char subtitle[160], model[96];
+  double *value = malloc(plan->n_depths * plan->n_lengths * sizeof *value),
+         *x = malloc((plan->n_depths + plan->n_lengths) * sizeof *x);
+  const char **row = NULL, **column = NULL;
+  char subtitle[160];
   enum qtr_status status = QTR_OK;
-  if (!text || !label_at || !value) {
+  if (!value || !x) {
     status = qtr_fail_memory(err, "a heat map", 0);
     goto done;
   }
-  for (size_t k = 0; k < plan->n_depths; k++) (void)snprintf(text[k], sizeof text[k], "%.3g %%", 100 * plan->depth[k]);
+  for (size_t k = 0; k < plan->n_depths; k++) x[k] = round(1e4 * plan->depth[k]) / 100;
   for (size_t i = 0; i < plan->n_lengths; i++) {
-    (void)snprintf(text[plan->n_depths + i], sizeof *text, "%zu", plan->length[i]);
+    x[plan->n_depths + i] = (double)plan->length[i];
     for (size_t k = 0; k < plan->n_depths; k++) {
       value[k * plan->n_lengths + i] = r->cell[i * plan->n_depths + k].accuracy;
     }
   }
-  for (size_t i = 0; i < plan->n_depths + plan->n_lengths; i++) label_at[i] = text[i];
-  const char *base = strrchr(info->model_dir, '/'); /* the directory's own name */
-  base = base && base[1] ? base + 1 : info->model_dir;
-  (void)snprintf(subtitle, sizeof subtitle, "%s, %s, %.1f %% of %zu", qtr_printable(base, strlen(base), model, sizeof model),
-                 info->precision, 100 * r->total.accuracy, r->total.n);
+  row = qtr_eval_number_labels(x, plan->n_depths, " %");
+  column = qtr_eval_number_labels(x + plan->n_depths, plan->n_lengths, "");
   const struct qtr_heatmap map = {.title = "Needles found, %",
-                                  .subtitle = subtitle,
+                                  .subtitle = qtr_eval_describe(info, r->total.accuracy, r->total.n, subtitle),
                                   .row_title = "depth",
                                   .column_title = "tokens",
-                                  .row = label_at,
-                                  .column = label_at + plan->n_depths,
+                                  .row = row,
+                                  .column = column,
                                   .value = value,
                                   .n_rows = plan->n_depths,
                                   .n_columns = plan->n_lengths};
-  status = qtr_eval_write_drawing(flags->svg, &map, qtr_heatmap_svg, err);
-  if (!status) status = qtr_eval_write_drawing(flags->png, &map, qtr_heatmap_png, err);
+  status = row && column ? qtr_eval_write_maps(flags->svg, flags->png, &map, err) : qtr_fail_memory(err, "a heat map", 0);
 done:
-  free(text);
-  free(label_at);
+  free(row);
+  free(column);
   free(value);
+  free(x);
   return status;
 }
 

@@ -11,7 +11,7 @@ static const struct qtr_command commands[] = {
     {"chat", "talk with a model in the terminal", qtr_cmd_chat},
     {"serve", "answer over HTTP, as OpenAI's API does", qtr_cmd_serve},
     {"bench", "measure speed, on a model or on random weights of its shape", qtr_cmd_bench},
-    {"eval", "measure quality: perplexity, comparison, retrieval from long texts", qtr_cmd_eval},
+    {"eval", "measure quality: perplexity, comparison, long-context tests", qtr_cmd_eval},
     {"tokenize", "turn text into token ids", qtr_cmd_tokenize},
     {"info", "say what a model directory holds and what it will cost here", qtr_cmd_info},
     {"quantize", "make a QServe checkpoint from a Hugging Face model", qtr_cmd_quantize},

@@ -83,6 +83,16 @@ enum qtr_status qtr_ask_fit(struct qtr_engine *engine, enum qtr_ask_style style,
   return status;
 }
 
+enum qtr_status qtr_ask_check_length(struct qtr_engine *engine, size_t length, int32_t max_tokens, struct qtr_error *err) {
+  struct qtr_engine_info info;
+  qtr_engine_get_info(engine, &info);
+  if (max_tokens < info.max_model_len && length <= (size_t)(info.max_model_len - max_tokens)) return QTR_OK;
+  return qtr_fail(
+      err, QTR_ERR_LIMIT,
+      "a prompt of %zu tokens and an answer of %d do not fit this model, which takes %d: the longest prompt is %d", length,
+      max_tokens, info.max_model_len, QTR_MAX(info.max_model_len - max_tokens, 0));
+}
+
 /* ---- the run ---- */
 
 struct running {

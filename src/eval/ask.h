@@ -35,6 +35,9 @@ struct qtr_ask_text {
 enum qtr_status qtr_ask_fit(struct qtr_engine *engine, enum qtr_ask_style style, size_t length,
                             const struct qtr_ask_text *text, struct qtr_ask_prompt *prompt, struct qtr_error *err);
 
+/* QTR_ERR_LIMIT when such a prompt and its answer do not fit the model. */
+enum qtr_status qtr_ask_check_length(struct qtr_engine *engine, size_t length, int32_t max_tokens, struct qtr_error *err);
+
 struct qtr_ask_answer {
   const char *text; /* (len) and a NUL */
   size_t len;

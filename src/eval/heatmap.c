@@ -13,7 +13,6 @@
 
 #define CELL_WIDTH 64
 #define CELL_HEIGHT 36
-#define LEFT 96
 #define TOP 64
 #define RIGHT 88
 #define BOTTOM 60
@@ -59,17 +58,25 @@ static uint32_t colour(double value) {
   return rgb;
 }
 
+/* Where the cells begin: after the longest label. */
+static double left_of(const struct qtr_heatmap *map) {
+  size_t n = strlen(map->row_title);
+  for (size_t r = 0; r < map->n_rows; r++) n = QTR_MAX(n, strlen(map->row[r]));
+  return (double)(n * LETTER + 20);
+}
+
 static void draw(const struct qtr_heatmap *map, const struct pen *pen) {
+  const double left = left_of(map);
   double width = (double)(map->n_columns * CELL_WIDTH), height = (double)(map->n_rows * CELL_HEIGHT);
   char text[160];
-  draw_text(pen, LEFT, 16, QTR_SVG_START, map->title);
-  draw_text(pen, LEFT, 34, QTR_SVG_START, map->subtitle);
-  draw_text(pen, LEFT - 10, TOP - 12, QTR_SVG_END, map->row_title);
+  draw_text(pen, left, 16, QTR_SVG_START, map->title);
+  draw_text(pen, left, 34, QTR_SVG_START, map->subtitle);
+  draw_text(pen, left - 10, TOP - 12, QTR_SVG_END, map->row_title);
   for (size_t r = 0; r < map->n_rows; r++) {
     double y = TOP + (double)(r * CELL_HEIGHT);
-    draw_text(pen, LEFT - 10, y + CELL_HEIGHT / 2.0, QTR_SVG_END, map->row[r]);
+    draw_text(pen, left - 10, y + CELL_HEIGHT / 2.0, QTR_SVG_END, map->row[r]);
     for (size_t c = 0; c < map->n_columns; c++) {
-      double x = LEFT + (double)(c * CELL_WIDTH), value = map->value[r * map->n_columns + c];
+      double x = left + (double)(c * CELL_WIDTH), value = map->value[r * map->n_columns + c];
       (void)snprintf(text, sizeof text, "%s %s, %s %s: %.1f %%", map->column_title, map->column[c], map->row_title,
                      map->row[r], 100 * value);
       draw_rect(pen, x, y, CELL_WIDTH - 1, CELL_HEIGHT - 1, colour(value), text);
@@ -79,10 +86,10 @@ static void draw(const struct qtr_heatmap *map, const struct pen *pen) {
     }
   }
   for (size_t c = 0; c < map->n_columns; c++) {
-    draw_text(pen, LEFT + ((double)c + 0.5) * CELL_WIDTH, TOP + height + 14, QTR_SVG_MIDDLE, map->column[c]);
+    draw_text(pen, left + ((double)c + 0.5) * CELL_WIDTH, TOP + height + 14, QTR_SVG_MIDDLE, map->column[c]);
   }
-  draw_text(pen, LEFT + width / 2, TOP + height + 40, QTR_SVG_MIDDLE, map->column_title);
-  double x = LEFT + width + 20;
+  draw_text(pen, left + width / 2, TOP + height + 40, QTR_SVG_MIDDLE, map->column_title);
+  double x = left + width + 20;
   for (size_t i = 0; i < LEGEND_STEPS; i++) {
     double top = floor(height * (double)i / LEGEND_STEPS), bottom = floor(height * (double)(i + 1) / LEGEND_STEPS);
     draw_rect(pen, x, TOP + top, 14, bottom - top, colour(1 - ((double)i + 0.5) / LEGEND_STEPS), NULL);
@@ -98,8 +105,8 @@ static enum qtr_status check_size(const struct qtr_heatmap *map, struct qtr_erro
 }
 
 static size_t width_of(const struct qtr_heatmap *map) {
-  size_t title = LEFT + QTR_MAX(strlen(map->title), strlen(map->subtitle)) * LETTER + 8;
-  return QTR_MAX(LEFT + map->n_columns * CELL_WIDTH + RIGHT, title);
+  size_t left = (size_t)left_of(map), title = left + QTR_MAX(strlen(map->title), strlen(map->subtitle)) * LETTER + 8;
+  return QTR_MAX(left + map->n_columns * CELL_WIDTH + RIGHT, title);
 }
 
 static size_t height_of(const struct qtr_heatmap *map) { return TOP + map->n_rows * CELL_HEIGHT + BOTTOM; }

@@ -183,16 +183,9 @@ static void finish(struct qtr_niah_score *score) {
 }
 
 static enum qtr_status check(struct qtr_engine *engine, const struct qtr_niah_options *o, struct qtr_error *err) {
-  struct qtr_engine_info info;
-  qtr_engine_get_info(engine, &info);
   for (size_t i = 0; i < o->n_lengths; i++) {
-    size_t most = (size_t)info.max_model_len - (size_t)o->max_tokens;
-    if (info.max_model_len > o->max_tokens && o->length[i] <= most) continue;
-    return qtr_fail(
-        err, QTR_ERR_LIMIT,
-        "a prompt of %zu tokens and an answer of %d do not fit this model, which takes %d: the longest prompt is "
-        "%d",
-        o->length[i], o->max_tokens, info.max_model_len, info.max_model_len - o->max_tokens);
+    enum qtr_status status = qtr_ask_check_length(engine, o->length[i], o->max_tokens, err);
+    if (status) return status;
   }
   if (o->n_lengths > MAX_TRIALS || o->n_depths > MAX_TRIALS || o->n_needles > MAX_TRIALS ||
       o->n_lengths * o->n_depths > MAX_TRIALS || o->n_lengths * o->n_depths * o->n_needles > MAX_TRIALS) {

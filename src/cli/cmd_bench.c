@@ -2,6 +2,7 @@
  * own spellings and variables work (D.7, D.9); none of them is needed. */
 #include "base/file.h"
 #include "base/status.h"
+#include "cli/bench_serve.h"
 #include "cli/cli.h"
 #include "cli/profile_report.h"
 #include "engine/engine_internal.h"
@@ -320,6 +321,7 @@ static enum qtr_status fill_defaults(struct flags *flags, struct qtr_error *err)
 }
 
 int qtr_cmd_bench(int argc, char **argv) {
+  if (argc > 1 && strcmp(argv[1], "serve") == 0) return qtr_bench_serve(argc - 1, argv + 1);
   struct flags flags = {.rounds = 3};
   qtr_model_flags_init(&flags.model);
   const struct qtr_option_group groups[] = {{"What is measured", own_options, &flags},
@@ -331,7 +333,8 @@ int qtr_cmd_bench(int argc, char **argv) {
       .about =
           "Measures speed by QServe's protocol: B prompts of P random tokens, G tokens generated for each, greedy, nothing "
           "stops early. Reading the prompts and generating are timed apart. Without weights in the directory, or with "
-          "--config, the weights are random: w4a8kv4 in groups of 128 unless --precision and --group-size say otherwise.",
+          "--config, the weights are random: w4a8kv4 in groups of 128 unless --precision and --group-size say otherwise. "
+          "quattuor bench serve measures a server.",
       .group = groups,
       .n_groups = 3};
   struct qtr_error err;

@@ -527,6 +527,7 @@ static enum qtr_status run_jobs(struct convert *c, qtr_quantize_callback callbac
     struct qtr_rtn_error error = {0};
     const char *how;
     status = run_job(c, j, &how, &error);
+    if (j->kind != JOB_TENSOR) qtr_checkpoint_forget(c->source.checkpoint); /* what was read stays in the file */
     qtr_progress_update(&progress, i + 1);
     if (status || !j->slot.projection) continue;
     count(c, how);

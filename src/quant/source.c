@@ -55,10 +55,11 @@ enum qtr_status qtr_source_vocab(struct qtr_source *s, const struct qtr_slot *sl
 }
 
 enum qtr_status qtr_source_leftovers(const struct qtr_source *s, struct qtr_error *err) {
-  static const char *const harmless[] = {".inv_freq", ".masked_bias"};
+  static const char *const harmless[] = {".inv_freq", ".masked_bias", "rotary_emb.cos_cached", "rotary_emb.sin_cached"};
   for (size_t i = 0; i < qtr_checkpoint_count(s->checkpoint); i++) {
     const char *name = qtr_checkpoint_at(s->checkpoint, i)->name;
-    if (s->seen[i] || strncmp(name, "model.layers.", 13) != 0) continue;
+    /* parts of larger models (a vision tower) are none of ours; lm_head.qweight without lm_head.weight is */
+    if (s->seen[i] || (strncmp(name, "model.", 6) != 0 && strncmp(name, "lm_head.", 8) != 0)) continue;
     size_t len = strlen(name);
     bool skip = false;
     for (size_t k = 0; k < sizeof harmless / sizeof *harmless; k++) {

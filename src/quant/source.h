@@ -27,7 +27,7 @@ enum qtr_status qtr_source_get(struct qtr_source *source, const char *name, cons
 /* The weight of a QTR_SLOT_EMBED or QTR_SLOT_HEAD: (vocab_size or more, hidden). A tied head is the embedding. */
 enum qtr_status qtr_source_vocab(struct qtr_source *source, const struct qtr_slot *slot, const struct qtr_tensor **tensor,
                                  struct qtr_error *err);
-/* A tensor inside a layer that nobody asked for changes what the layer computes: better refused than dropped. */
+/* A tensor of the model that nobody asked for changes what it computes: better refused than dropped. */
 enum qtr_status qtr_source_leftovers(const struct qtr_source *source, struct qtr_error *err);
 
 /* Rows and columns of a tensor as the sink counts them: a vector is one row. */

@@ -4,9 +4,9 @@
   oracle_checkpoint.py make DIR [float32|float16|bfloat16]   writes a small random Hugging Face model with awkward rows
   oracle_checkpoint.py check SOURCE QUANTISED               recomputes spec F.6 from the source and compares
 
-`check` unpacks qweight by the index formula of spec A.3 and the second-level scales by A.4.2, both written here from the text of
-the specification, and wants every code, scale and zero equal to its own arithmetic, the invariants of A.2, and everything that is
-not quantised equal to fp16 of the source.
+`check` reads with oracle_reader.py, written from the text of the specification, and wants names, shapes, dtypes and bounds as there,
+every code, scale and zero equal to its own arithmetic, the invariants of A.2, and everything that is not quantised equal to fp16 of
+the source.
 """
 import json
 import os
@@ -14,25 +14,8 @@ import sys
 
 import numpy as np
 
-DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8, "F64": np.float64}
-PROJECTIONS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
-               "mlp.down_proj"]
-
-
-def read_safetensors(path):
-    with open(path, "rb") as f:
-        n = int.from_bytes(f.read(8), "little")
-        header = json.loads(f.read(n))
-        data = f.read()
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, e in header.items():
-        a, b = e["data_offsets"]
-        x = np.frombuffer(data[a:b], DTYPES[e["dtype"]]).reshape(e["shape"])
-        if e["dtype"] == "BF16":
-            x = (x.astype(np.uint32) << 16).view(np.float32)
-        tensors[name] = x
-    return tensors
+sys.dont_write_bytecode = True
+from oracle_reader import PROJECTIONS, Model, natural, read_safetensors, unpack
 
 
 def write_safetensors(path, tensors, dtype):
@@ -92,19 +75,6 @@ def make(directory, dtype):
 
 f16 = np.float16
 f32 = np.float32
-
-
-def unpack(qweight, oc, ic):
-    p = np.ascontiguousarray(qweight).view(np.uint8).reshape(-1)
-    r, k = np.meshgrid(np.arange(oc), np.arange(ic), indexing="ij")
-    off = (r // 32 * (ic // 32) + k // 32) * 512 + ((r % 8) * 4 + k // 4 % 4) * 16 + k // 16 % 2 * 8 + r // 8 % 2 * 4 + k % 4
-    return (p[off] >> (4 * (r // 16 % 2))) & 15
-
-
-def natural(s2):
-    groups, oc = s2.shape
-    r = np.arange(oc)
-    return s2.view(np.uint8)[:, 32 * (r // 32) + 4 * (r % 8) + r // 8 % 4].T.astype(np.int32)  # [oc][groups]
 
 
 def half_scale(x):
@@ -177,6 +147,7 @@ def check(source_dir, out_dir):
                 assert (f.get_tensor(name) == out[name]).all(), name
     except ImportError:
         print("(PyPI's safetensors is not installed: read with numpy alone)")
+    Model(out_dir).check(kv_scales=False)
     config = json.load(open(os.path.join(source_dir, "config.json")))
     got = json.load(open(os.path.join(out_dir, "config.json")))
     about = got.pop("quantization_config")

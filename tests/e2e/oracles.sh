@@ -23,7 +23,11 @@ for vocabulary in llama-3.tokenizer.json llama-2.tokenizer.json; do
   oracle "$vocabulary against tokenizers" "$python" "$here/oracle_tokenizers.py" "$quattuor" "$shared/data/tokenizers/$vocabulary" \
     "$shared/data/text/wikitext-2-raw-test.txt"
 done
+oracle "checkpoints against the specification's reader" "$python" "$here/oracle_formats.py" "$quattuor" "$shared/models/demo-bf16"
+oracle "imports of files that torch wrote" "$python" "$here/oracle_torch.py" "$quattuor"
 oracle "quattuor serve against the openai client" "$python" "$here/oracle_openai.py" "$quattuor" "$here/../../models/demo"
+oracle "checkpoints against the specification's reader" "$python" "$here/oracle_formats.py" "$quattuor" "$shared/models/demo-bf16"
+oracle "imports of files that torch wrote" "$python" "$here/oracle_torch.py" "$quattuor"
 oracle "quattuor serve against its own /openapi.json, by schemathesis" "$python" "$here/oracle_schemathesis.py" "$quattuor" \
   "$here/../../models/demo"
 oracle "the page in Chromium" "$python" "$here/page_playwright.py" "$quattuor" "$here/../../models/demo"

@@ -446,6 +446,7 @@ def g_of(order):
 
 
 def check(directory, out):
+    sys.dont_write_bytecode = True
     sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "e2e"))
     import oracle_reader
     model = oracle_reader.Model(out)
@@ -491,7 +492,9 @@ def check(directory, out):
     assert about["quant_method"] == "qoq" and about["producer"] == "quattuor"
     for stale in ("quantize_config.json", "quant_config.json"):
         assert not os.path.exists(os.path.join(out, stale)), f"{stale} came along"
-    print(f"{len(used)} tensors as expected; {n_exact} matrices exact, {n_moved} with scales moved (worst {worst:.4f}, codes of {n_changed} groups), {n_rounded} rounded")
+    detail = f": {n_exact} matrices exact, {n_moved} with scales moved (by {worst:.4f} at most, codes of " \
+             f"{n_changed} groups), {n_rounded} rounded"
+    print(f"{len(used)} tensors as expected" + (detail if moved else ""))
 
 
 def vectors(path):

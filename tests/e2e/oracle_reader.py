@@ -41,11 +41,10 @@ def read_safetensors(path):
 
 
 def unpack(qweight, oc, ic):
-    """qweight [oc][ic/2] -> codes [oc][ic] (A.3)."""
-    p = np.ascontiguousarray(qweight).view(np.uint8).reshape(-1)
-    r, k = np.meshgrid(np.arange(oc), np.arange(ic), indexing="ij")
-    off = (r // 32 * (ic // 32) + k // 32) * 512 + ((r % 8) * 4 + k // 4 % 4) * 16 + k // 16 % 2 * 8 + r // 8 % 2 * 4 + k % 4
-    return (p[off] >> (4 * (r // 16 % 2))) & 15
+    """qweight [oc][ic/2] -> codes [oc][ic] (A.3): rows 32 N + 16 a + 8 b + c, columns 32 K + 16 d + 4 e + f."""
+    p = np.ascontiguousarray(qweight).view(np.uint8).reshape(oc // 32, ic // 32, 8, 4, 2, 2, 4)  # N K c e d b f
+    both = np.stack([p & 15, p >> 4])  # a N K c e d b f
+    return np.ascontiguousarray(both.transpose(1, 0, 6, 3, 2, 5, 4, 7)).reshape(oc, ic)  # N a b c K d e f
 
 
 def natural(s2):
@@ -141,8 +140,10 @@ class Model:
                     take(p + name + ".s2_zeros", byte, (ic // 128, oc))
                     q, s2, z2 = self.integers(p + name)
                     assert (s2 <= 127).all(), f"{p + name}: s2 is a signed byte"
-                    assert (q.reshape(oc, -1, 128).astype(int) * s2[..., None] <= 255).all(), f"{p + name}: q * s2 carries"
-                    self.weight(p + name)
+                    high = q.reshape(oc, -1, 128).astype(np.int16) * s2[..., None].astype(np.int16)
+                    assert (high <= 255).all(), f"{p + name}: q * s2 carries"
+                    w8 = high - z2[..., None].astype(np.int16)
+                    assert (w8 >= -128).all() and (w8 <= 127).all(), f"{p + name}: q * s2 - z leaves int8"
         assert not left, f"unexpected tensors {sorted(left)[:5]}"
 
     def compare(self, source):

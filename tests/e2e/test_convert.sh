@@ -5,11 +5,12 @@ python=python3 # the distribution's own where another one comes first and has no
 "$python" -c 'import numpy' 2>/dev/null || python=/usr/bin/python3
 "$python" -c 'import numpy' 2>/dev/null || skip "python3-numpy is not installed"
 IMPORT=$SRC/tests/golden/make_import.py
-check() { "$python" "$IMPORT" check "$1" "$2" >"$T/checked" 2>&1 || fail "$2: $(tail -1 "$T/checked")"; }
-read_back() { "$python" "$SRC/tests/e2e/oracle_reader.py" "$@" >"$T/checked" 2>&1 || fail "$*: $(tail -1 "$T/checked")"; }
+pairs=() # of what was imported and what came out, for the oracle
 
-for variant in $("$python" "$IMPORT" list); do
-  "$python" "$IMPORT" make "$T/$variant" "$variant"
+variants=$("$python" "$IMPORT" list)
+# shellcheck disable=SC2086 # words
+"$python" "$IMPORT" make "$T" $variants
+for variant in $variants; do
   run 0 convert --model "$T/$variant" --output "$T/o-$variant" --json --threads 2
   kind=deepcompressor # the fake-quantised ones
   case $variant in gptq* | awq* | qserve*) kind=${variant%%-*} ;; esac
@@ -19,21 +20,20 @@ for variant in $("$python" "$IMPORT" list); do
     gptq-act-all) same "$(tail -1 "$T/out" | field rounded)" 12 "matrices rounded anew" ;;
     *) same "$(tail -1 "$T/out" | field exact)" 16 "exact matrices of $variant" ;;
   esac
-  check "$T/$variant" "$T/o-$variant"
-  read_back "$T/o-$variant"
+  pairs+=("$T/$variant" "$T/o-$variant")
 done
 
 # The order of the second-level scales by flag: a copy without the name that tells.
 mkdir "$T/renamed" && cp "$T/qserve-deepcompressor/config.json" "$T/qserve-deepcompressor/tokenizer.json" "$T/renamed/"
 cp "$T/qserve-deepcompressor/quant_model.pt" "$T/renamed/pytorch_model.bin"
 run 0 convert --model "$T/renamed" --output "$T/o-flag" --s2-order deepcompressor
-check "$T/qserve-deepcompressor" "$T/o-flag"
+pairs+=("$T/qserve-deepcompressor" "$T/o-flag")
 run 0 convert --model "$T/qserve-deepcompressor" --output "$T/o-wrong" --s2-order omniserve
 cmp -s "$T/o-flag/model.safetensors" "$T/o-wrong/model.safetensors" && fail "--s2-order changes nothing"
 # One file, with the configuration elsewhere; the result again is the same; the KV width is recorded.
 run 0 convert --model "$T/renamed/pytorch_model.bin" --config "$T/renamed" --output "$T/o-file" --s2-order deepcompressor \
   --precision w4a8kv8
-check "$T/qserve-deepcompressor" "$T/o-file"
+pairs+=("$T/qserve-deepcompressor" "$T/o-file")
 grep -q '"precision": "w4a8kv8"' "$T/o-file/config.json" || fail "the KV width is not recorded"
 run 0 convert --model "$T/o-file" --output "$T/o-again"
 cmp "$T/o-file/model.safetensors" "$T/o-again/model.safetensors" || fail "converting what was converted changes it"
@@ -42,7 +42,7 @@ mkdir "$T/bare" && cp "$T/postscale-g128/"*.pt "$T/bare/"
 run 1 convert --model "$T/bare" --output "$T/no"
 says "$T/err" "config.json.*--config"
 run 0 convert --model "$T/bare" --config "$T/postscale-g128" --output "$T/o-bare"
-check "$T/postscale-g128" "$T/o-bare"
+pairs+=("$T/postscale-g128" "$T/o-bare")
 # --strict
 run 0 convert --model "$T/awq-exact" --output "$T/o-strict" --strict
 run 1 convert --model "$T/awq" --output "$T/no" --strict
@@ -61,36 +61,43 @@ run 0 convert --model "$T/float" --output "$T/o-rtn" --precision w4a8kv4
 run 0 quantize --model "$T/float" --output "$T/o-quantize" --precision w4a8kv4 --method rtn
 cmp "$T/o-rtn/model.safetensors" "$T/o-quantize/model.safetensors" || fail "convert rounds otherwise than quantize"
 
-# Faults.
-fault() { # fault VARIANT HOW PATTERN
-  "$python" "$IMPORT" make "$T/$1.$2" "$1" "$2"
-  run 1 convert --model "$T/$1.$2" --output "$T/no"
-  says "$T/err" "$3"
-  [ -e "$T/no" ] && fail "$1 $2: something was left behind"
-}
-fault lmquant-g128 off-grid "layers.1.self_attn.k_proj: row 7, column 9: .*not .*scale.0"
-fault postscale-channel off-grid "layers.1.self_attn.k_proj: row 7, column 9: .*grid"
-fault lmquant-channel no-scale "scale.pt has no tensor model.layers.1.self_attn.k_proj.weight.scale.0"
-fault lmquant-channel scale-shape "k_proj.weight.scale.0 has 4 dimensions.*expected"
-fault lmquant-channel scale-zero "k_proj: row 5: weight.scale.0 is 0"
-fault lmquant-channel extra-scale "scale.pt.*model.layers.2.mlp.up_proj.weight.scale.0 has no place"
-fault lmquant-g128 mixed-levels "k_proj has no weight.scale.1"
-fault lmquant-g128 no-weight "model.pt.*no tensor model.layers.1.self_attn.k_proj.weight"
-fault lmquant-g128 extra-tensor "q_norm.weight has no place"
-fault gptq no-tensor "no tensor model.layers.1.self_attn.k_proj.qzeros"
-fault gptq shape "k_proj.scales has shape \[2, 120\].*\[2, 128\]"
-fault gptq type "k_proj: qweight, qzeros and scales are F32"
-fault gptq negative "k_proj: row 3: a scale is negative or not finite"
-fault gptq infinite "k_proj: row 3: a scale is negative or not finite"
-fault gptq group-index "k_proj.g_idx: input 5 is in group 77 of 2"
-fault gptq extra-tensor "q_norm.weight has no place"
-fault gptq-exact bits "8 bits"
-fault gptq-exact group "group_size 64, but"
-fault gptq-exact method "bitsandbytes"
-fault gptq-exact format "marlin"
-fault gptq-exact other "\"awq\", but the tensors are laid out as GPTQ"
-fault gptq-exact nonsense "whole numbers"
-fault awq-exact no-tensor "no tensor model.layers.1.self_attn.k_proj.qzeros"
+"$python" "$IMPORT" check "${pairs[@]}" >"$T/checked" 2>&1 || fail "$(tail -1 "$T/checked")"
+same "$(lines "$T/checked")" $((${#pairs[@]} / 2)) "outputs that the oracle saw"
+
+# Faults: the input, and what is said of it.
+faults=(
+  "lmquant-g128:off-grid" "layers.1.self_attn.k_proj: row 7, column 9: .*not .*scale.0"
+  "postscale-channel:off-grid" "layers.1.self_attn.k_proj: row 7, column 9: .*grid"
+  "lmquant-channel:no-scale" "scale.pt has no tensor model.layers.1.self_attn.k_proj.weight.scale.0"
+  "lmquant-channel:scale-shape" "k_proj.weight.scale.0 has 4 dimensions.*expected"
+  "lmquant-channel:scale-zero" "k_proj: row 5: weight.scale.0 is 0"
+  "lmquant-channel:extra-scale" "scale.pt.*model.layers.2.mlp.up_proj.weight.scale.0 has no place"
+  "lmquant-g128:mixed-levels" "k_proj has no weight.scale.1"
+  "lmquant-g128:no-weight" "model.pt.*no tensor model.layers.1.self_attn.k_proj.weight"
+  "lmquant-g128:extra-tensor" "q_norm.weight has no place"
+  "gptq:no-tensor" "no tensor model.layers.1.self_attn.k_proj.qzeros"
+  "gptq:shape" "k_proj.scales has shape \[2, 120\].*\[2, 128\]"
+  "gptq:type" "k_proj: qweight, qzeros and scales are F32"
+  "gptq:negative" "k_proj: row 3: a scale is negative or not finite"
+  "gptq:infinite" "k_proj: row 3: a scale is negative or not finite"
+  "gptq:group-index" "k_proj.g_idx: input 5 is in group 77 of 2"
+  "gptq:extra-tensor" "q_norm.weight has no place"
+  "gptq-exact:bits" "8 bits"
+  "gptq-exact:group" "group_size 64, but"
+  "gptq-exact:method" "bitsandbytes"
+  "gptq-exact:format" "marlin"
+  "gptq-exact:other" "\"awq\", but the tensors are laid out as GPTQ"
+  "gptq-exact:nonsense" "whole numbers"
+  "awq-exact:no-tensor" "no tensor model.layers.1.self_attn.k_proj.qzeros"
+)
+names=()
+for ((i = 0; i < ${#faults[@]}; i += 2)); do names+=("${faults[i]}"); done
+"$python" "$IMPORT" make "$T" "${names[@]}"
+for ((i = 0; i < ${#faults[@]}; i += 2)); do
+  run 1 convert --model "$T/${faults[i]}" --output "$T/no"
+  says "$T/err" "${faults[i + 1]}"
+  [ -e "$T/no" ] && fail "${faults[i]}: something was left behind"
+done
 mv "$T/bare/model.pt" "$T/bare/other.pt"
 run 1 convert --model "$T/bare" --config "$T/postscale-g128" --output "$T/no"
 says "$T/err" "scale.pt but no model.pt"

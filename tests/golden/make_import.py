@@ -2,10 +2,10 @@
 """Checkpoints of other quantisers, made from known integers (numpy only), and what `quattuor convert` must make of them.
 
   make_import.py vectors FILE          tests/golden/import/vectors.safetensors: one small matrix of each variant with its integers
-  make_import.py make DIR VARIANT      a directory as that quantiser writes it, and DIR.expected: what has to come of it
-  make_import.py make DIR VARIANT HOW  the same with one fault, of SPOILS
-  make_import.py check DIR OUT         OUT holds exactly that; where it cannot, the weights are as near as any choice of s1 and
-                                       the old codes come
+  make_import.py make DIR VARIANT …    DIR/VARIANT as that quantiser writes it, DIR/VARIANT.expected: what has to come of it.
+                                       VARIANT:HOW makes DIR/VARIANT:HOW, with one fault of SPOILS
+  make_import.py check DIR OUT …       OUT holds exactly that (pairs); where it cannot, the weights are as near as any choice of
+                                       s1 and the old codes come
   make_import.py list                  names of the variants
 
 Quantisation and the way back follow the text of the specification: F.6 (formulas), A.5.1 (files), A.2 - A.4 (the result). GPTQ
@@ -450,6 +450,7 @@ def check(directory, out):
     sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "e2e"))
     import oracle_reader
     model = oracle_reader.Model(out)
+    model.check()
     expected = oracle_reader.read_safetensors(os.path.join(directory + ".expected", "expected.safetensors"))
     moved = json.load(open(os.path.join(directory + ".expected", "moved.json")))
     used, n_exact, n_moved, n_rounded, n_changed, worst = set(), 0, 0, 0, 0, 0.0
@@ -524,8 +525,11 @@ if __name__ == "__main__":
     if sys.argv[1] == "vectors":
         vectors(sys.argv[2])
     elif sys.argv[1] == "make":
-        make(*sys.argv[2:])
+        for name in sys.argv[3:]:
+            make(os.path.join(sys.argv[2], name), *name.split(":"))
     elif sys.argv[1] == "check":
-        check(sys.argv[2], sys.argv[3])
+        for source, result in zip(sys.argv[2::2], sys.argv[3::2]):
+            print(os.path.basename(result), end=": ", flush=True)
+            check(source, result)
     else:
         print("\n".join([*FAKE, *QSERVE, *INT4]))

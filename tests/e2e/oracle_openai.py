@@ -240,7 +240,7 @@ def test_transformers():
         scores = torch.log_softmax(reference(torch.tensor([tokens])).logits[0].double(), -1)
     wanted = [scores[i - 1, t].item() for i, t in enumerate(tokens)][1:]
     worst = max(abs(a - b) for a, b in zip(got.token_logprobs[1:], wanted))
-    check(len(got.token_logprobs) == len(tokens) and worst < 0.03, "log-probabilities of transformers", worst)
+    check(len(got.token_logprobs) == len(tokens) and worst < 0.01, "log-probabilities of transformers", worst)
     print("test_transformers: largest difference", worst)
     server.stop()
 

@@ -2,6 +2,7 @@
 # client thinks is oracle_openai.py's question; it runs at the end where that client is installed.
 . "$(dirname "$0")/lib.sh"
 need_model
+export LC_ALL=C # lengths are in bytes
 
 : >"$T/log"
 "$Q" serve --model "$MODEL" --port 0 --served-model-name demo --max-body 64K --ping 1 2>"$T/log" &
@@ -18,6 +19,26 @@ says "$T/log" "try: curl http://127.0.0.1:$port/v1/chat/completions"
 run 1 serve --model "$MODEL" --port "$port"
 says "$T/err" "port $port of 127.0.0.1 is taken: .* --port N"
 
+# serve OPTIONS...: a further server beside the first, whose port and pid come back; its log is $T/log2
+serve() {
+  : >"$T/log2"
+  "$Q" serve --port 0 --served-model-name demo "$@" 2>"$T/log2" &
+  server=$!
+  for _ in $(seq 300); do
+    port=$(sed -nE 's|.*at http://127.0.0.1:([0-9]+)/v1.*|\1|p' "$T/log2")
+    [ -n "$port" ] && return
+    kill -0 $server 2>/dev/null || break
+    sleep 0.1
+  done
+  fail "no second server: $(cat "$T/log2")"
+}
+# stop: ends it by SIGTERM; it must end well
+stop() {
+  kill -TERM $server
+  wait $server
+  same $? 0 "exit code after SIGTERM"
+}
+
 # ask TEXT: sends bytes (printf escapes), reads until the server closes or 30 s have gone; the answer is in $T/out.
 ask() {
   exec 9<>"/dev/tcp/127.0.0.1/$port" || { fail "cannot connect"; return; }
@@ -27,7 +48,10 @@ ask() {
 }
 C='Connection: close\r\nHost: x\r\n'
 # post PATH JSON: a POST with this body.
-post() { ask "POST $1 HTTP/1.1\r\n${C}Content-Type: application/json\r\nContent-Length: ${#2}\r\n\r\n${2//%/%%}"; }
+post() {
+  local text=${2//\\/\\\\}
+  ask "POST $1 HTTP/1.1\r\n${C}Content-Type: application/json\r\nContent-Length: ${#2}\r\n\r\n${text//%/%%}"
+}
 
 ask "GET /health HTTP/1.1\r\n$C\r\n"
 says "$T/out" '^HTTP/1.1 200 OK'
@@ -95,7 +119,10 @@ ask 'PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n'
 says "$T/out" '^HTTP/1.1 505'
 ask "GET /$(head -c 5000 /dev/zero | tr '\0' a) HTTP/1.1\r\n\r\n"
 says "$T/out" '^HTTP/1.1 414'
-ask "GET / HTTP/1.1\r\nX: $(head -c 100000 /dev/zero | tr '\0' a)\r\n\r\n"
+ask "GET / HTTP/1.1\r\nX: $(head -c 1000000 /dev/zero | tr '\0' a)\r\n\r\n"
+says "$T/out" '^HTTP/1.1 431'
+printf -v lines 'X-%d: y\\r\\n' $(seq 100000)
+ask "GET / HTTP/1.1\r\nHost: x\r\n$lines\r\n"
 says "$T/out" '^HTTP/1.1 431'
 ask "POST /v1/completions HTTP/1.1\r\n${C}Content-Length: 104857600\r\n\r\n"
 says "$T/out" '^HTTP/1.1 413'
@@ -112,6 +139,22 @@ says "$T/out" '^HTTP/1.1 413'
 deep=$(head -c 60000 /dev/zero | tr '\0' '[')
 post /v1/completions "$deep"
 says "$T/out" 'nested deeper'
+for bytes in '\xff' '\xc0\x80' '\xed\xa0\x80' '\xf4\x90\x80\x80' '\xe2\x82'; do # no UTF-8
+  text=$(printf "$bytes")
+  post /v1/completions "{\"prompt\":\"a${text}b\"}"
+  says "$T/out" '^HTTP/1.1 400'
+  says "$T/out" 'not valid JSON'
+  ask "GET /v1/models/${text} HTTP/1.1\r\n$C\r\n"
+  says "$T/out" '^HTTP/1.1 40[04]'
+done
+post /v1/completions '{"prompt":"\ud800"}' # half a character
+says "$T/out" '^HTTP/1.1 400'
+# each level names the one below it twice: written out it would be 2^40 schemas
+defs='"d0":{"type":"string"}'
+for i in $(seq 40); do defs="$defs,\"d$i\":{\"allOf\":[{\"\$ref\":\"#/\$defs/d$((i - 1))\"},{\"\$ref\":\"#/\$defs/d$((i - 1))\"}]}"; done
+post /v1/chat/completions "{\"messages\":[{\"role\":\"user\",\"content\":\"x\"}],\"response_format\":{\"type\":\"json_schema\",\"json_schema\":{\"schema\":{\"\$defs\":{$defs},\"\$ref\":\"#/\$defs/d40\"}}}}"
+says "$T/out" '^HTTP/1.1 400'
+says "$T/out" '"param":"response_format.json_schema.schema"'
 printf -v stops '"s",%.0s' $(seq 3000)
 post /v1/completions "{\"prompt\":\"x\",\"stop\":[${stops%,}]}"
 says "$T/out" '"param":"stop"'
@@ -120,6 +163,17 @@ for n in 1e400 -1e400 99999999999999999999 -9223372036854775809 -1 0.1 0.1e; do
   says "$T/out" '^HTTP/1.1 400'
 done
 kill -0 $server 2>/dev/null || fail "the server has died: $(tail -3 "$T/log")"
+
+# bytes that drip in, slower than anyone types, hold up nobody and are answered at last
+exec 8<>"/dev/tcp/127.0.0.1/$port"
+printf -v text "POST /v1/completions HTTP/1.1\r\n${C}Content-Length: ${#body}\r\n\r\n$body"
+for ((i = 0; i < ${#text}; i += 3)); do
+  printf '%s' "${text:i:3}" >&8
+  [ $((i % 30)) = 0 ] && { ask "GET /health HTTP/1.1\r\n$C\r\n"; says "$T/out" '^HTTP/1.1 200'; }
+done
+timeout 30 cat <&8 >"$T/out"
+exec 8<&- 8>&-
+same "$(tail -1 "$T/out" | field text)" "$wanted" "a completion that dripped in"
 
 # connections that only hang around do not stop others
 for i in $(seq 20); do eval "exec $((20 + i))<>/dev/tcp/127.0.0.1/$port"; printf 'POST /v1/comp' >&$((20 + i)); done
@@ -151,6 +205,46 @@ if [ -c /dev/full ]; then
   wait $server
   same $? 0 "exit code after SIGINT"
 fi
+
+# keys: every route but /health wants one, and a wrong one opens nothing
+printf '# team\nsk-one\n' >"$T/keys"
+serve --model "$MODEL" --api-key "$T/keys"
+for path in /v1/models /v1/models/demo /metrics /version /openapi.json /nothing /; do
+  ask "GET $path HTTP/1.1\r\n$C\r\n"
+  says "$T/out" '^HTTP/1.1 401'
+done
+for key in 'Bearer sk-on' 'Bearer sk-one1' 'Bearer sk-One' 'Bearer ' 'Bearer' 'sk-one' 'Basic sk-one' 'Bearer # team'; do
+  ask "GET /v1/models HTTP/1.1\r\n${C}Authorization: $key\r\n\r\n"
+  says "$T/out" '^HTTP/1.1 401'
+done
+post /v1/completions "$body"
+says "$T/out" '^HTTP/1.1 401'
+ask "GET /health HTTP/1.1\r\n$C\r\n"
+says "$T/out" '^HTTP/1.1 200'
+ask "GET /v1/models HTTP/1.1\r\n${C}Authorization: Bearer sk-one\r\n\r\n"
+says "$T/out" '^HTTP/1.1 200'
+stop
+
+# a chat template that loops: its work is bounded, and others are answered meanwhile
+mkdir "$T/loops"
+for file in "$MODEL"/*; do ln -s "$(realpath "$file")" "$T/loops/"; done
+rm -f "$T/loops/chat_template.jinja"
+echo '{% for a in range(100000) %}{% for b in range(100000) %}{% for c in range(100000) %}{% set x = a * b * c %}{% endfor %}{% endfor %}{% endfor %}' \
+  >"$T/loops/chat_template.jinja"
+serve --model "$T/loops"
+chat='{"messages":[{"role":"user","content":"Hello"}],"max_tokens":4}'
+for i in $(seq 4); do eval "exec $((20 + i))<>/dev/tcp/127.0.0.1/$port"; printf "POST /v1/chat/completions HTTP/1.1\r\n${C}Content-Length: ${#chat}\r\n\r\n$chat" >&$((20 + i)); done
+ask "GET /health HTTP/1.1\r\n$C\r\n"
+says "$T/out" '^HTTP/1.1 200'
+for i in $(seq 4); do
+  timeout 60 cat <&$((20 + i)) >"$T/out"
+  eval "exec $((20 + i))<&-"
+  says "$T/out" '^HTTP/1.1 400'
+  says "$T/out" '"param":"messages"'
+done
+post /v1/completions "$body"
+same "$(tail -1 "$T/out" | field text)" "$wanted" "a completion beside templates that loop"
+stop
 
 # the command line
 run 1 serve --model "$MODEL" --port 0 --api-key "$T/none"

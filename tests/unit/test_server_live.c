@@ -143,6 +143,7 @@ static void expect(char *answer, const char *status, const char *holds) {
 #define COMPLETIONS "/v1/completions"
 #define LONG "{\"prompt\":[50,60,70],\"max_tokens\":900,\"ignore_eos\":true,\"seed\":1}"
 #define STREAM "{\"prompt\":[50,60,70],\"max_tokens\":900,\"ignore_eos\":true,\"seed\":1,\"stream\":true}"
+#define MEDIUM "{\"prompt\":[50,60,70],\"max_tokens\":200,\"ignore_eos\":true,\"seed\":1"
 #define SHORT "{\"prompt\":[50,60,70],\"max_tokens\":4,\"ignore_eos\":true,\"seed\":1}"
 
 static void test_device_fails(void **state) {
@@ -156,14 +157,20 @@ static void test_device_fails(void **state) {
   start(&f);
   expect(ask(&f, "GET", "/health", ""), "HTTP/1.1 200", "\"ok\"");
   expect(ask(&f, "POST", COMPLETIONS, SHORT), "HTTP/1.1 200", "\"completion_tokens\":4");
-  int whole = dial(&f), stream = dial(&f);
-  send_request(whole, "POST", COMPLETIONS, LONG);
-  send_request(stream, "POST", COMPLETIONS, STREAM);
-  expect(hear(whole), "HTTP/1.1 503", "the cable is loose");
-  char *text = hear(stream);
-  assert_non_null(strstr(text, "the cable is loose"));
-  assert_null(strstr(text, "[DONE]"));
-  free(text);
+  int whole[7], stream[7]; /* more than can run: some wait, and nobody is left without an answer */
+  for (int i = 0; i < 7; i++) {
+    whole[i] = dial(&f);
+    stream[i] = dial(&f);
+    send_request(whole[i], "POST", COMPLETIONS, LONG);
+    send_request(stream[i], "POST", COMPLETIONS, STREAM);
+  }
+  for (int i = 0; i < 7; i++) {
+    expect(hear(whole[i]), "HTTP/1.1 503", "the cable is loose");
+    char *text = hear(stream[i]);
+    assert_non_null(strstr(text, "the cable is loose"));
+    assert_null(strstr(text, "[DONE]"));
+    free(text);
+  }
   expect(ask(&f, "GET", "/health", ""), "HTTP/1.1 503", "the cable is loose");
   expect(ask(&f, "POST", COMPLETIONS, SHORT), "HTTP/1.1 503", "the cable is loose");
   expect(ask(&f, "GET", "/v1/models", ""), "HTTP/1.1 200", "\"model\"");
@@ -200,6 +207,78 @@ static void test_vanishing(void **state) {
   assert_int_equal(stats.n_running + stats.n_waiting, 0);
   assert_int_equal(stats.n_pages_used, 0);
   expect(ask(&f, "POST", COMPLETIONS, SHORT), "HTTP/1.1 200", "\"completion_tokens\":4");
+  stop(&f);
+}
+
+/* Numbers no request can mean, in every numeric member there is: each is refused by name, and the server goes on. */
+static void test_numbers(void **state) {
+  (void)state;
+  static const char *const wrong[] = {
+      "1e308", "-1e308", "9223372036854775807", "-9223372036854775808", "123456789012345678901234567890", "1e400"};
+  struct fixture f;
+  size_t n_fields;
+  const struct qtr_api_field *field = qtr_api_fields(&n_fields);
+  begin(&f, 0);
+  start(&f);
+  for (size_t i = 0; i < n_fields; i++) {
+    bool numeric = field[i].type == QTR_API_WHOLE || field[i].type == QTR_API_NUMBER;
+    if (!numeric || !(field[i].kinds & 1u << QTR_API_COMPLETION)) continue;
+    for (size_t k = 0; k < sizeof wrong / sizeof wrong[0]; k++) {
+      char body[200], param[80];
+      (void)snprintf(body, sizeof body, "{\"prompt\":[50],\"%s\":%s}", field[i].name, wrong[k]);
+      (void)snprintf(param, sizeof param, "\"param\":\"%s\"", field[i].name);
+      expect(ask(&f, "POST", COMPLETIONS, body), "HTTP/1.1 400", k == 5 ? "not valid JSON" : param);
+    }
+  }
+  static const char *const tokens[] = {"-1", "256", "2147483647", "2147483648", "1e30", "0.5"};
+  for (size_t k = 0; k < sizeof tokens / sizeof tokens[0]; k++) {
+    char body[200];
+    (void)snprintf(body, sizeof body, "{\"prompt\":[50,%s]}", tokens[k]);
+    expect(ask(&f, "POST", COMPLETIONS, body), "HTTP/1.1 400", "\"param\":\"prompt\"");
+    (void)snprintf(body, sizeof body, "{\"prompt\":[50],\"stop_token_ids\":[%s]}", tokens[k]);
+    expect(ask(&f, "POST", COMPLETIONS, body), "HTTP/1.1 400", "\"param\":\"stop_token_ids\"");
+    (void)snprintf(body, sizeof body, "{\"prompt\":[50],\"logit_bias\":{\"%s\":1}}", tokens[k]);
+    expect(ask(&f, "POST", COMPLETIONS, body), "HTTP/1.1 400", "\"param\":\"logit_bias\"");
+  }
+  expect(ask(&f, "POST", COMPLETIONS, SHORT), "HTTP/1.1 200", "\"completion_tokens\":4");
+  stop(&f);
+}
+
+static void await_requests(const struct fixture *f, int n) {
+  struct qtr_stats stats;
+  for (int i = 0; i < 1000; i++) {
+    qtr_engine_stats(f->engine, &stats);
+    if (stats.n_running + stats.n_waiting == n) return;
+    pause_ms(10);
+  }
+  fail_msg("%d run and %d wait, not %d in all", stats.n_running, stats.n_waiting, n);
+}
+
+/* What is more than the queue takes is told so at once, and is welcome again when there is room. */
+static void test_full_queue(void **state) {
+  (void)state;
+  struct fixture f;
+  begin(&f, 0);
+  f.options.max_running = 2;
+  f.options.max_queue = 1;
+  broken_ops = qtr_backend_reference;
+  broken_ops.end_step = slow_end;
+  f.engine->model->backend->ops = &broken_ops;
+  start(&f);
+  int fd[3];
+  for (int i = 0; i < 3; i++) {
+    fd[i] = dial(&f);
+    send_request(fd[i], "POST", COMPLETIONS, STREAM);
+  }
+  await_requests(&f, 3);
+  for (int i = 0; i < 5; i++) expect(ask(&f, "POST", COMPLETIONS, SHORT), "HTTP/1.1 429", "Retry-After: 1");
+  expect(ask(&f, "GET", "/health", ""), "HTTP/1.1 200", NULL);
+  expect(ask(&f, "GET", "/metrics", ""), "HTTP/1.1 200", "quattuor:requests_rejected_total{model_name=\"model\"} 5");
+  (void)close(fd[0]);
+  await_requests(&f, 2);
+  expect(ask(&f, "POST", COMPLETIONS, SHORT), "HTTP/1.1 200", "\"completion_tokens\":4");
+  (void)close(fd[1]);
+  (void)close(fd[2]);
   stop(&f);
 }
 
@@ -305,6 +384,43 @@ static void test_end_of_unprepared(void **state) {
   free(body);
 }
 
+static void *run_one(void *arg) {
+  struct client *c = arg;
+  char *answer = ask(c->f, "POST", COMPLETIONS, c->number % 2 ? MEDIUM ",\"stream\":true}" : MEDIUM "}");
+  bool whole = strstr(answer, c->number % 2 ? "[DONE]" : "\"completion_tokens\":200") != NULL;
+  bool told = strstr(answer, "shutting down") != NULL;
+  if (whole == told) (void)fprintf(stderr, "client %d: %.300s\n", c->number, answer);
+  c->n_bad += whole == told;
+  free(answer);
+  return NULL;
+}
+
+/* SIGTERM while more requests are there than can run: each is answered whole, or told that it was cut. */
+static void test_end_under_load(void **state) {
+  (void)state;
+  for (int round = 0; round < 3; round++) {
+    struct fixture f;
+    struct client client[16];
+    pthread_t thread[16];
+    begin(&f, 0);
+    f.options.grace = round == 0 ? 60 : round == 1 ? 0.05 : 0;
+    broken_ops = qtr_backend_reference;
+    broken_ops.end_step = slow_end;
+    f.engine->model->backend->ops = &broken_ops;
+    start(&f);
+    for (int i = 0; i < 16; i++) {
+      client[i] = (struct client){&f, i, 0};
+      assert_int_equal(pthread_create(&thread[i], NULL, run_one, &client[i]), 0);
+    }
+    await_requests(&f, 16);
+    stop(&f);
+    for (int i = 0; i < 16; i++) {
+      (void)pthread_join(thread[i], NULL);
+      assert_int_equal(client[i].n_bad, 0);
+    }
+  }
+}
+
 /* SIGTERM: what runs has its grace, then it is told; a second signal does not wait. */
 static void test_end(void **state) {
   (void)state;
@@ -342,6 +458,7 @@ int main(void) {
   (void)signal(SIGPIPE, SIG_IGN);
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(test_device_fails), cmocka_unit_test(test_vanishing),         cmocka_unit_test(test_many),
-      cmocka_unit_test(test_timeout),      cmocka_unit_test(test_end_of_unprepared), cmocka_unit_test(test_end)};
+      cmocka_unit_test(test_timeout),      cmocka_unit_test(test_end_of_unprepared), cmocka_unit_test(test_end),
+      cmocka_unit_test(test_numbers),      cmocka_unit_test(test_full_queue),        cmocka_unit_test(test_end_under_load)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -252,6 +252,21 @@ static void test_hostile(void **state) {
   for (size_t i = 6; i + 3 < n; i += 3) memcpy(big + i, "[],", 3);
   assert_false(parse(QTR_API_COMPLETION, big, &r, &err));
   assert_non_null(strstr(err.message, "arrays and objects"));
+  /* arguments of past calls are JSON within JSON: the same bounds, for all of them together */
+  static const char call[] = "{\"type\":\"function\",\"function\":{\"name\":\"f\",\"arguments\":\"";
+  for (int deep = 0; deep < 2; deep++) {
+    size_t at = (size_t)sprintf(big, "{\"messages\":[{\"role\":\"assistant\",\"tool_calls\":[");
+    for (int k = 0; k < 3; k++) {
+      at += (size_t)sprintf(big + at, "%s%s{", k ? "," : "", call);
+      for (int b = 0; b < (deep ? 100 : 30000); b++) big[at++] = deep ? '[' : b % 2 ? ']' : '[';
+      at += (size_t)sprintf(big + at, "\"}}");
+    }
+    (void)sprintf(big + at, "]}]}");
+    bool taken = parse(QTR_API_CHAT, big, &r, &err);
+    assert_true(taken == !deep);
+    if (deep) assert_string_equal(err.param, "messages[0].tool_calls");
+    qtr_api_request_free(&r);
+  }
   /* brackets in strings are text */
   memset(big, '[', n);
   memcpy(big, "{\"prompt\":\"\\\"", 13);

@@ -239,6 +239,76 @@ int32_t qtr_grammar_repeat(struct qtr_grammar *g, int32_t item, int32_t min, int
   return all;
 }
 
+/* A rule is good when one of its alternatives has good rules only: counted down from those that have none. */
+void qtr_grammar_prune(struct qtr_grammar *g) {
+  size_t n_rules = g->rule.n, n_alternatives = g->alternative.n, n_uses = 0, n_work = 0;
+  if (g->failed) return;
+  uint32_t *owner = calloc(n_alternatives + 1, sizeof *owner);     /* the rule of each alternative */
+  uint32_t *missing = calloc(n_alternatives + 1, sizeof *missing); /* its rules that are not known to be good */
+  uint32_t *first_use = calloc(n_rules + 2, sizeof *first_use);    /* of each rule, in `use` */
+  uint32_t *use = calloc(g->element.n + 1, sizeof *use);           /* alternatives, by the rule they use */
+  uint32_t *work = calloc(n_rules + 1, sizeof *work);
+  bool *good = calloc(n_rules + 1, sizeof *good);
+  if (!owner || !missing || !first_use || !use || !work || !good) {
+    g->failed = true;
+    goto done;
+  }
+  for (size_t r = 0; r < n_rules; r++) {
+    for (int32_t a = AT(g->rule, int32_t, r); a >= 0; a = AT(g->alternative, struct alternative, a).next)
+      owner[a] = (uint32_t)r;
+  }
+  for (int pass = 0; pass < 2; pass++) { /* count, then place */
+    for (size_t a = 0; a < n_alternatives; a++) {
+      for (uint32_t i = AT(g->alternative, struct alternative, a).first; AT(g->element, struct element, i).kind != END;
+           i++) {
+        struct element e = AT(g->element, struct element, i);
+        if (e.kind != RULE) continue;
+        if (pass == 0) {
+          first_use[e.arg + 1]++;
+          n_uses++;
+        } else {
+          use[--first_use[e.arg + 1]] = (uint32_t)a;
+          missing[a]++;
+        }
+      }
+    }
+    for (size_t r = 0; r < n_rules && pass == 0; r++) first_use[r + 1] += first_use[r];
+  }
+  /* placing has moved each rule's end to its beginning: first_use[r + 1] is where rule r begins */
+  for (size_t a = 0; a < n_alternatives; a++) {
+    if (missing[a] > 0 || good[owner[a]]) continue;
+    good[owner[a]] = true;
+    work[n_work++] = owner[a];
+  }
+  while (n_work > 0) {
+    uint32_t r = work[--n_work];
+    size_t end = r + 1 < n_rules ? first_use[r + 2] : n_uses;
+    for (size_t i = first_use[r + 1]; i < end; i++) {
+      uint32_t a = use[i];
+      if (--missing[a] > 0 || good[owner[a]]) continue;
+      good[owner[a]] = true;
+      work[n_work++] = owner[a];
+    }
+  }
+  for (size_t r = 0; r < n_rules; r++) {
+    int32_t *link = &AT(g->rule, int32_t, r);
+    while (*link >= 0) {
+      struct alternative *a = &AT(g->alternative, struct alternative, *link);
+      if (missing[*link] > 0)
+        *link = a->next;
+      else
+        link = &a->next;
+    }
+  }
+done:
+  free(owner);
+  free(missing);
+  free(first_use);
+  free(use);
+  free(work);
+  free(good);
+}
+
 /* ---- running ------------------------------------------------------------------------------------- */
 
 /* Follows rules from "go on at pos above parent" to every stack whose top is a byte; adds those to g->found. Returns whether

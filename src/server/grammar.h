@@ -27,6 +27,10 @@ void qtr_grammar_alternative(struct qtr_grammar *g, int32_t rule, const char *te
 /* A rule for min to max of `item` (max < 0: no upper bound). */
 int32_t qtr_grammar_repeat(struct qtr_grammar *g, int32_t item, int32_t min, int32_t max);
 
+/* Takes out what can never end: alternatives with a rule that no text fits. After this every state that is reached leads to
+ * an end. To be called when all is made. */
+void qtr_grammar_prune(struct qtr_grammar *g);
+
 /* ---- running ---- */
 enum { QTR_GRAMMAR_DEAD = -1, QTR_GRAMMAR_UNKNOWN = -2 };
 int32_t qtr_grammar_start(struct qtr_grammar *g);

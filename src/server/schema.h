@@ -8,7 +8,8 @@
 #include "server/request_parse.h"
 
 /* Known: type, properties, required, additionalProperties, items, prefixItems, minItems, maxItems, minLength, maxLength,
- * enum, const, anyOf, oneOf, allOf, $ref ("#", "#/…"), minimum and maximum of integers. format and annotations mean nothing.
+ * pattern, format (date, time, date-time, uuid, ipv4, hostname, email; others mean nothing), minimum, maximum and their
+ * exclusive forms, multipleOf of integers, enum, const, anyOf, oneOf of parts that are apart, allOf, $ref ("#", "#/…").
  * schema NULL: any object. On false err says why, with `param`. */
 bool qtr_grammar_from_schema(const json_t *schema, const char *param, struct qtr_grammar **g, struct qtr_api_error *err);
 

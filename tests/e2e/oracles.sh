@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Compares with Python's own implementations, where they are installed: oracles.sh QUATTUOR [PYTHON] [TEMPLATE_RENDER]
-# (PyPI tokenizers, jinja2, numpy, safetensors, openai, schemathesis, playwright). An oracle that is missing is named and skipped; a difference fails.
+# (PyPI tokenizers, jinja2, numpy, safetensors, openai, schemathesis, jsonschema, playwright). An oracle that is missing is named and
+# skipped; a difference fails.
 set -euo pipefail
 quattuor=$(realpath "$1") python=${2:-python3}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -26,8 +27,13 @@ done
 oracle "checkpoints against the specification's reader" "$python" "$here/oracle_formats.py" "$quattuor" "$shared/models/demo-bf16"
 oracle "imports of files that torch wrote" "$python" "$here/oracle_torch.py" "$quattuor"
 oracle "quattuor serve against the openai client" "$python" "$here/oracle_openai.py" "$quattuor" "$here/../../models/demo"
+<<<<<<< HEAD
 oracle "checkpoints against the specification's reader" "$python" "$here/oracle_formats.py" "$quattuor" "$shared/models/demo-bf16"
 oracle "imports of files that torch wrote" "$python" "$here/oracle_torch.py" "$quattuor"
+=======
+oracle "JSON Schemas against jsonschema" "$python" "$here/oracle_schema.py" "$(dirname "$quattuor")/tests/schema_walk" "$quattuor" \
+  "$here/../../models/demo"
+>>>>>>> a7840e0 (JSON Schema: patterns, formats, ranges and multiples of numbers, unions beside other keywords, oneOf that is one; what can never end is pruned; a property test against jsonschema)
 oracle "quattuor serve against its own /openapi.json, by schemathesis" "$python" "$here/oracle_schemathesis.py" "$quattuor" \
   "$here/../../models/demo"
 oracle "the page in Chromium" "$python" "$here/page_playwright.py" "$quattuor" "$here/../../models/demo"

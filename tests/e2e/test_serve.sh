@@ -206,10 +206,10 @@ if [ -c /dev/full ]; then
   same $? 0 "exit code after SIGINT"
 fi
 
-# keys: every route but /health wants one, and a wrong one opens nothing
+# keys: every route but /health and the page wants one, and a wrong one opens nothing
 printf '# team\nsk-one\n' >"$T/keys"
 serve --model "$MODEL" --api-key "$T/keys"
-for path in /v1/models /v1/models/demo /metrics /version /openapi.json /nothing /; do
+for path in /v1/models /v1/models/demo /metrics /version /openapi.json /nothing; do
   ask "GET $path HTTP/1.1\r\n$C\r\n"
   says "$T/out" '^HTTP/1.1 401'
 done

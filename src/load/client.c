@@ -209,7 +209,7 @@ static struct timeval interval(double seconds) {
   return (struct timeval){.tv_sec = whole, .tv_usec = (suseconds_t)((seconds - (double)whole) * 1e6)};
 }
 
-void qtr_load_client_ask(struct qtr_load_client *client, struct qtr_load_call *call) {
+bool qtr_load_client_ask(struct qtr_load_client *client, struct qtr_load_call *call) {
   struct qtr_load_connection *c = client->first;
   bool six = strchr(client->url.host, ':') != NULL;
   call->request = (struct qtr_buffer){0};
@@ -232,11 +232,10 @@ void qtr_load_client_ask(struct qtr_load_client *client, struct qtr_load_call *c
     c->timer = event_new(client->base, -1, 0, on_timer, c);
     ready = c->timer && open_socket(c);
   }
-  if (!c || !c->timer || call->request.failed) { /* out of memory: the only failure that is told at once */
+  if (!c || !c->timer || call->request.failed) {
     if (c) connection_free(c);
     qtr_buffer_free(&call->request);
-    call->done(call, QTR_LOAD_CONNECT, NULL);
-    return;
+    return false;
   }
   c->call = call;
   call->connection = c;
@@ -244,6 +243,7 @@ void qtr_load_client_ask(struct qtr_load_client *client, struct qtr_load_call *c
   struct timeval wait = interval(ready ? client->timeout : 0);
   (void)event_add(c->timer, &wait);
   if (ready) send_call(c);
+  return true;
 }
 
 void qtr_load_client_cut(struct qtr_load_client *client) {

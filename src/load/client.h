@@ -41,7 +41,8 @@ enum qtr_status qtr_load_client_open(struct event_base *base, const char *url, c
                                      struct qtr_load_client **client, struct qtr_error *err);
 /* Ends what runs with QTR_LOAD_CUT. NULL is allowed. */
 void qtr_load_client_close(struct qtr_load_client *client);
-void qtr_load_client_ask(struct qtr_load_client *client, struct qtr_load_call *call);
+/* False: out of memory, and `done` will not be called. */
+bool qtr_load_client_ask(struct qtr_load_client *client, struct qtr_load_call *call);
 /* Every call that runs ends with QTR_LOAD_CUT. */
 void qtr_load_client_cut(struct qtr_load_client *client);
 

@@ -118,8 +118,11 @@ enum qtr_status qtr_load_ask_server(const struct qtr_load_options *o, struct qtr
   enum qtr_status status = base ? qtr_load_client_open(base, o->url, o->key, QTR_MIN(o->timeout, 30), &client, err)
                                 : qtr_fail_memory(err, "the event loop", 0);
   if (status) goto done;
-  qtr_load_client_ask(client, &q.call);
   q.outcome = QTR_LOAD_CUT;
+  if (!qtr_load_client_ask(client, &q.call)) {
+    status = qtr_fail_memory(err, "a request", 0);
+    goto done;
+  }
   while (q.outcome == QTR_LOAD_CUT && event_base_loop(base, EVLOOP_ONCE) == 0) continue;
   if (q.outcome == QTR_LOAD_OK) {
     read_models(q.text.data ? q.text.data : "", q.text.len, server);
@@ -256,8 +259,13 @@ static void send_next(struct driver *d) {
   d->run->n++;
   d->n_running++;
   if (d->run->n == d->w->trace.n) d->ending = true;
-  qtr_load_client_ask(d->client, &job->call);
+  bool sent = qtr_load_client_ask(d->client, &job->call);
   qtr_buffer_free(&body);
+  if (sent) return;
+  d->run->n--;
+  d->n_running--;
+  d->ending = d->out_of_memory = true;
+  free(job);
 }
 
 /* ---- the loop ------------------------------------------------------------------------------------ */

@@ -41,9 +41,9 @@ says "$T/out" '"errors":\{\}'
 says "$T/out" '"model":"demo'
 k --concurrency 2 --requests 3 --prompts words --input-len 20 --output-len 5
 is output_tokens 15
-# open loop, an objective that all or none can meet, a drawing
-k --rate 50 --requests 10 --input-len 8 --output-len 3 --slo ttft=600000,tpot=600000,e2e=600000 --plot "$T/plot.svg"
-is completed 10
+# open loop, an objective that all or none can meet, a drawing; as many as the server takes, however slow it is
+k --rate 50 --requests 8 --input-len 8 --output-len 3 --slo ttft=600000,tpot=600000,e2e=600000 --plot "$T/plot.svg"
+is completed 8
 is good_share 1.0
 grep -q '^<svg' "$T/plot.svg" && tail -1 "$T/plot.svg" | grep -q '</svg>' || fail "no drawing"
 k --concurrency 1 --requests 2 --input-len 8 --output-len 3 --slo ttft=0.000001
@@ -78,7 +78,7 @@ is output_tokens 12
 k --concurrency 1 --requests 2 --dataset "$T/prompts.jsonl" --output-len 3 --no-ignore-eos
 is completed 2
 # more than the server takes: 429s are counted, the rest is answered
-k --rate 2000 --requests 40 --input-len 64 --output-len 64
+k --concurrency 40 --requests 40 --input-len 64 --output-len 64
 says "$T/out" '"http_429":[0-9]'
 same "$(($(field completed <"$T/out") + $(field failed <"$T/out")))" 40 "completed and failed"
 # no key, no server, no sense

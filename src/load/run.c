@@ -17,6 +17,8 @@
 
 #define MOST_TOKENS_KEPT ((size_t)1 << 27) /* 1 GiB */
 
+#define PROGRESS_STEPS 1000
+
 struct driver;
 
 struct job {                 /* a request that runs */
@@ -290,9 +292,11 @@ static void on_tick(evutil_socket_t fd, short what, void *arg) {
   struct driver *d = arg;
   (void)fd;
   (void)what;
-  qtr_progress_update(&d->progress, d->n_ended);
+  double share = (double)d->n_ended / (double)d->w->trace.n, now = now_of(d);
+  if (d->o->duration > 0) share = QTR_MAX(share, now / d->o->duration);
+  qtr_progress_update(&d->progress, (size_t)(share * PROGRESS_STEPS));
   bool stop = d->o->stop && d->o->stop();
-  if (d->o->duration > 0 && now_of(d) >= d->o->duration) d->ending = true;
+  if (d->o->duration > 0 && now >= d->o->duration) d->ending = true;
   if (stop) {
     d->ending = d->run->interrupted = true;
     qtr_load_client_cut(d->client);
@@ -324,7 +328,7 @@ enum qtr_status qtr_load_run(const struct qtr_load_options *o, const struct qtr_
     status = qtr_fail_memory(err, "events", 0);
     goto done;
   }
-  qtr_progress_start(&d.progress, "requests", w->trace.n, o->quiet);
+  qtr_progress_start(&d.progress, "requests", PROGRESS_STEPS, o->quiet);
   d.t_start = qtr_now();
   if (o->concurrency > 0) {
     for (int32_t i = 0; i < o->concurrency; i++) send_next(&d);

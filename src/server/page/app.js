@@ -85,7 +85,7 @@ function drawMessage(message, index) {
   holder.setAttribute("aria-label", message.role === "user" ? "You" : "Answer");
   const body = node("div", "body");
   const tools = node("div", "tools");
-  const last = index >= conversation.messages.length - 2;
+  const last = index === conversation.messages.length - 1;
   holder.append(body);
   if (message.role === "user") {
     body.textContent = message.content;

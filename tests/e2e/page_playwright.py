@@ -431,6 +431,9 @@ def engine(browser, url):
         check(page.evaluate("document.activeElement !== document.body"), "focus is lost")
 
 
+WIDE = MARKDOWN + "\n```\n" + "a long line of code " * 20 + "\n```\n\n" + "|" + "column |" * 30 + "\n|" + "--|" * 30 + "\n\n" + "x" * 500
+
+
 def looks(browser, url):
     for name, how in {"light": {}, "dark": {"color_scheme": "dark"},
                       "phone": {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}}.items():
@@ -438,12 +441,12 @@ def looks(browser, url):
             fits = "document.documentElement.scrollWidth <= innerWidth && document.querySelector('#scroller').scrollWidth <= document.querySelector('#scroller').clientWidth"
             check(page.evaluate(fits), name, "scrolls sideways when empty")
             if name == "phone":  # Enter is a new line there
-                page.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=sse(MARKDOWN + "x" * 500)))
+                page.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=sse(WIDE)))
                 page.fill("#question", "Say it")
                 page.tap("#send")
                 answered(page)
             else:
-                says(page, MARKDOWN)
+                says(page, WIDE)
             check(page.evaluate(fits), name, "scrolls sideways with an answer")
             shot(page, name)
             background = page.evaluate("getComputedStyle(document.body).backgroundColor")

@@ -38,32 +38,40 @@ enum qtr_status qtr_read_vector(const struct qtr_checkpoint *checkpoint, const c
   return status ? status : read_floats(t, n, out, err);
 }
 
-static enum qtr_status read_matrix(const struct qtr_checkpoint *checkpoint, int32_t layer, enum qtr_projection p,
-                                   size_t n_out, size_t n_in, struct qtr_float_matrix *m, struct qtr_error *err) {
-  char name[128];
-  const struct qtr_tensor *t;
-  const size_t shape[2] = {n_out, n_in};
-  m->n_out = n_out;
-  m->n_in = n_in;
-  (void)snprintf(name, sizeof name, "model.layers.%d.%s.weight", (int)layer, qtr_projection_names[p]);
-  enum qtr_status status = qtr_checkpoint_get(checkpoint, name, 2, shape, &t, err);
-  if (!status) status = read_floats(t, n_out * n_in, &m->w, err);
-  (void)snprintf(name, sizeof name, "model.layers.%d.%s.bias", (int)layer, qtr_projection_names[p]);
-  if (!status && qtr_checkpoint_find(checkpoint, name)) status = qtr_read_vector(checkpoint, name, n_out, &m->bias, err);
-  return status;
-}
-
-enum qtr_status qtr_float_layer_read(const struct qtr_checkpoint *checkpoint, const struct qtr_config *c, int32_t index,
-                                     struct qtr_float_layer *layer, struct qtr_error *err) {
+void qtr_float_layer_shape(struct qtr_float_layer *layer) {
+  const struct qtr_config *c = layer->config;
   size_t hidden = (size_t)c->hidden_size, inner = (size_t)c->intermediate_size, d = (size_t)c->head_dim;
   size_t q = (size_t)c->n_heads * d, kv = (size_t)c->n_kv_heads * d;
   const size_t shape[QTR_N_PROJECTIONS][2] = {{q, hidden},     {kv, hidden},    {kv, hidden},   {hidden, q},
                                               {inner, hidden}, {inner, hidden}, {hidden, inner}};
+  for (enum qtr_projection p = QTR_Q; p < QTR_N_PROJECTIONS; p++) {
+    layer->m[p].n_out = shape[p][0];
+    layer->m[p].n_in = shape[p][1];
+  }
+}
+
+static enum qtr_status read_matrix(const struct qtr_checkpoint *checkpoint, int32_t layer, enum qtr_projection p,
+                                   struct qtr_float_matrix *m, struct qtr_error *err) {
   char name[128];
+  const struct qtr_tensor *t;
+  const size_t shape[2] = {m->n_out, m->n_in};
+  (void)snprintf(name, sizeof name, "model.layers.%d.%s.weight", (int)layer, qtr_projection_names[p]);
+  enum qtr_status status = qtr_checkpoint_get(checkpoint, name, 2, shape, &t, err);
+  if (!status) status = read_floats(t, m->n_out * m->n_in, &m->w, err);
+  (void)snprintf(name, sizeof name, "model.layers.%d.%s.bias", (int)layer, qtr_projection_names[p]);
+  if (!status && qtr_checkpoint_find(checkpoint, name)) status = qtr_read_vector(checkpoint, name, m->n_out, &m->bias, err);
+  return status;
+}
+
+enum qtr_status qtr_float_layer_read(const struct qtr_checkpoint *checkpoint, const struct qtr_config *config, int32_t index,
+                                     struct qtr_float_layer *layer, struct qtr_error *err) {
+  char name[128];
+  size_t hidden = (size_t)config->hidden_size;
   enum qtr_status status = QTR_OK;
-  *layer = (struct qtr_float_layer){.config = c, .index = index};
+  *layer = (struct qtr_float_layer){.config = config, .index = index};
+  qtr_float_layer_shape(layer);
   for (enum qtr_projection p = QTR_Q; p < QTR_N_PROJECTIONS && !status; p++) {
-    status = read_matrix(checkpoint, index, p, shape[p][0], shape[p][1], &layer->m[p], err);
+    status = read_matrix(checkpoint, index, p, &layer->m[p], err);
   }
   (void)snprintf(name, sizeof name, "model.layers.%d.input_layernorm.weight", (int)index);
   if (!status) status = qtr_read_vector(checkpoint, name, hidden, &layer->input_norm, err);

@@ -29,6 +29,8 @@ struct qtr_float_layer {
 enum qtr_status qtr_float_layer_read(const struct qtr_checkpoint *checkpoint, const struct qtr_config *config, int32_t index,
                                      struct qtr_float_layer *layer, struct qtr_error *err);
 void qtr_float_layer_free(struct qtr_float_layer *layer);
+/* Rows and columns of the matrices by layer->config; nothing is allocated. */
+void qtr_float_layer_shape(struct qtr_float_layer *layer);
 
 /* A vector of the checkpoint, e.g. a norm's gain: *out (n), malloc'ed. */
 enum qtr_status qtr_read_vector(const struct qtr_checkpoint *checkpoint, const char *name, size_t n, float **out,

@@ -57,6 +57,28 @@ void qtr_matrix_subtract(const float *a, size_t lda, const float *b, size_t ldb,
               (blasint)ldb, 1, out, (blasint)ldo);
 }
 
+struct product {
+  const float *a, *b;
+  float *out;
+  size_t m, n, k, n_tiles;
+};
+
+static void product_tiles(void *arg, size_t begin, size_t end, int thread) {
+  (void)thread;
+  const struct product *p = arg;
+  for (size_t t = begin; t < end; t++) {
+    size_t i = t / p->n_tiles * TILE, j = t % p->n_tiles * TILE;
+    qtr_matrix_multiply_t(p->a + i * p->k, p->k, p->b + j * p->k, p->k, p->out + i * p->n + j, p->n, QTR_MIN(TILE, p->m - i),
+                          QTR_MIN(TILE, p->n - j), p->k);
+  }
+}
+
+void qtr_matrix_product(struct qtr_threads *team, const float *a, const float *b, float *out, size_t m, size_t n, size_t k) {
+  struct product p = {.a = a, .b = b, .out = out, .m = m, .n = n, .k = k, .n_tiles = qtr_ceil_div(n, TILE)};
+  openblas_set_num_threads(1);
+  qtr_threads_for(team, qtr_ceil_div(m, TILE) * p.n_tiles, 1, product_tiles, &p);
+}
+
 bool qtr_matrix_inverse_factor(const float *h, double damp, size_t n, float *u, bool *memory) {
   double *r = malloc(n * n * sizeof *r);
   *memory = !r;

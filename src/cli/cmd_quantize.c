@@ -11,8 +11,10 @@
 
 struct flags {
   const char *model, *output, *precision, *method, *head, *embed;
-  int32_t group_size, threads;
-  bool overwrite, json;
+  const char *calibration, *steps, *keys, *down, *out;
+  int32_t group_size, threads, samples, length;
+  uint64_t seed;
+  bool overwrite, json, seed_given, static_kv, fresh;
 };
 
 #define AT(field) offsetof(struct flags, field)
@@ -39,7 +41,62 @@ static const struct qtr_option own_options[] = {
      .min = -1,
      .max = 128,
      .help = "Of 4-bit weights: 128 (default) or -1, one scale a channel."},
-    {.name = "method", .kind = QTR_OPTION_CHOICE, .offset = AT(method), .choices = "rtn", .help = "Round to nearest."},
+    {.name = "method", .kind = QTR_OPTION_CHOICE, .offset = AT(method), .choices = "rtn|qoq", .help = "Round to nearest."},
+    {.name = "calibration",
+     .argument = "FILE",
+     .kind = QTR_OPTION_STRING,
+     .offset = AT(calibration),
+     .help = "Text that activations are measured on, or .jsonl with a \"text\" in each line. Needed with qoq."},
+    {.name = "samples",
+     .argument = "N",
+     .kind = QTR_OPTION_INT,
+     .offset = AT(samples),
+     .min = 1,
+     .max = 65536,
+     .help = "Calibration samples. Default 128."},
+    {.name = "length",
+     .argument = "N",
+     .kind = QTR_OPTION_INT,
+     .offset = AT(length),
+     .min = 16,
+     .max = 32768,
+     .help = "Tokens of a sample. Default 1024."},
+    {.name = "seed",
+     .argument = "N",
+     .kind = QTR_OPTION_UINT64,
+     .offset = AT(seed),
+     .given = AT(seed_given),
+     .help = "Chooses the samples. Default 42."},
+    {.name = "steps",
+     .argument = "LIST",
+     .kind = QTR_OPTION_STRING,
+     .offset = AT(steps),
+     .help = "Which parts of qoq run, of: rotate, rotate-heads, smooth-keys, smooth-out, smooth-down, smooth-input, "
+             "reorder, clip, "
+             "gptq, correct. Default: the model family's; \"+name\" and \"-name\" change that."},
+    {.name = "smooth-keys",
+     .argument = "A,B",
+     .kind = QTR_OPTION_STRING,
+     .offset = AT(keys),
+     .help = "SmoothAttention: \"grid\", or alpha and beta of s = max|K|^A / max|Q|^B."},
+    {.name = "smooth-down",
+     .argument = "A,B",
+     .kind = QTR_OPTION_STRING,
+     .offset = AT(down),
+     .help = "Smoothing of down_proj's input: \"grid\", or alpha and beta."},
+    {.name = "smooth-out",
+     .argument = "A,B",
+     .kind = QTR_OPTION_STRING,
+     .offset = AT(out),
+     .help = "Smoothing of o_proj's input: \"grid\", or alpha and beta."},
+    {.name = "static-kv",
+     .kind = QTR_OPTION_FLAG,
+     .offset = AT(static_kv),
+     .help = "qoq also writes per-tensor scales of K and V for an 8-bit cache."},
+    {.name = "fresh",
+     .kind = QTR_OPTION_FLAG,
+     .offset = AT(fresh),
+     .help = "Start anew instead of going on behind a run that was stopped."},
     {.name = "head",
      .kind = QTR_OPTION_CHOICE,
      .offset = AT(head),
@@ -68,6 +125,33 @@ static const struct qtr_option own_options[] = {
     {0}};
 #undef AT
 
+/* The algorithm's options: the model's defaults, then what the flags say. */
+static enum qtr_status read_qoq(const struct flags *flags, struct qtr_quantize_options *options, struct qtr_qoq_options *qoq,
+                                struct qtr_error *err) {
+  struct qtr_config config;
+  enum qtr_status status = qtr_config_read(flags->model, &config, err);
+  if (status) return status;
+  int32_t bits = options->precision.weight_bits;
+  qtr_qoq_options_init(qoq,
+                       bits == 16                ? QTR_LINEAR_F16
+                       : bits == 8               ? QTR_LINEAR_W8A8
+                       : flags->group_size == -1 ? QTR_LINEAR_W4A8
+                                                 : QTR_LINEAR_W4A8_G128,
+                       &config);
+  qoq->calibration = flags->calibration;
+  if (flags->samples) qoq->n_samples = flags->samples;
+  if (flags->length) qoq->length = flags->length;
+  if (flags->seed_given) qoq->seed = flags->seed;
+  qoq->static_kv = flags->static_kv;
+  qoq->fresh = flags->fresh;
+  options->qoq = qoq;
+  if (!status && flags->steps) status = qtr_qoq_parse_steps(qoq, flags->steps, err);
+  if (!status && flags->keys) status = qtr_qoq_parse_smoothing(&qoq->keys, flags->keys, err);
+  if (!status && flags->down) status = qtr_qoq_parse_smoothing(&qoq->down, flags->down, err);
+  if (!status && flags->out) status = qtr_qoq_parse_smoothing(&qoq->out, flags->out, err);
+  return status;
+}
+
 static int quantize(const struct flags *flags) {
   struct qtr_error err;
   struct qtr_quantize_options options;
@@ -84,6 +168,8 @@ static int quantize(const struct flags *flags) {
   options.embed_int8 = flags->embed && strcmp(flags->embed, "int8") == 0;
   options.overwrite = flags->overwrite;
   options.threads = flags->threads;
+  struct qtr_qoq_options qoq;
+  if (!status && options.method && strcmp(options.method, "qoq") == 0) status = read_qoq(flags, &options, &qoq, &err);
   if (!status) status = qtr_quantize(&options, qtr_layer_report_add, &layer, &summary, &err);
   if (status) {
     qtr_layer_report_drop(&layer);

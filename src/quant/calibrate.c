@@ -4,6 +4,7 @@
 #include "base/checked.h"
 #include "base/status.h"
 #include "quant/calibration.h"
+#include "quant/correct.h"
 #include "quant/gptq.h"
 #include "quant/smooth.h"
 
@@ -23,8 +24,9 @@ struct run {
   struct qtr_runner runner;    /* floats, cache in fp16 */
   struct qtr_runner quantised; /* the cache's format; open where something needs it */
   struct qtr_observed observed;
-  struct qtr_states in, out; /* hidden states before and after the layer */
-  float *x;                  /* (length, hidden) */
+  struct qtr_states in, out;      /* hidden states before and after the layer */
+  struct qtr_corrector corrector; /* with options.correct */
+  float *x;                       /* (length, hidden) */
   struct qtr_work *work;
   struct qtr_progress progress;
   size_t n_steps_done, steps_per_layer;
@@ -84,10 +86,15 @@ static enum qtr_status embed(struct run *r) {
 /* Runs all samples through the layer in floats: what is observed, and the states after it. */
 static enum qtr_status run_floats(struct run *r, const struct qtr_float_layer *layer) {
   qtr_observed_clear(&r->observed);
+  r->observed.moments = !r->options->correct; /* with correction those of the quantised model count, later */
   enum qtr_status status = qtr_runner_set(&r->runner, layer, r->err);
   for (size_t s = 0; s < r->calibration.n_samples && !status; s++) {
     status = qtr_states_read(&r->in, s, r->x, r->err);
-    if (!status) status = qtr_runner_run(&r->runner, layer, r->x, qtr_observed_see, &r->observed, r->err);
+    if (!status) {
+      status = r->options->correct ? qtr_runner_run(&r->runner, layer, r->x, qtr_corrector_see, &r->corrector, r->err)
+                                   : qtr_runner_run(&r->runner, layer, r->x, qtr_observed_see, &r->observed, r->err);
+    }
+    if (!status && r->options->correct) status = qtr_corrector_seen(&r->corrector, s, r->err);
     if (!status) status = qtr_states_write(&r->out, s, r->x, r->err);
     advance(r);
   }
@@ -108,7 +115,7 @@ static enum qtr_status smooth_keys(struct run *r, struct qtr_float_layer *layer,
   if (r->options->keys.mode == QTR_SMOOTH_OFF) return QTR_OK;
   float *s = malloc(kv * sizeof *s), *x = malloc(n_samples * n * sizeof *x), alpha = 0, beta = 0;
   enum qtr_status status = s && x ? QTR_OK : qtr_fail_memory(r->err, "smoothing of keys", n_samples * n * sizeof *x);
-  bool grid = r->options->keys.mode == QTR_SMOOTH_GRID && r->quantised.backend;
+  bool grid = r->options->keys.mode == QTR_SMOOTH_GRID && r->job->kv != QTR_KV_F16;
   for (size_t i = 0; i < n_samples && grid && !status; i++) status = qtr_states_read(&r->in, i, x + i * n, r->err);
   if (!status) {
     status = qtr_smooth_keys(&r->options->keys, r->options->n_grid, &r->observed, layer, &r->runner,
@@ -145,6 +152,8 @@ static enum qtr_status smooth_input(struct run *r, struct qtr_float_layer *layer
       qtr_layer_smooth_down(layer, s);
     }
     qtr_observed_scale(&r->observed, qtr_projection_site(p), wide);
+    if (r->options->correct)
+      memcpy(p == QTR_O ? r->corrector.out_factor : r->corrector.down_factor, wide, n_in * sizeof *wide);
     json_object_set_new(report, p == QTR_O ? "out_smooth" : "down_smooth", json_pack("[f,f]", (double)alpha, (double)beta));
   }
   free(s);
@@ -198,6 +207,7 @@ static enum qtr_status reorder(struct run *r, struct qtr_float_layer *layer) {
     qsort(sorted, n, sizeof *sorted, smaller);
     for (size_t i = 0; i < n; i++) index[i] = sorted[i].index;
     status = qtr_layer_reorder(layer, index, r->err);
+    if (r->options->correct) memcpy(r->corrector.down_order, index, n * sizeof *index);
   }
   if (!status) status = qtr_observed_reorder(&r->observed, QTR_SITE_DOWN, index, r->err);
   free(sorted);
@@ -230,6 +240,49 @@ static enum qtr_status quantise(struct run *r, const struct qtr_float_layer *lay
   return QTR_OK;
 }
 
+/* A copy of the layer whose matrices will be replaced one by one. */
+static enum qtr_status copy_layer(const struct qtr_float_layer *layer, struct qtr_float_layer *copy, struct qtr_error *err) {
+  size_t hidden = (size_t)layer->config->hidden_size;
+  *copy = (struct qtr_float_layer){.config = layer->config, .index = layer->index};
+  qtr_float_layer_shape(copy);
+  bool ok = (copy->input_norm = malloc(hidden * sizeof(float))) && (copy->post_norm = malloc(hidden * sizeof(float)));
+  for (enum qtr_projection p = QTR_Q; p < QTR_N_PROJECTIONS && ok; p++) {
+    const struct qtr_float_matrix *m = &layer->m[p];
+    ok = (copy->m[p].w = malloc(m->n_out * m->n_in * sizeof(float))) &&
+         (!m->bias || (copy->m[p].bias = malloc(m->n_out * sizeof(float))));
+    if (ok) memcpy(copy->m[p].w, m->w, m->n_out * m->n_in * sizeof(float));
+    if (ok && m->bias) memcpy(copy->m[p].bias, m->bias, m->n_out * sizeof(float));
+  }
+  if (ok) memcpy(copy->input_norm, layer->input_norm, hidden * sizeof(float));
+  if (ok) memcpy(copy->post_norm, layer->post_norm, hidden * sizeof(float));
+  if (ok) return QTR_OK;
+  qtr_float_layer_free(copy);
+  return qtr_fail_memory(err, "a copy of a layer", hidden * hidden * sizeof(float));
+}
+
+/* All matrices, site by site; with correction the quantised ones take their place in `partly` as they come. */
+static enum qtr_status quantise_layer(struct run *r, struct qtr_work_layer *done, json_t *report) {
+  struct qtr_float_layer *layer = &done->floats, partly = {0};
+  bool correct = r->options->correct;
+  enum qtr_status status = correct ? copy_layer(layer, &partly, r->err) : QTR_OK;
+  r->observed.moments = true;
+  for (enum qtr_site site = QTR_SITE_QKV; site < QTR_N_SITES && !status; site++) {
+    if (correct) status = qtr_corrector_aim(&r->corrector, site, &r->in, layer, &partly, r->options->damp, r->err);
+    for (enum qtr_projection p = QTR_Q; p < QTR_N_PROJECTIONS && !status; p++) {
+      if (qtr_projection_site(p) != site) continue;
+      status = quantise(r, layer, p, &done->grid[p], report);
+      advance(r);
+      const struct qtr_grid *g = &done->grid[p];
+      for (size_t i = 0; i < g->n_out * g->n_in && correct && !status; i++) {
+        partly.m[p].w[i] = qtr_cell_value(qtr_grid_cell(g, i / g->n_in, i % g->n_in), (float)g->code[i]);
+      }
+    }
+  }
+  if (!status && correct) status = qtr_corrector_propagate(&r->corrector, &partly, r->err);
+  qtr_float_layer_free(&partly);
+  return status;
+}
+
 static float largest(const float *x, size_t n) {
   float max = 0;
   for (size_t i = 0; i < n; i++) max = QTR_MAX(max, x[i]);
@@ -246,6 +299,7 @@ static enum qtr_status finish_layer(struct run *r, int32_t index, struct qtr_wor
   if (r->options->rotate) status = qtr_layer_rotate(team, layer, &r->hidden, r->err);
   if (!status && r->options->rotate_heads) status = qtr_layer_rotate_heads(team, layer, &r->head, r->err);
   if (!status) status = open_states(r, index + 1, true, &r->out);
+  if (!status && r->options->correct) status = qtr_corrector_begin(&r->corrector, index, &r->in, r->err);
   if (!status) status = run_floats(r, layer);
   json_t *report = done->report = json_object();
   if (!status && !report) status = qtr_fail_memory(r->err, "a report", 0);
@@ -254,10 +308,7 @@ static enum qtr_status finish_layer(struct run *r, int32_t index, struct qtr_wor
   if (!status) status = smooth_input(r, layer, QTR_O, report);
   if (!status) status = smooth_input(r, layer, QTR_DOWN, report);
   if (!status) status = reorder(r, layer);
-  for (enum qtr_projection p = QTR_Q; p < QTR_N_PROJECTIONS && !status && r->job->format > QTR_LINEAR_BF16; p++) {
-    status = quantise(r, layer, p, &done->grid[p], report);
-    advance(r);
-  }
+  if (!status && r->job->format > QTR_LINEAR_BF16) status = quantise_layer(r, done, report);
   if (status || !r->options->static_kv) return status;
   done->kv_scale[0] = largest(r->observed.max_k, kv) / 127;
   done->kv_scale[1] = largest(r->observed.max_v, kv) / 127;
@@ -299,12 +350,12 @@ static enum qtr_status prepare(struct run *r) {
   if (!status) status = qtr_calibrate_rotation(o, r->config, &r->hidden, r->err);
   if (!status && o->rotate_heads) status = qtr_rotation_create((size_t)r->config->head_dim, &r->head, r->err);
   if (!status) status = qtr_runner_open(r->config, QTR_KV_F16, (size_t)o->length, r->job->threads, &r->runner, r->err);
-  if (!status && o->keys.mode == QTR_SMOOTH_GRID && r->job->kv != QTR_KV_F16) {
+  if (!status && (o->correct || (o->keys.mode == QTR_SMOOTH_GRID && r->job->kv != QTR_KV_F16))) {
     status = qtr_runner_open(r->config, r->job->kv, (size_t)o->length, r->job->threads, &r->quantised, r->err);
   }
   if (!status) {
-    status = qtr_observed_create(r->job->team, r->config, o->gptq && r->job->format > QTR_LINEAR_BF16, (size_t)o->n_samples,
-                                 KEPT_INPUTS, &r->observed, r->err);
+    status = qtr_observed_create(r->job->team, r->config, (o->gptq || o->correct) && r->job->format > QTR_LINEAR_BF16,
+                                 (size_t)o->n_samples, KEPT_INPUTS, &r->observed, r->err);
   }
   if (status) return status;
   r->x = malloc(state_floats(r) * sizeof *r->x);
@@ -325,6 +376,9 @@ enum qtr_status qtr_calibrate(const struct qtr_calibrate_job *job, struct qtr_wo
   if (!status && !settings) status = qtr_fail_memory(err, "settings", 0);
   if (!status) status = qtr_work_open(job->work_dir, settings, job->options->fresh, work, err);
   json_decref(settings);
+  if (!status && job->options->correct) {
+    status = qtr_corrector_open(&r.observed, &r.quantised, work->dir, r.calibration.n_samples, &r.corrector, err);
+  }
   r.steps_per_layer = r.calibration.n_samples + (job->format > QTR_LINEAR_BF16 ? QTR_N_PROJECTIONS : 0);
   qtr_progress_start(&r.progress, "calibrating", r.steps_per_layer * (size_t)job->config->n_layers, job->quiet);
   if (!status && work->n_done > 0 && work->n_done < job->config->n_layers && open_states(&r, work->n_done, false, &r.in)) {
@@ -342,10 +396,15 @@ enum qtr_status qtr_calibrate(const struct qtr_calibrate_job *job, struct qtr_wo
     qtr_states_close(&r.in, true);
     r.in = r.out;
     r.out = (struct qtr_states){.fd = -1};
+    if (!job->options->correct) continue;
+    qtr_states_close(&r.corrector.in, true);
+    r.corrector.in = r.corrector.out;
+    r.corrector.out = (struct qtr_states){.fd = -1};
   }
   qtr_progress_end(&r.progress);
   qtr_states_close(&r.in, false);
   qtr_states_close(&r.out, false);
+  qtr_corrector_close(&r.corrector);
   qtr_observed_free(&r.observed);
   qtr_runner_close(&r.runner);
   qtr_runner_close(&r.quantised);

@@ -78,7 +78,8 @@ enum qtr_status qtr_quant_write_config(const char *source, const char *dir, cons
                         d->method, "wbits", (int)d->weight_bits, "abits", (int)d->act_bits, "kv_bits", (int)d->kv_bits,
                         "group_size", (int)d->group_size, "head_bits", (int)d->head_bits, "embed_bits", (int)d->embed_bits,
                         "producer", "quattuor");
-  if (!json_is_object(root) || json_object_set_new(root, "quantization_config", q) != 0 || !(printed = print_json(root))) {
+  if (!json_is_object(root) || json_object_set_new(root, "quantization_config", q) != 0 ||
+      (d->untied && json_object_set_new(root, "tie_word_embeddings", json_false()) != 0) || !(printed = print_json(root))) {
     status = qtr_fail(err, QTR_ERR_FORMAT, "cannot read %s as a JSON object", in);
     goto done;
   }

@@ -8,6 +8,7 @@
 struct qtr_quant_description {
   const char *precision, *method; /* "w4a8kv4", "rtn" */
   int32_t weight_bits, act_bits, kv_bits, group_size, head_bits, embed_bits;
+  bool untied; /* head and embedding differ now: "tie_word_embeddings" becomes false */
 };
 
 /* Makes `dir` when it is not there (its parent must be); *made says so. Refuses the source directory itself, and a

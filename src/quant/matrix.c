@@ -18,7 +18,7 @@ void dpotrs_(const char *uplo, const blasint *n, const blasint *nrhs, const doub
 struct gram {
   const float *x, *y;
   float *h;
-  size_t n_rows, n, n_tiles;
+  size_t n_rows, m, n, n_tiles;
 };
 
 static void gram_tiles(void *arg, size_t begin, size_t end, int thread) {
@@ -27,16 +27,17 @@ static void gram_tiles(void *arg, size_t begin, size_t end, int thread) {
   for (size_t t = begin; t < end; t++) {
     size_t i = t / g->n_tiles * TILE, j = t % g->n_tiles * TILE;
     if (g->x == g->y && j > i) continue;
-    cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, (blasint)QTR_MIN(TILE, g->n - i), (blasint)QTR_MIN(TILE, g->n - j),
-                (blasint)g->n_rows, 1, g->x + i, (blasint)g->n, g->y + j, (blasint)g->n, 1, g->h + i * g->n + j,
+    cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, (blasint)QTR_MIN(TILE, g->m - i), (blasint)QTR_MIN(TILE, g->n - j),
+                (blasint)g->n_rows, 1, g->x + i, (blasint)g->m, g->y + j, (blasint)g->n, 1, g->h + i * g->n + j,
                 (blasint)g->n);
   }
 }
 
-void qtr_matrix_add_gram(struct qtr_threads *team, const float *x, const float *y, size_t n_rows, size_t n, float *h) {
-  struct gram g = {.x = x, .y = y, .h = h, .n_rows = n_rows, .n = n, .n_tiles = qtr_ceil_div(n, TILE)};
+void qtr_matrix_add_gram(struct qtr_threads *team, const float *x, const float *y, size_t n_rows, size_t m, size_t n,
+                         float *h) {
+  struct gram g = {.x = x, .y = y, .h = h, .n_rows = n_rows, .m = m, .n = n, .n_tiles = qtr_ceil_div(n, TILE)};
   openblas_set_num_threads(1);
-  qtr_threads_for(team, g.n_tiles * g.n_tiles, 1, gram_tiles, &g);
+  qtr_threads_for(team, qtr_ceil_div(m, TILE) * g.n_tiles, 1, gram_tiles, &g);
 }
 
 void qtr_matrix_mirror(float *h, size_t n) {
@@ -59,6 +60,7 @@ void qtr_matrix_subtract(const float *a, size_t lda, const float *b, size_t ldb,
 
 struct product {
   const float *a, *b;
+  bool straight;
   float *out;
   size_t m, n, k, n_tiles;
 };
@@ -68,13 +70,17 @@ static void product_tiles(void *arg, size_t begin, size_t end, int thread) {
   const struct product *p = arg;
   for (size_t t = begin; t < end; t++) {
     size_t i = t / p->n_tiles * TILE, j = t % p->n_tiles * TILE;
-    qtr_matrix_multiply_t(p->a + i * p->k, p->k, p->b + j * p->k, p->k, p->out + i * p->n + j, p->n, QTR_MIN(TILE, p->m - i),
-                          QTR_MIN(TILE, p->n - j), p->k);
+    cblas_sgemm(CblasRowMajor, CblasNoTrans, p->straight ? CblasNoTrans : CblasTrans, (blasint)QTR_MIN(TILE, p->m - i),
+                (blasint)QTR_MIN(TILE, p->n - j), (blasint)p->k, 1, p->a + i * p->k, (blasint)p->k,
+                p->b + (p->straight ? j : j * p->k), (blasint)(p->straight ? p->n : p->k), 0, p->out + i * p->n + j,
+                (blasint)p->n);
   }
 }
 
-void qtr_matrix_product(struct qtr_threads *team, const float *a, const float *b, float *out, size_t m, size_t n, size_t k) {
-  struct product p = {.a = a, .b = b, .out = out, .m = m, .n = n, .k = k, .n_tiles = qtr_ceil_div(n, TILE)};
+void qtr_matrix_product(struct qtr_threads *team, const float *a, const float *b, bool straight, float *out, size_t m,
+                        size_t n, size_t k) {
+  struct product p = {
+      .a = a, .b = b, .straight = straight, .out = out, .m = m, .n = n, .k = k, .n_tiles = qtr_ceil_div(n, TILE)};
   openblas_set_num_threads(1);
   qtr_threads_for(team, qtr_ceil_div(m, TILE) * p.n_tiles, 1, product_tiles, &p);
 }

@@ -5,9 +5,10 @@
 
 #include "base/threads.h"
 
-/* h += xᵀ y. x: (n_rows, n), y: (n_rows, n), h: (n, n). With y == x only the tiles on and below the diagonal are made:
+/* h += xᵀ y. x: (n_rows, m), y: (n_rows, n), h: (m, n). With y == x only the tiles on and below the diagonal are made:
  * qtr_matrix_mirror completes them. */
-void qtr_matrix_add_gram(struct qtr_threads *team, const float *x, const float *y, size_t n_rows, size_t n, float *h);
+void qtr_matrix_add_gram(struct qtr_threads *team, const float *x, const float *y, size_t n_rows, size_t m, size_t n,
+                         float *h);
 void qtr_matrix_mirror(float *h, size_t n); /* the lower triangle to the upper */
 
 /* out = a bᵀ on the caller's thread. a: (m, k) rows lda apart, b: (n, k), out: (m, n). */
@@ -17,8 +18,9 @@ void qtr_matrix_multiply_t(const float *a, size_t lda, const float *b, size_t ld
 void qtr_matrix_subtract(const float *a, size_t lda, const float *b, size_t ldb, float *out, size_t ldo, size_t m, size_t n,
                          size_t k);
 
-/* out = a bᵀ with all threads. a: (m, k), b: (n, k), out: (m, n) */
-void qtr_matrix_product(struct qtr_threads *team, const float *a, const float *b, float *out, size_t m, size_t n, size_t k);
+/* out = a bᵀ, or with `straight` a b, with all threads. a: (m, k), b: (n, k) or (k, n), out: (m, n) */
+void qtr_matrix_product(struct qtr_threads *team, const float *a, const float *b, bool straight, float *out, size_t m,
+                        size_t n, size_t k);
 
 /* The upper triangular U with H⁻¹ = Uᵀ U, which GPTQ walks along (spec F.8), out of a symmetric positive definite H: with
  * H = R Rᵀ, R upper triangular, U is R⁻¹, so no inverse is formed. h: (n, n), u: (n, n) with zeros below the diagonal.

@@ -19,7 +19,8 @@ enum qtr_status qtr_observed_create(struct qtr_threads *team, const struct qtr_c
                              .config = c,
                              .dim = {hidden, q_width(c), hidden, (size_t)c->intermediate_size},
                              .per_sample = QTR_MAX(max_kept / QTR_MAX(n_samples, 1), 1),
-                             .max_kept = max_kept};
+                             .max_kept = max_kept,
+                             .moments = true};
   bool ok = (o->max_q = malloc(q_width(c) * sizeof(float))) && (o->max_k = malloc(kv_width(c) * sizeof(float))) &&
             (o->max_v = malloc(kv_width(c) * sizeof(float)));
   size_t needed = 0;
@@ -49,16 +50,18 @@ void qtr_observed_free(struct qtr_observed *o) {
   *o = (struct qtr_observed){0};
 }
 
+void qtr_observed_clear_site(struct qtr_observed *o, enum qtr_site s) {
+  memset(o->max_in[s], 0, o->dim[s] * sizeof(float));
+  if (o->hessian[s]) memset(o->hessian[s], 0, o->dim[s] * o->dim[s] * sizeof(float));
+  o->n_seen[s] = o->n_tokens[s] = 0;
+}
+
 void qtr_observed_clear(struct qtr_observed *o) {
-  for (enum qtr_site s = QTR_SITE_QKV; s < QTR_N_SITES; s++) {
-    memset(o->max_in[s], 0, o->dim[s] * sizeof(float));
-    if (o->hessian[s]) memset(o->hessian[s], 0, o->dim[s] * o->dim[s] * sizeof(float));
-    o->n_seen[s] = 0;
-  }
+  for (enum qtr_site s = QTR_SITE_QKV; s < QTR_N_SITES; s++) qtr_observed_clear_site(o, s);
   memset(o->max_q, 0, q_width(o->config) * sizeof(float));
   memset(o->max_k, 0, kv_width(o->config) * sizeof(float));
   memset(o->max_v, 0, kv_width(o->config) * sizeof(float));
-  o->n_tokens = o->n_kept = 0;
+  o->n_kept = 0;
 }
 
 /* max[i] = max(max[i], |x[t][i]|). A NaN stays: smoothing then falls back to 1 and GPTQ says what is wrong. */
@@ -73,7 +76,8 @@ static void raise_max(float *max, const float *x, size_t n_tokens, size_t stride
 
 void qtr_observed_see(void *user, enum qtr_site site, const float *x, size_t n_tokens, size_t n_in) {
   struct qtr_observed *o = user;
-  if (site == QTR_N_SITES) {
+  if (site == QTR_SEE_MIDDLE) return;
+  if (site == QTR_SEE_ROPE) {
     size_t q = q_width(o->config), kv = kv_width(o->config);
     raise_max(o->max_q, x, n_tokens, n_in, q);
     raise_max(o->max_k, x + q, n_tokens, n_in, kv);
@@ -81,22 +85,25 @@ void qtr_observed_see(void *user, enum qtr_site site, const float *x, size_t n_t
     return;
   }
   raise_max(o->max_in[site], x, n_tokens, n_in, n_in);
-  if (o->hessian[site]) qtr_matrix_add_gram(o->team, x, x, n_tokens, n_in, o->hessian[site]);
+  if (o->hessian[site] && o->moments) qtr_matrix_add_gram(o->team, x, x, n_tokens, n_in, n_in, o->hessian[site]);
   for (size_t i = 0; i < o->per_sample && o->n_seen[site] < o->max_kept; i++) { /* another place in every sample */
     size_t t = (i * n_tokens / o->per_sample + o->n_seen[site] * 97) % n_tokens;
     memcpy(o->sample[site] + o->n_seen[site]++ * n_in, x + t * n_in, n_in * sizeof *x);
   }
-  if (site == QTR_SITE_DOWN) o->n_tokens += n_tokens;
+  o->n_tokens[site] += n_tokens;
+}
+
+float qtr_observed_finish_site(struct qtr_observed *o, enum qtr_site s) {
+  float scale = 2.0f / (float)QTR_MAX(o->n_tokens[s], 1);
+  o->n_kept = o->n_seen[s];
+  if (!o->hessian[s] || !o->moments) return scale;
+  qtr_matrix_mirror(o->hessian[s], o->dim[s]);
+  for (size_t i = 0; i < o->dim[s] * o->dim[s]; i++) o->hessian[s][i] *= scale;
+  return scale;
 }
 
 void qtr_observed_finish(struct qtr_observed *o) {
-  o->n_kept = o->n_seen[QTR_SITE_DOWN];
-  for (enum qtr_site s = QTR_SITE_QKV; s < QTR_N_SITES; s++) {
-    if (!o->hessian[s]) continue;
-    qtr_matrix_mirror(o->hessian[s], o->dim[s]);
-    float scale = 2.0f / (float)QTR_MAX(o->n_tokens, 1);
-    for (size_t i = 0; i < o->dim[s] * o->dim[s]; i++) o->hessian[s][i] *= scale;
-  }
+  for (enum qtr_site s = QTR_SITE_QKV; s < QTR_N_SITES; s++) (void)qtr_observed_finish_site(o, s);
 }
 
 void qtr_observed_smooth_keys(struct qtr_observed *o, const float *s) {

@@ -45,4 +45,10 @@ struct qtr_qoq_options {
  * sizes choose the family's alpha and beta; unknown ones get the general ones. */
 void qtr_qoq_options_init(struct qtr_qoq_options *options, enum qtr_linear_format format, const struct qtr_config *config);
 
+/* "rotate,gptq": these steps and no others; "+clip,-reorder": the ones there are, changed. A smoothing that is switched on
+ * keeps its mode, or becomes manual. QTR_ERR_ARGUMENT names an unknown step. */
+enum qtr_status qtr_qoq_parse_steps(struct qtr_qoq_options *options, const char *list, struct qtr_error *err);
+/* "grid", "off", or "alpha,beta" (0 to 1 each). */
+enum qtr_status qtr_qoq_parse_smoothing(struct qtr_smooth_options *options, const char *text, struct qtr_error *err);
+
 #endif

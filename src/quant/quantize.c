@@ -12,6 +12,7 @@
 #include "base/progress.h"
 #include "base/status.h"
 #include "base/threads.h"
+#include "quant/qoq_write.h"
 #include "quant/source.h"
 
 #include <math.h>
@@ -24,10 +25,12 @@ struct job {
   enum qtr_store store;
   const struct qtr_tensor *tensor;
   struct qtr_slot slot;
+  bool bias;
 };
 
 struct plan {
   const struct qtr_quantize_options *options;
+  const struct qtr_qoq_options *qoq; /* NULL: round to nearest */
   struct qtr_config config;
   struct qtr_source source;
   enum qtr_store projection_store, float_store;
@@ -52,8 +55,12 @@ static enum qtr_status check_options(struct plan *p) {
   const struct qtr_quantize_options *o = p->options;
   if (!o->model_dir || !o->output_dir)
     return qtr_fail(p->err, QTR_ERR_ARGUMENT, "a source and an output directory are required");
-  if (o->method && strcmp(o->method, "rtn") != 0) {
-    return qtr_fail(p->err, QTR_ERR_ARGUMENT, "unknown method \"%.40s\"; rtn is the one there is", o->method);
+  if (o->method && strcmp(o->method, "rtn") != 0 && strcmp(o->method, "qoq") != 0) {
+    return qtr_fail(p->err, QTR_ERR_ARGUMENT, "unknown method \"%.40s\"; rtn and qoq are the ones there are", o->method);
+  }
+  p->qoq = o->method && strcmp(o->method, "qoq") == 0 ? o->qoq : NULL;
+  if (o->method && strcmp(o->method, "qoq") == 0 && (!o->qoq || !o->qoq->calibration)) {
+    return qtr_fail(p->err, QTR_ERR_ARGUMENT, "method qoq needs a calibration text");
   }
   const struct qtr_precision *q = &o->precision;
   bool w4 = q->weight_bits == 4 && q->act_bits == 8, w8 = q->weight_bits == 8 && q->act_bits == 8;
@@ -66,7 +73,7 @@ static enum qtr_status check_options(struct plan *p) {
     return qtr_fail(p->err, QTR_ERR_ARGUMENT, "group size %d is not supported with %d-bit weights; %s", (int)p->group_size,
                     (int)q->weight_bits, w4 ? "128 and -1 (per channel) are" : "only -1 (per channel) is");
   }
-  p->float_store = o->bf16 ? QTR_STORE_BF16 : QTR_STORE_F16;
+  p->float_store = p->qoq && p->qoq->keep_float32 ? QTR_STORE_RAW : o->bf16 ? QTR_STORE_BF16 : QTR_STORE_F16;
   p->projection_store = !w4 ? (w8 ? QTR_STORE_W8 : p->float_store) : p->group_size == -1 ? QTR_STORE_W4 : QTR_STORE_W4_G128;
   return qtr_threads_create(o->threads > 0 ? QTR_MIN(o->threads, 1024) : qtr_threads_available(), &p->team, p->err);
 }
@@ -81,9 +88,19 @@ static enum qtr_status add_job(struct plan *p, enum qtr_store store, const struc
     p->job_capacity = capacity;
   }
   struct job *j = &p->job[p->n_jobs++];
-  *j = (struct job){.store = store, .tensor = tensor, .slot = *slot};
-  if (tensor->n_dims != 2) j->slot.projection = NULL; /* a bias */
-  p->input_bytes += tensor->n_bytes;
+  *j = (struct job){.store = store, .tensor = tensor, .slot = *slot, .bias = strcmp(suffix, ".bias") == 0};
+  if (j->bias) j->slot.projection = NULL;
+  p->input_bytes += tensor ? tensor->n_bytes : 0;
+  if (store == QTR_STORE_RAW && p->qoq) { /* transformed: not what the source holds */
+    const struct qtr_sink_item item = {.store = store,
+                                       .name = slot->name,
+                                       .suffix = suffix,
+                                       .dtype = QTR_DTYPE_F32,
+                                       .n_dims = tensor && tensor->n_dims == 2 ? 2 : 1,
+                                       .n_out = tensor ? qtr_source_rows(tensor) : 1,
+                                       .n_in = tensor ? qtr_source_columns(tensor) : slot->n_in};
+    return qtr_sink_add(p->sink, &item, p->err);
+  }
   return qtr_source_announce(tensor, store, slot->name, suffix, p->sink, p->err);
 }
 
@@ -112,11 +129,12 @@ static enum qtr_status plan_slot(const struct qtr_slot *slot, void *user) {
     case QTR_SLOT_NORM: return plan_vector(p, slot, ".weight", slot->n_in);
     case QTR_SLOT_PROJECTION: return plan_projection(p, slot);
     case QTR_SLOT_KV_SCALE:
+      if (p->qoq && p->qoq->static_kv) return add_job(p, QTR_STORE_RAW, NULL, slot, "");
       if (p->kv_tensor) {
         (void)qtr_source_find(&p->source, slot->name, ""); /* replaced */
         return add_job(p, QTR_STORE_RAW, &p->kv_tensor[slot->layer], slot, "");
       }
-      if (!qtr_source_find(&p->source, slot->name, "")) return QTR_OK;
+      if (!qtr_source_find(&p->source, slot->name, "") || p->qoq) return QTR_OK; /* smoothing makes them other keys */
       status = qtr_source_get(&p->source, slot->name, "", 1, &slot->n_in, &t, p->err);
       return status ? status : add_job(p, QTR_STORE_RAW, t, slot, "");
     default: /* padded vocabularies keep their padding */
@@ -161,36 +179,97 @@ static enum qtr_status make_plan(struct plan *p) {
 
 static double relative(double squared, double norm) { return norm > 0 ? sqrt(squared / norm) : 0; }
 
-static enum qtr_status run_plan(const struct plan *p, qtr_quantize_callback callback, void *user, double *relative_error) {
-  struct qtr_progress progress;
-  size_t done = 0;
-  double squared = 0, norm = 0;
-  enum qtr_status status = QTR_OK;
-  qtr_progress_start(&progress, "quantising", p->input_bytes, p->options->quiet);
-  for (size_t i = 0; i < p->n_jobs && !status; i++) {
-    const struct job *j = &p->job[i];
-    struct qtr_rtn_error error = {0};
-    status = qtr_source_write(j->tensor, j->store, j->slot.name, p->sink, p->team, &progress, &done, &error, p->err);
-    if (status || !j->slot.projection) continue;
-    if (j->slot.layer >= 0) {
-      squared += error.squared;
-      norm += error.norm;
-    }
-    struct qtr_quantize_report report = {.layer = j->slot.layer,
+/* One matrix or vector to the sink, and what it cost into the report. */
+static enum qtr_status run_job(const struct plan *p, struct qtr_qoq_writer *writer, const struct job *j,
+                               struct qtr_progress *progress, size_t *done, struct qtr_quantize_report *report) {
+  struct qtr_rtn_error error = {0};
+  double outputs[2] = {NAN, NAN};
+  enum qtr_status status =
+      writer ? qtr_qoq_write(writer, &j->slot, j->bias, j->tensor, j->store, outputs, p->err)
+             : qtr_source_write(j->tensor, j->store, j->slot.name, p->sink, p->team, progress, done, &error, p->err);
+  if (status || !j->slot.projection) return status;
+  *report = (struct qtr_quantize_report){.layer = j->slot.layer,
                                          .n_layers = p->config.n_layers,
                                          .projection = j->slot.projection,
                                          .tensor = j->slot.name,
                                          .how = "rounded",
                                          .n_out = qtr_source_rows(j->tensor),
                                          .n_in = qtr_source_columns(j->tensor),
-                                         .relative_error = relative(error.squared, error.norm),
+                                         .relative_error = writer ? NAN : relative(error.squared, error.norm),
                                          .squared_error = error.squared,
                                          .squared_norm = error.norm,
-                                         .max_error = error.max};
+                                         .max_error = writer ? NAN : error.max,
+                                         .plain_error = outputs[0],
+                                         .output_error = outputs[1]};
+  return QTR_OK;
+}
+
+static enum qtr_status run_plan(const struct plan *p, struct qtr_qoq_writer *writer, qtr_quantize_callback callback,
+                                void *user, double *relative_error) {
+  struct qtr_progress progress;
+  size_t done = 0;
+  double squared = 0, norm = 0;
+  enum qtr_status status = QTR_OK;
+  qtr_progress_start(&progress, writer ? "writing" : "quantising", p->input_bytes, p->options->quiet);
+  for (size_t i = 0; i < p->n_jobs && !status; i++) {
+    const struct job *j = &p->job[i];
+    struct qtr_quantize_report report;
+    status = run_job(p, writer, j, &progress, &done, &report);
+    if (status || !j->slot.projection) continue;
+    if (report.layer >= 0) {
+      squared += report.squared_error;
+      norm += report.squared_norm;
+    }
     if (callback) callback(&report, user);
   }
   qtr_progress_end(&progress);
-  *relative_error = relative(squared, norm);
+  *relative_error = writer ? NAN : relative(squared, norm);
+  return status;
+}
+
+static enum qtr_linear_format projection_format(const struct plan *p) {
+  switch (p->projection_store) {
+    case QTR_STORE_W4: return QTR_LINEAR_W4A8;
+    case QTR_STORE_W4_G128: return QTR_LINEAR_W4A8_G128;
+    case QTR_STORE_W8: return QTR_LINEAR_W8A8;
+    default: return QTR_LINEAR_F16;
+  }
+}
+
+/* QoQ: calibrates into the work directory, then writes from there. */
+static enum qtr_status run_qoq(struct plan *p, const struct qtr_sink_target *target, qtr_quantize_callback callback,
+                               void *user) {
+  const struct qtr_quantize_options *o = p->options;
+  struct qtr_work work = {0};
+  struct qtr_qoq_writer writer = {.index = -1};
+  bool made = false, done = false;
+  double ignored;
+  char *dir = qtr_path_join(o->output_dir, ".calibration");
+  enum qtr_status status = dir ? QTR_OK : qtr_fail_memory(p->err, "a path", strlen(o->output_dir));
+  int32_t kv_bits = target->description.kv_bits;
+  struct qtr_calibrate_job job = {.options = p->qoq,
+                                  .tokenizer_dir = target->source_dir,
+                                  .work_dir = dir,
+                                  .config = &p->config,
+                                  .source = &p->source,
+                                  .format = projection_format(p),
+                                  .kv = kv_bits == 4   ? QTR_KV_INT4
+                                        : kv_bits == 8 ? QTR_KV_INT8
+                                                       : QTR_KV_F16,
+                                  .team = p->team,
+                                  .threads = o->threads,
+                                  .quiet = o->quiet};
+  /* Hours later is too late to find that there is a model already. */
+  if (!status) status = qtr_quant_prepare_directory(target->source_dir, o->output_dir, o->overwrite, &made, p->err);
+  if (!status) status = qtr_calibrate(&job, &work, p->err);
+  if (!status) status = qtr_sink_open(p->sink, target, p->err);
+  if (!status) status = qtr_qoq_writer_open(&job, &work, p->sink, &writer, p->err);
+  if (!status) status = run_plan(p, &writer, callback, user, &ignored);
+  if (!status) status = qtr_sink_finish(p->sink, p->err);
+  done = status == QTR_OK;
+  qtr_qoq_writer_close(&writer);
+  qtr_work_close(&work, done);
+  free(dir);
   return status;
 }
 
@@ -218,17 +297,21 @@ enum qtr_status qtr_quantize(const struct qtr_quantize_options *options, qtr_qua
                                          .output_dir = options->output_dir,
                                          .overwrite = options->overwrite,
                                          .description = {.precision = name,
-                                                         .method = "rtn",
+                                                         .method = p.qoq ? "qoq" : "rtn",
+                                                         .untied = p.qoq && p.qoq->rotate,
                                                          .weight_bits = q->weight_bits,
                                                          .act_bits = q->act_bits,
                                                          .kv_bits = kv_bits,
                                                          .group_size = p.group_size,
                                                          .head_bits = options->head_int8 ? 8 : 16,
                                                          .embed_bits = options->embed_int8 ? 8 : 16}};
-  if ((status = qtr_sink_open(p.sink, &target, err)) || (status = run_plan(&p, callback, user, &error)) ||
-      (status = qtr_sink_finish(p.sink, err))) {
-    goto done;
+  if (p.qoq) {
+    error = NAN;
+    status = run_qoq(&p, &target, callback, user);
+  } else if (!(status = qtr_sink_open(p.sink, &target, err)) && !(status = run_plan(&p, NULL, callback, user, &error))) {
+    status = qtr_sink_finish(p.sink, err);
   }
+  if (status) goto done;
   if (summary) {
     *summary = (struct qtr_quantize_summary){.group_size = p.group_size,
                                              .n_layers = p.config.n_layers,

@@ -6,15 +6,18 @@
 
 #include "checkpoint/kv_scales.h"
 #include "model/model.h" /* struct qtr_precision */
+#include "quant/qoq.h"
 
 struct qtr_quantize_options {
   const char *model_dir;  /* Hugging Face directory with float weights; required */
   const char *config_dir; /* config.json and tokenizer; NULL: model_dir. With it model_dir may be one file */
   const char *output_dir; /* created when absent; required. A model.safetensors in it is refused unless overwrite */
   struct qtr_precision
-      precision;              /* from qtr_precision_parse: W4A8, W8A8 or W16A16; kv_bits is only recorded in config.json */
-  int32_t group_size;         /* W4: 128, or -1 = per channel; 0 = 128. W8 and W16: -1 or 0 */
-  const char *method;         /* NULL or "rtn" */
+      precision;      /* from qtr_precision_parse: W4A8, W8A8 or W16A16; kv_bits is only recorded in config.json */
+  int32_t group_size; /* W4: 128, or -1 = per channel; 0 = 128. W8 and W16: -1 or 0 */
+  const char *method; /* NULL or "rtn": round to nearest; "qoq": calibrated, see qoq */
+  const struct qtr_qoq_options
+      *qoq;                   /* required with "qoq"; calibration set. The work directory is "<output_dir>/.calibration" */
   bool head_int8, embed_int8; /* LM head / embedding as int8 with one scale a row instead of fp16 (an extension: other tools
                                  than Quattuor do not read such a file) */
   const struct qtr_kv_scales *kv_scales; /* static KV8 scales to put in, per tensor; NULL: those of the source, if any */
@@ -37,6 +40,8 @@ struct qtr_quantize_report {
   double relative_error;              /* ‖W − Ŵ‖ / ‖W‖, Frobenius; 0 for W = 0 */
   double squared_error, squared_norm; /* ‖W − Ŵ‖², ‖W‖²: a layer's error is sqrt(sum / sum) */
   double max_error;                   /* largest |W − Ŵ| */
+  double output_error, plain_error; /* qoq: ‖X (W − Ŵ)ᵀ‖ / ‖X Wᵀ‖ on calibration inputs, as it is and by rounding to nearest;
+                                       then the errors of W above are NAN: W is not the source's any more. Else NAN */
 };
 
 /* Called after each matrix, in file order (layer by layer, the seven projections of a layer in the order above), from the

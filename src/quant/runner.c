@@ -104,8 +104,8 @@ struct looking {
   float *normed; /* (length, hidden) */
 };
 
-/* What a matrix sees behind a norm; the backend keeps it in a form of its own. */
-static void normalise(const float *x, const float *gain, float eps, size_t n_tokens, size_t dim, float *out) {
+/* The backend keeps this in a form of its own. */
+void qtr_normalise(const float *x, const float *gain, float eps, size_t n_tokens, size_t dim, float *out) {
   for (size_t t = 0; t < n_tokens; t++, x += dim, out += dim) {
     double sum = 0;
     for (size_t i = 0; i < dim; i++) sum += (double)x[i] * (double)x[i];
@@ -120,13 +120,14 @@ static void look(void *user, enum qtr_tap_point point, int32_t index, const floa
   float eps = k->layer->config->rms_norm_eps;
   switch (point) {
     case QTR_TAP_LAYER_IN:
-      normalise(x, k->layer->input_norm, eps, n_tokens, dim, k->normed);
+      qtr_normalise(x, k->layer->input_norm, eps, n_tokens, dim, k->normed);
       k->see(k->user, QTR_SITE_QKV, k->normed, n_tokens, dim);
       break;
-    case QTR_TAP_QKV: k->see(k->user, QTR_N_SITES, x, n_tokens, dim); break;
+    case QTR_TAP_QKV: k->see(k->user, QTR_SEE_ROPE, x, n_tokens, dim); break;
     case QTR_TAP_ATTENTION: k->see(k->user, QTR_SITE_O, x, n_tokens, dim); break;
     case QTR_TAP_MLP_IN:
-      normalise(x, k->layer->post_norm, eps, n_tokens, dim, k->normed);
+      k->see(k->user, QTR_SEE_MIDDLE, x, n_tokens, dim);
+      qtr_normalise(x, k->layer->post_norm, eps, n_tokens, dim, k->normed);
       k->see(k->user, QTR_SITE_GATE_UP, k->normed, n_tokens, dim);
       break;
     case QTR_TAP_MLP: k->see(k->user, QTR_SITE_DOWN, x, n_tokens, dim); break;

@@ -7,7 +7,15 @@
 #include "quant/layer.h"
 
 /* Where matrices take their inputs: q, k and v share one, gate and up another. */
-enum qtr_site { QTR_SITE_QKV, QTR_SITE_O, QTR_SITE_GATE_UP, QTR_SITE_DOWN, QTR_N_SITES };
+enum qtr_site {
+  QTR_SITE_QKV,
+  QTR_SITE_O,
+  QTR_SITE_GATE_UP,
+  QTR_SITE_DOWN,
+  QTR_N_SITES,
+  QTR_SEE_ROPE,  /* no input of a matrix: q|k|v after RoPE */
+  QTR_SEE_MIDDLE /* nor this: the residual stream after attention */
+};
 enum qtr_site qtr_projection_site(enum qtr_projection p);
 
 struct qtr_runner {
@@ -27,10 +35,13 @@ void qtr_runner_close(struct qtr_runner *runner);
 /* The layer's matrices and norms, copied. */
 enum qtr_status qtr_runner_set(struct qtr_runner *runner, const struct qtr_float_layer *layer, struct qtr_error *err);
 
-/* x: (length, hidden), the residual stream before and after the layer. see: NULL, or called with the input of each site in
- * order, (length, n_in) floats, and with q|k|v after RoPE (site QTR_N_SITES) before QTR_SITE_O. */
+/* x: (length, hidden), the residual stream before and after the layer. see: NULL, or called with what goes by, in the order
+ * QKV, ROPE, O, MIDDLE, GATE_UP, DOWN: (length, n_in) floats. */
 typedef void (*qtr_runner_see)(void *user, enum qtr_site site, const float *x, size_t n_tokens, size_t n_in);
 enum qtr_status qtr_runner_run(struct qtr_runner *runner, const struct qtr_float_layer *layer, float *x, qtr_runner_see see,
                                void *user, struct qtr_error *err);
+
+/* What a matrix sees behind a norm: out = x / rms(x) * gain. x, out: (n_tokens, dim) */
+void qtr_normalise(const float *x, const float *gain, float eps, size_t n_tokens, size_t dim, float *out);
 
 #endif

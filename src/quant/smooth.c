@@ -187,7 +187,7 @@ static enum qtr_status try_factors(struct trial *t, const float *s, double *erro
     t->w[i] = qtr_cell_value(qtr_grid_cell(&t->grid, i / n_in, i % n_in), (float)t->grid.code[i]);
   }
   fake_int8(t->x, n_kept, n_in);
-  qtr_matrix_product(team, t->x, t->w, t->y_hat, n_kept, m->n_out, n_in);
+  qtr_matrix_product(team, t->x, t->w, false, t->y_hat, n_kept, m->n_out, n_in);
   *error = 0;
   for (size_t i = 0; i < n_kept * m->n_out; i++)
     *error += ((double)t->y[i] - (double)t->y_hat[i]) * ((double)t->y[i] - (double)t->y_hat[i]);
@@ -222,7 +222,7 @@ enum qtr_status qtr_smooth_input(const struct qtr_smooth_options *options, int32
   }
   double best = INFINITY, error = 0;
   float point[2];
-  if (grid) qtr_matrix_product(observed->team, observed->sample[site], m->w, t.y, observed->n_kept, m->n_out, n_in);
+  if (grid) qtr_matrix_product(observed->team, observed->sample[site], m->w, false, t.y, observed->n_kept, m->n_out, n_in);
   for (int32_t i = 0; option_point(options, n_grid, i, &point[0], &point[1]) && !status; i++) {
     qtr_smooth_factors(a, b, point[0], point[1], n, s);
     for (size_t k = 0; k < n_in; k++) wide[k] = s[group > 1 ? k / d / group * d + k % d : k];

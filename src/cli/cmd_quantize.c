@@ -41,7 +41,11 @@ static const struct qtr_option own_options[] = {
      .min = -1,
      .max = 128,
      .help = "Of 4-bit weights: 128 (default) or -1, one scale a channel."},
-    {.name = "method", .kind = QTR_OPTION_CHOICE, .offset = AT(method), .choices = "rtn|qoq", .help = "Round to nearest."},
+    {.name = "method",
+     .kind = QTR_OPTION_CHOICE,
+     .offset = AT(method),
+     .choices = "rtn|qoq",
+     .help = "rtn, the default: round to nearest. qoq: calibrated, the whole QoQ algorithm; needs --calibration."},
     {.name = "calibration",
      .argument = "FILE",
      .kind = QTR_OPTION_STRING,
@@ -121,7 +125,7 @@ static const struct qtr_option own_options[] = {
     {.name = "json",
      .kind = QTR_OPTION_FLAG,
      .offset = AT(json),
-     .help = "One object a layer (layer, relative_error, max_error, projections), then one with the summary."},
+     .help = "One object a layer (layer, relative_error or with qoq output_error, projections), then one with the summary."},
     {0}};
 #undef AT
 

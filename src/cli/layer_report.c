@@ -9,12 +9,21 @@
 void qtr_layer_report_end(struct qtr_layer_report *l) {
   if (l->n == 0) return;
   double error = l->squared_norm > 0 ? sqrt(l->squared_error / l->squared_norm) : 0;
+  double plain = l->squared_norm > 0 ? sqrt(l->plain_squared_error / l->squared_norm) : 0;
+  bool calibrated = l->plain_squared_error > 0; /* then errors are those of the outputs */
   if (l->json) {
-    json_t *o = json_pack("{s:i, s:o, s:o, s:o}", "layer", (int)l->number, "relative_error", qtr_json_number(error, 6),
-                          "max_error", qtr_json_number(l->max_error, 6), "projections", l->projections);
+    json_t *o = json_pack("{s:i, s:o, s:o}", "layer", (int)l->number, calibrated ? "output_error" : "relative_error",
+                          qtr_json_number(error, 6), "projections", l->projections);
+    if (calibrated)
+      json_object_set_new(o, "output_error_rtn", qtr_json_number(plain, 6));
+    else
+      json_object_set_new(o, "max_error", qtr_json_number(l->max_error, 6));
     l->projections = NULL;
     l->broken = !qtr_print_json(l->command, o) || l->broken;
-  } else {
+  } else if (calibrated) {
+    printf("layer %3d  output error %6.3f %%, %6.3f %% by rounding to nearest; worst %s %.3f %%\n", l->number, error * 100,
+           plain * 100, l->worst, l->worst_error * 100);
+  } else if (l->squared_norm > 0) {
     if (l->number >= 0) {
       printf("layer %3d  ", l->number);
     } else {
@@ -33,6 +42,7 @@ void qtr_layer_report_add(const struct qtr_quantize_report *r, void *report) {
   l->n++;
   l->squared_error += r->squared_error;
   l->squared_norm += r->squared_norm;
+  l->plain_squared_error += r->plain_squared_error;
   if (r->max_error > l->max_error) l->max_error = r->max_error;
   if (r->relative_error >= l->worst_error) {
     l->worst_error = r->relative_error;

@@ -12,7 +12,7 @@ struct qtr_layer_report {
   bool json, broken; /* broken: stdout could not be written */
   int32_t number;    /* -1: embedding and head */
   size_t n;
-  double squared_error, squared_norm, max_error;
+  double squared_error, squared_norm, plain_squared_error, max_error;
   char worst[24];
   double worst_error;
   json_t *projections;

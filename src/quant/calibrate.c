@@ -235,8 +235,7 @@ static enum qtr_status quantise(struct run *r, const struct qtr_float_layer *lay
   if (!status) status = qtr_gptq(team, m->w, r->options->gptq ? o->hessian[site] : NULL, &gptq, grid, name, r->err);
   if (!status) status = qtr_output_error(team, m->w, grid, o->sample[site], o->n_kept, &done, &norm, r->err);
   if (status) return status;
-  norm = norm > 0 ? norm : 1;
-  json_object_set_new(report, qtr_projection_names[p], json_pack("[f,f]", sqrt(plain / norm), sqrt(done / norm)));
+  json_object_set_new(report, qtr_projection_names[p], json_pack("[f,f,f]", plain, done, norm));
   return QTR_OK;
 }
 

@@ -5,7 +5,6 @@
 #include "base/half.h"
 #include "base/status.h"
 
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -93,7 +92,7 @@ done:
 }
 
 static enum qtr_status write_in_layer(struct qtr_qoq_writer *w, const struct qtr_slot *slot, bool bias,
-                                      const struct qtr_tensor *tensor, enum qtr_store store, double *errors,
+                                      const struct qtr_tensor *tensor, enum qtr_store store, double errors[3],
                                       struct qtr_error *err) {
   if (w->index != slot->layer) {
     qtr_work_layer_free(&w->layer);
@@ -117,14 +116,15 @@ static enum qtr_status write_in_layer(struct qtr_qoq_writer *w, const struct qtr
   const struct qtr_float_matrix *m = &l->floats.m[p];
   if (bias) return write_floats(w, slot->name, store, m->bias, 1, m->n_out, err);
   const json_t *pair = json_object_get(l->report, qtr_projection_names[p]);
-  for (size_t i = 0; i < 2 && errors && json_is_array(pair); i++) errors[i] = json_number_value(json_array_get(pair, i));
+  for (size_t i = 0; i < 3 && json_is_array(pair); i++) errors[i] = json_number_value(json_array_get(pair, i));
   if (!l->grid[p].cell) return write_floats(w, slot->name, store, m->w, m->n_out, m->n_in, err);
   return write_grid(w, slot->name, &l->grid[p], err);
 }
 
 enum qtr_status qtr_qoq_write(struct qtr_qoq_writer *w, const struct qtr_slot *slot, bool bias,
-                              const struct qtr_tensor *tensor, enum qtr_store store, double *errors, struct qtr_error *err) {
-  if (errors) errors[0] = errors[1] = NAN;
+                              const struct qtr_tensor *tensor, enum qtr_store store, double errors[3],
+                              struct qtr_error *err) {
+  errors[0] = errors[1] = errors[2] = 0;
   if (slot->layer >= 0) return write_in_layer(w, slot, bias, tensor, store, errors, err);
   if (slot->part != QTR_SLOT_NORM) return write_vocab(w, slot, tensor, store, err);
   float *gain = NULL;

@@ -22,6 +22,7 @@ void qtr_qoq_writer_close(struct qtr_qoq_writer *writer);
  * the layers. errors (may be NULL, 2): relative errors of the matrix's outputs, rounded to nearest and as it is; NAN where
  * it was not calibrated. */
 enum qtr_status qtr_qoq_write(struct qtr_qoq_writer *writer, const struct qtr_slot *slot, bool bias,
-                              const struct qtr_tensor *tensor, enum qtr_store store, double *errors, struct qtr_error *err);
+                              const struct qtr_tensor *tensor, enum qtr_store store, double errors[3],
+                              struct qtr_error *err);
 
 #endif

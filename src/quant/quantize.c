@@ -183,24 +183,24 @@ static double relative(double squared, double norm) { return norm > 0 ? sqrt(squ
 static enum qtr_status run_job(const struct plan *p, struct qtr_qoq_writer *writer, const struct job *j,
                                struct qtr_progress *progress, size_t *done, struct qtr_quantize_report *report) {
   struct qtr_rtn_error error = {0};
-  double outputs[2] = {NAN, NAN};
+  double outputs[3] = {0, 0, 0};
   enum qtr_status status =
       writer ? qtr_qoq_write(writer, &j->slot, j->bias, j->tensor, j->store, outputs, p->err)
              : qtr_source_write(j->tensor, j->store, j->slot.name, p->sink, p->team, progress, done, &error, p->err);
   if (status || !j->slot.projection) return status;
+  if (writer) error = (struct qtr_rtn_error){.squared = outputs[1], .norm = outputs[2], .max = NAN};
   *report = (struct qtr_quantize_report){.layer = j->slot.layer,
                                          .n_layers = p->config.n_layers,
                                          .projection = j->slot.projection,
                                          .tensor = j->slot.name,
-                                         .how = "rounded",
+                                         .how = writer ? "calibrated" : "rounded",
                                          .n_out = qtr_source_rows(j->tensor),
                                          .n_in = qtr_source_columns(j->tensor),
-                                         .relative_error = writer ? NAN : relative(error.squared, error.norm),
+                                         .relative_error = relative(error.squared, error.norm),
                                          .squared_error = error.squared,
                                          .squared_norm = error.norm,
-                                         .max_error = writer ? NAN : error.max,
-                                         .plain_error = outputs[0],
-                                         .output_error = outputs[1]};
+                                         .max_error = error.max,
+                                         .plain_squared_error = outputs[0]};
   return QTR_OK;
 }
 
@@ -223,7 +223,7 @@ static enum qtr_status run_plan(const struct plan *p, struct qtr_qoq_writer *wri
     if (callback) callback(&report, user);
   }
   qtr_progress_end(&progress);
-  *relative_error = writer ? NAN : relative(squared, norm);
+  *relative_error = relative(squared, norm);
   return status;
 }
 
@@ -238,12 +238,11 @@ static enum qtr_linear_format projection_format(const struct plan *p) {
 
 /* QoQ: calibrates into the work directory, then writes from there. */
 static enum qtr_status run_qoq(struct plan *p, const struct qtr_sink_target *target, qtr_quantize_callback callback,
-                               void *user) {
+                               void *user, double *relative_error) {
   const struct qtr_quantize_options *o = p->options;
   struct qtr_work work = {0};
   struct qtr_qoq_writer writer = {.index = -1};
   bool made = false, done = false;
-  double ignored;
   char *dir = qtr_path_join(o->output_dir, ".calibration");
   enum qtr_status status = dir ? QTR_OK : qtr_fail_memory(p->err, "a path", strlen(o->output_dir));
   int32_t kv_bits = target->description.kv_bits;
@@ -264,7 +263,7 @@ static enum qtr_status run_qoq(struct plan *p, const struct qtr_sink_target *tar
   if (!status) status = qtr_calibrate(&job, &work, p->err);
   if (!status) status = qtr_sink_open(p->sink, target, p->err);
   if (!status) status = qtr_qoq_writer_open(&job, &work, p->sink, &writer, p->err);
-  if (!status) status = run_plan(p, &writer, callback, user, &ignored);
+  if (!status) status = run_plan(p, &writer, callback, user, relative_error);
   if (!status) status = qtr_sink_finish(p->sink, p->err);
   done = status == QTR_OK;
   qtr_qoq_writer_close(&writer);
@@ -306,8 +305,7 @@ enum qtr_status qtr_quantize(const struct qtr_quantize_options *options, qtr_qua
                                                          .head_bits = options->head_int8 ? 8 : 16,
                                                          .embed_bits = options->embed_int8 ? 8 : 16}};
   if (p.qoq) {
-    error = NAN;
-    status = run_qoq(&p, &target, callback, user);
+    status = run_qoq(&p, &target, callback, user, &error);
   } else if (!(status = qtr_sink_open(p.sink, &target, err)) && !(status = run_plan(&p, NULL, callback, user, &error))) {
     status = qtr_sink_finish(p.sink, err);
   }

@@ -40,8 +40,9 @@ struct qtr_quantize_report {
   double relative_error;              /* ‖W − Ŵ‖ / ‖W‖, Frobenius; 0 for W = 0 */
   double squared_error, squared_norm; /* ‖W − Ŵ‖², ‖W‖²: a layer's error is sqrt(sum / sum) */
   double max_error;                   /* largest |W − Ŵ| */
-  double output_error, plain_error; /* qoq: ‖X (W − Ŵ)ᵀ‖ / ‖X Wᵀ‖ on calibration inputs, as it is and by rounding to nearest;
-                                       then the errors of W above are NAN: W is not the source's any more. Else NAN */
+  /* qoq: the squares are those of the matrix's outputs on calibration inputs, ‖X (W − Ŵ)ᵀ‖² and ‖X Wᵀ‖², max_error is NAN,
+   * and this is what rounding to nearest would have given. W is not the source's any more: see qoq.h. Else 0. */
+  double plain_squared_error;
 };
 
 /* Called after each matrix, in file order (layer by layer, the seven projections of a layer in the order above), from the

@@ -21,6 +21,7 @@ struct server {
   int fd, port;
   pthread_t thread;
   const char *answer; /* to every request; NULL: none, and the connection stays open */
+  unsigned pause_us;  /* before the answer */
   bool keep, half;    /* keep: several requests a connection; half: close in the midst of the answer */
   atomic_bool stop;
   atomic_int n_connections, n_requests;
@@ -50,6 +51,7 @@ static void *serve_one(void *arg) {
   while (read_request(s, fd)) {
     atomic_fetch_add(&s->n_requests, 1);
     size_t n = s->answer ? strlen(s->answer) : 0;
+    if (s->pause_us > 0) (void)usleep(s->pause_us);
     if (s->half) n /= 2;
     if (n > 0 && write(fd, s->answer, n) < 0) break;
     if (!s->answer) continue;
@@ -180,6 +182,32 @@ static void test_reuse(void **state) {
   }
 }
 
+/* Times: in order, from when a request was due; an open loop keeps to the trace, at the asked speed. */
+static void test_times(void **state) {
+  (void)state;
+  struct server s = {.answer = HEAD "\r\n" TOKEN TOKEN USAGE DONE, .pause_us = 20000};
+  struct qtr_workload w = {.seed = 1, .vocab = 1024};
+  struct qtr_load_run run;
+  struct qtr_error err;
+  char url[64];
+  start(&s);
+  (void)snprintf(url, sizeof url, "http://127.0.0.1:%d", s.port);
+  const struct qtr_load_options o = {.url = url, .speed = 4, .timeout = 60, .quiet = true};
+  assert_int_equal(qtr_workload_make(&w, 8, 20, 5, 2, &err), QTR_OK);
+  assert_int_equal(qtr_load_run(&o, &w, &run, &err), QTR_OK);
+  for (size_t i = 0; i < 8; i++) {
+    const struct qtr_load_sample *r = &run.sample[i];
+    assert_int_equal(r->outcome, QTR_LOAD_OK);
+    assert_float_equal(r->due, w.trace.request[i].time / 4, 1e-12);
+    assert_true(r->due <= r->sent && r->sent < r->first && r->first <= r->last && r->last <= r->end);
+    assert_true(r->first - r->sent >= 0.02); /* the server's pause before it answers */
+    assert_true(r->end <= run.duration);
+  }
+  qtr_load_run_free(&run);
+  qtr_workload_free(&w);
+  end(&s);
+}
+
 static void test_nobody(void **state) {
   (void)state;
   struct server s = {0};
@@ -231,6 +259,7 @@ static void test_models(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(test_outcomes), cmocka_unit_test(test_reuse),
-                                     cmocka_unit_test(test_nobody), cmocka_unit_test(test_models)};
+                                     cmocka_unit_test(test_times), cmocka_unit_test(test_nobody),
+                                     cmocka_unit_test(test_models)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -22,6 +22,7 @@ int qtr_cmd_bench(int argc, char **argv);
 int qtr_cmd_eval(int argc, char **argv);
 int qtr_cmd_tokenize(int argc, char **argv);
 int qtr_cmd_info(int argc, char **argv);
+int qtr_cmd_calibrate(int argc, char **argv);
 int qtr_cmd_quantize(int argc, char **argv);
 int qtr_cmd_convert(int argc, char **argv);
 

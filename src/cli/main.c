@@ -14,6 +14,7 @@ static const struct qtr_command commands[] = {
     {"eval", "measure quality: perplexity, comparison, long-context tests", qtr_cmd_eval},
     {"tokenize", "turn text into token ids", qtr_cmd_tokenize},
     {"info", "say what a model directory holds and what it will cost here", qtr_cmd_info},
+    {"calibrate", "find the attention heads that need the whole text", qtr_cmd_calibrate},
     {"quantize", "make a QServe checkpoint from a Hugging Face model", qtr_cmd_quantize},
     {"convert", "import DeepCompressor, GPTQ, AWQ, QServe and float checkpoints", qtr_cmd_convert},
 };

@@ -104,6 +104,16 @@ static enum qtr_status make_text(void *user, size_t room, struct qtr_text *out, 
   return status;
 }
 
+enum qtr_status qtr_niah_prompt(struct qtr_engine *engine, const struct qtr_haystack *haystack,
+                                const struct qtr_niah_options *o, const struct qtr_niah_trial *trial,
+                                struct qtr_ask_prompt *prompt, char *digits, struct qtr_error *err) {
+  struct question question;
+  make_question(o, haystack, trial, &question);
+  memcpy(digits, question.digits, sizeof question.digits);
+  const struct qtr_ask_text text = {.make = make_text, .user = &question};
+  return qtr_ask_fit(engine, o->style, o->length[trial->length], &text, prompt, err);
+}
+
 /* ---- the run ---- */
 
 struct run {

@@ -52,6 +52,12 @@ enum qtr_status qtr_niah_run(struct qtr_engine *engine, const struct qtr_haystac
                              const struct qtr_niah_options *options, struct qtr_niah_result *result, struct qtr_error *err);
 void qtr_niah_free(struct qtr_niah_result *result);
 
+/* The prompt of one trial (its length, depth and number are set), options->style not AUTO; digits (8): what the answer must
+ * hold, "" for San Francisco. */
+enum qtr_status qtr_niah_prompt(struct qtr_engine *engine, const struct qtr_haystack *haystack,
+                                const struct qtr_niah_options *options, const struct qtr_niah_trial *trial,
+                                struct qtr_ask_prompt *prompt, char *digits, struct qtr_error *err);
+
 /* A key such as "golden fox" and a number of three to seven digits, drawn from *state. */
 struct qtr_secret {
   char key[40], digits[8];

@@ -43,6 +43,12 @@ enum qtr_status qtr_windows_create(struct qtr_engine *engine, size_t window, siz
     return qtr_fail(err, QTR_ERR_LIMIT, "the KV pool has %d pages; windows of %zu tokens need %zu", engine->n_pages, window,
                     n_pages);
   }
+  if (engine->streams && engine->n_stream_pages < qtr_streams_most(&engine->sparse, (int32_t)chunk, (int32_t)window)) {
+    return qtr_fail(
+        err, QTR_ERR_LIMIT,
+        "the pool of the streaming heads has %d pages; steps of %zu tokens need %d: ask for as many (--kv-stream-pages)",
+        engine->n_stream_pages, chunk, qtr_streams_most(&engine->sparse, (int32_t)chunk, (int32_t)window));
+  }
   *w = (struct qtr_windows){.engine = engine,
                             .window = window,
                             .chunk = chunk,
@@ -51,14 +57,19 @@ enum qtr_status qtr_windows_create(struct qtr_engine *engine, size_t window, siz
                             .n_layers = (size_t)c->n_layers,
                             .position = malloc(window * sizeof *w->position),
                             .page = malloc(n_pages * sizeof *w->page),
+                            .stream = malloc(n_pages * sizeof *w->stream),
                             .row = malloc(chunk * sizeof *w->row),
                             .logits = malloc(chunk * (size_t)c->vocab_size * sizeof *w->logits)};
-  if (!w->position || !w->page || !w->row || !w->logits) {
+  if (!w->position || !w->page || !w->stream || !w->row || !w->logits) {
     qtr_windows_free(w);
     return qtr_fail_memory(err, "the logits of a chunk", chunk * (size_t)c->vocab_size * sizeof *w->logits);
   }
   for (size_t i = 0; i < window; i++) w->position[i] = (int32_t)i;
   for (size_t i = 0; i < n_pages; i++) w->page[i] = (int32_t)i;
+  /* Streaming heads: the sink's pages, then a ring over the others. */
+  int32_t sink = QTR_MAX(engine->sparse.context.sink, engine->sparse.decode.sink);
+  int32_t first = (sink + QTR_PAGE_TOKENS - 1) / QTR_PAGE_TOKENS, ring = engine->n_stream_pages - first;
+  for (int32_t i = 0; i < (int32_t)n_pages; i++) w->stream[i] = i < first || ring < 1 ? i : first + (i - first) % ring;
   for (size_t i = 0; i < chunk; i++) w->row[i] = (int32_t)i;
   enum qtr_status status = qtr_workspace_create(engine->model, chunk, chunk, &w->workspace, err);
   if (!status && states) status = qtr_workspace_keep_states(engine->model, w->workspace, err);
@@ -70,6 +81,7 @@ void qtr_windows_free(struct qtr_windows *w) {
   qtr_workspace_free(w->workspace);
   free(w->position);
   free(w->page);
+  free(w->stream);
   free(w->row);
   free(w->logits);
   *w = (struct qtr_windows){0};
@@ -91,6 +103,7 @@ enum qtr_status qtr_windows_forward(struct qtr_windows *w, const int32_t *token,
                                   .q_start = q_start,
                                   .kv_len = kv_len,
                                   .block_table = w->page,
+                                  .stream_table = w->engine->streams ? w->stream : NULL,
                                   .logit_row = w->row};
   const float *logits;
   enum qtr_status status = qtr_model_forward(model, w->engine->kv, w->workspace, &batch, &logits, err);

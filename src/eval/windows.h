@@ -16,6 +16,7 @@ struct qtr_windows {
   size_t vocab, hidden; /* of the model */
   size_t n_layers;
   int32_t *position, *page; /* (window), (pages of window) */
+  int32_t *stream;          /* (pages of window) of streaming heads, where there are any */
   int32_t *row;             /* (chunk) */
   float *logits;            /* (chunk, vocab) host: of the last chunk */
 };

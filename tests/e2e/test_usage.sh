@@ -14,7 +14,7 @@ says "$T/err" "did you mean generate"
 run 2 xyzzy
 grep -q "did you mean" "$T/err" && fail "a far-fetched suggestion: $(cat "$T/err")"
 
-for command in generate chat serve bench "bench serve" "eval ppl" "eval compare" "eval niah" "eval ruler" "eval longbench" tokenize info quantize convert; do
+for command in generate chat serve bench "bench serve" "calibrate heads" "eval ppl" "eval compare" "eval niah" "eval ruler" "eval longbench" tokenize info quantize convert; do
   run 0 $command --help
   [ -s "$T/err" ] && fail "$command --help writes to stderr"
   says "$T/out" "^Usage: quattuor $command"

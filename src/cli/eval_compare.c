@@ -203,7 +203,7 @@ static void print_places(struct qtr_engine *engine, const int32_t *token, size_t
   for (size_t i = 0; i < r->n_worst; i++) {
     const struct qtr_compare_place *p = &r->worst[i];
     size_t before = QTR_MIN(p->index, (size_t)CONTEXT_TOKENS);
-    printf("  %.3f  window %zu, token %zu: ", p->kl, p->index / window, p->index % window);
+    printf("  %.4g  window %zu, token %zu: ", p->kl, p->index / window, p->index % window);
     print_quoted(engine, token + p->index - before, before);
     printf("\n         next ");
     print_quoted(engine, &p->target, 1);
@@ -228,8 +228,8 @@ static void print_layers(const struct qtr_compare_result *r) {
   for (size_t i = 0; i < n; i++) {
     const struct qtr_compare_layer *l = &r->layer[worst[i]];
     printf("  after layer %zu: ", worst[i] - 1);
-    if (r->same_basis) printf("%.4f (%+.4f in this layer); ", l->error, l->error - r->layer[worst[i] - 1].error);
-    printf("%.4f\n", l->cosine_error);
+    if (r->same_basis) printf("%.4g (%+.2g in this layer); ", l->error, l->error - r->layer[worst[i] - 1].error);
+    printf("%.3g\n", l->cosine_error);
   }
 }
 
@@ -245,7 +245,7 @@ static bool print_as_text(const struct flags *flags, struct qtr_engine *const en
   printf("perplexity B/A %.5f (%+.2f %%)\n", r->perplexity_b / r->perplexity_a,
          100 * (r->perplexity_b / r->perplexity_a - 1));
   printf("same best token %.2f %%\n", 100 * r->top1_agreement);
-  printf("KL(A||B) in nats: mean %.5f, median %.5f, p90 %.5f, p99 %.5f, max %.4f, at:\n", r->kl_mean, r->kl_median,
+  printf("KL(A||B) in nats: mean %.4g, median %.4g, p90 %.4g, p99 %.4g, max %.4g, at:\n", r->kl_mean, r->kl_median,
          r->kl_p90, r->kl_p99, r->kl_max);
   print_places(engine[0], token, (size_t)flags->window, r);
   print_layers(r);

@@ -22,6 +22,15 @@ says "$T/out" "after layer"
 if [ -f "$SHARED/models/demo-bf16/config.json" ]; then
   c --model "$SHARED/models/demo-bf16" --model "$MODEL" --no-layers
   same "$(field layers <"$T/out")" "[]" "--no-layers"
+  # the same model with the channels of its residual stream reordered and negated: nothing to compare them by but angles
+  if python3 -c 'import numpy' 2>"$T/err"; then
+    python3 "$(dirname "$0")/make_permuted.py" "$SHARED/models/demo-bf16" "$T/permuted" || fail "make_permuted.py"
+    run 0 eval compare --text "$T/text" --window 64 --tokens 128 --json --model "$SHARED/models/demo-bf16" --model "$T/permuted"
+    same "$(field same_basis <"$T/out")" "false" "same_basis of a permuted model"
+    says "$T/out" '"layer":7,"error":null,'
+    awk -v k="$(field max <"$T/out")" 'BEGIN { exit !(k < 1e-4) }' || fail "KL $(field max <"$T/out") of a permuted model"
+    grep -oE '"cosine_error":[^,]*' "$T/out" | cut -d: -f2 | awk '$1 > 1e-3 { exit 1 }' || fail "angles of a permuted model differ"
+  fi
 fi
 
 run 2 eval compare --text "$T/text" --model "$MODEL"

@@ -82,6 +82,8 @@ struct qtr_engine_options {
   int32_t gpu;                      /* which GPU of several; 0 = the first */
   const char *precision;            /* NULL = as found; "w4a8kv8" … : the weights must match, the KV width is free */
   const char *kv_scales;            /* NULL, or "static" to use the file's static per-tensor KV8 scales (spec A.2.5) */
+  const char *kv_fp8;               /* NULL, or "e4m3", "e5m2": for comparison, K and V of a kv16 cache are rounded to fp8
+                                       first, by the static scales if they are asked for, else as they are; CPU only */
   const char *kv_quant_params_path; /* NULL, or a file of static KV8 scales (vLLM's JSON, see docs/quantisation.md), which
                                        are used instead of the file's; means kv_scales "static" */
   int32_t group_size;               /* 0 = as found; -1 or 128: checked against the file */

@@ -110,6 +110,8 @@ enum qtr_kv_format {
   QTR_KV_INT8_STATIC, /* per layer scales of K and V, symmetric (C.3.2) */
   QTR_N_KV_FORMATS
 };
+/* For comparison only: K and V are rounded to fp8 before they go into a cache of format F16 (backend/common/kv_fp8.h). */
+enum qtr_kv_fp8 { QTR_KV_FP8_OFF, QTR_KV_FP8_E4M3, QTR_KV_FP8_E5M2 };
 const char *qtr_kv_format_name(enum qtr_kv_format format); /* "kv4", "kv8", "kv8-static", "kv16" */
 
 /* What a streaming head sees: the query at position p sees the keys t <= p with t < sink or p - t < local, at the positions
@@ -144,7 +146,9 @@ struct qtr_kv_sparse {
 struct qtr_kv_config {
   enum qtr_kv_format format;
   int32_t n_layers, n_kv_heads, head_dim, n_pages;
-  const float *static_scale;          /* (n_layers, 2) K and V scale, for INT8_STATIC; borrowed during kv_create */
+  const float *static_scale;          /* (n_layers, 2) K and V scale, for INT8_STATIC and, if not NULL, fp8; borrowed during
+                                         kv_create */
+  enum qtr_kv_fp8 fp8;                /* with F16; backends without it refuse */
   const struct qtr_kv_sparse *sparse; /* NULL: dense. Borrowed during kv_create */
   int32_t n_stream_pages;             /* pages of the streaming heads' pool; 0 without such heads */
 };

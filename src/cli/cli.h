@@ -29,16 +29,16 @@ int qtr_cmd_convert(int argc, char **argv);
 /* ---- option groups (groups.c) --------------------------------------------------------------------- */
 
 struct qtr_model_flags {
-  const char *model, *device, *precision, *norm, *kv_scales, *kv_quant_params_path;
+  const char *model, *device, *precision, *norm, *kv_scales, *kv_quant_params_path, *kv_fp8;
   int32_t threads, gpu, group_size, kv_pages, max_num_seqs, max_num_batched_tokens, max_model_len;
   size_t kv_bytes;
   bool no_prefix_cache;
   struct qtr_sparse_options sparse;
   const char *sparse_decode_mode, *sub_chunks, *selector_heads; /* choices */
 };
-extern const struct qtr_option qtr_model_options_table[]; /* all of struct qtr_model_flags */
-extern const struct qtr_option
-    qtr_device_options_table[]; /* model, device, threads, precision, norm, kv-scales, kv-quant-params-path, group-size */
+extern const struct qtr_option qtr_model_options_table[];  /* all of struct qtr_model_flags */
+extern const struct qtr_option qtr_device_options_table[]; /* model, device, threads, precision, norm, kv-scales,
+                                                              kv-quant-params-path, kv-fp8, group-size */
 void qtr_model_flags_init(struct qtr_model_flags *flags);
 
 /* The model directory: what --model says, else $QUATTUOR_MODEL, else the demo model shipped with this binary. *dir is

@@ -18,53 +18,60 @@
     .name = "model", .argument = "DIR", .kind = QTR_OPTION_STRING, .offset = AT(model),                 \
     .help = "Hugging Face or QServe directory. Default: $QUATTUOR_MODEL, else the built-in demo model." \
   }
-#define DEVICE_OPTIONS                                                                                                 \
-  {.name = "device",                                                                                                   \
-   .kind = QTR_OPTION_CHOICE,                                                                                          \
-   .offset = AT(device),                                                                                               \
-   .choices = "auto|cpu|cuda|reference",                                                                               \
-   .help = "Where the model runs; reference is the slow oracle. Default auto: the fastest there is."},                 \
-      {.name = "gpu",                                                                                                  \
-       .argument = "N",                                                                                                \
-       .kind = QTR_OPTION_INT,                                                                                         \
-       .offset = AT(gpu),                                                                                              \
-       .min = 0,                                                                                                       \
-       .max = 1023,                                                                                                    \
-       .help = "Which GPU of several, counted from 0. Default 0."},                                                    \
-      {.name = "threads",                                                                                              \
-       .argument = "N",                                                                                                \
-       .kind = QTR_OPTION_INT,                                                                                         \
-       .offset = AT(threads),                                                                                          \
-       .min = 1,                                                                                                       \
-       .max = 1024,                                                                                                    \
-       .help = "CPU threads. Default: all cores this process may use."},                                               \
-      {.name = "precision",                                                                                            \
-       .argument = "P",                                                                                                \
-       .kind = QTR_OPTION_STRING,                                                                                      \
-       .offset = AT(precision),                                                                                        \
-       .help =                                                                                                         \
-           "Such as w4a8kv4: the weights must be what the file has, the KV width (kv4, kv8, kv16) is free. "           \
-           "Default: as the file says."},                                                                              \
-      {.name = "group-size",                                                                                           \
-       .argument = "G",                                                                                                \
-       .kind = QTR_OPTION_INT,                                                                                         \
-       .offset = AT(group_size),                                                                                       \
-       .min = -1,                                                                                                      \
-       .max = 128,                                                                                                     \
-       .help = "-1 (per channel) or 128, checked against the file."},                                                  \
-      {.name = "norm",                                                                                                 \
-       .kind = QTR_OPTION_CHOICE,                                                                                      \
-       .offset = AT(norm),                                                                                             \
-       .choices = "exact|qserve",                                                                                      \
-       .help = "RMSNorm as defined (default), or the reference system's variant."},                                    \
-      {.name = "kv-scales",                                                                                            \
-       .kind = QTR_OPTION_CHOICE,                                                                                      \
-       .offset = AT(kv_scales),                                                                                        \
-       .choices = "dynamic|static",                                                                                    \
-       .help = "static: the per-tensor KV8 scales of the file. Default dynamic: per token and head."},                 \
-  {                                                                                                                    \
-    .name = "kv-quant-params-path", .argument = "FILE", .kind = QTR_OPTION_STRING, .offset = AT(kv_quant_params_path), \
-    .help = "Static KV8 scales of this file (vLLM's JSON) instead of the model's."                                     \
+#define DEVICE_OPTIONS                                                                                           \
+  {.name = "device",                                                                                             \
+   .kind = QTR_OPTION_CHOICE,                                                                                    \
+   .offset = AT(device),                                                                                         \
+   .choices = "auto|cpu|cuda|reference",                                                                         \
+   .help = "Where the model runs; reference is the slow oracle. Default auto: the fastest there is."},           \
+      {.name = "gpu",                                                                                            \
+       .argument = "N",                                                                                          \
+       .kind = QTR_OPTION_INT,                                                                                   \
+       .offset = AT(gpu),                                                                                        \
+       .min = 0,                                                                                                 \
+       .max = 1023,                                                                                              \
+       .help = "Which GPU of several, counted from 0. Default 0."},                                              \
+      {.name = "threads",                                                                                        \
+       .argument = "N",                                                                                          \
+       .kind = QTR_OPTION_INT,                                                                                   \
+       .offset = AT(threads),                                                                                    \
+       .min = 1,                                                                                                 \
+       .max = 1024,                                                                                              \
+       .help = "CPU threads. Default: all cores this process may use."},                                         \
+      {.name = "precision",                                                                                      \
+       .argument = "P",                                                                                          \
+       .kind = QTR_OPTION_STRING,                                                                                \
+       .offset = AT(precision),                                                                                  \
+       .help =                                                                                                   \
+           "Such as w4a8kv4: the weights must be what the file has, the KV width (kv4, kv8, kv16) is free. "     \
+           "Default: as the file says."},                                                                        \
+      {.name = "group-size",                                                                                     \
+       .argument = "G",                                                                                          \
+       .kind = QTR_OPTION_INT,                                                                                   \
+       .offset = AT(group_size),                                                                                 \
+       .min = -1,                                                                                                \
+       .max = 128,                                                                                               \
+       .help = "-1 (per channel) or 128, checked against the file."},                                            \
+      {.name = "norm",                                                                                           \
+       .kind = QTR_OPTION_CHOICE,                                                                                \
+       .offset = AT(norm),                                                                                       \
+       .choices = "exact|qserve",                                                                                \
+       .help = "RMSNorm as defined (default), or the reference system's variant."},                              \
+      {.name = "kv-scales",                                                                                      \
+       .kind = QTR_OPTION_CHOICE,                                                                                \
+       .offset = AT(kv_scales),                                                                                  \
+       .choices = "dynamic|static",                                                                              \
+       .help = "static: the per-tensor KV8 scales of the file. Default dynamic: per token and head."},           \
+      {.name = "kv-quant-params-path",                                                                           \
+       .argument = "FILE",                                                                                       \
+       .kind = QTR_OPTION_STRING,                                                                                \
+       .offset = AT(kv_quant_params_path),                                                                       \
+       .help = "Static KV8 scales of this file (vLLM's JSON) instead of the model's."},                          \
+  {                                                                                                              \
+    .name = "kv-fp8", .kind = QTR_OPTION_CHOICE, .offset = AT(kv_fp8), .choices = "e4m3|e5m2",                   \
+    .help =                                                                                                      \
+        "For comparison: K and V of a kv16 cache are rounded to fp8 first, by static scales if those are asked " \
+        "for. Saves nothing. On CPUs only."                                                                      \
   }
 
 const struct qtr_option qtr_device_options_table[] = {MODEL_OPTION, DEVICE_OPTIONS, {0}};
@@ -258,6 +265,7 @@ void qtr_engine_options_from_flags(const struct qtr_model_flags *flags, const ch
   options->model_dir = dir;
   options->device = flags->device;
   options->precision = flags->precision;
+  options->kv_fp8 = flags->kv_fp8;
   options->kv_quant_params_path = flags->kv_quant_params_path;
   options->kv_scales = flags->kv_scales && strcmp(flags->kv_scales, "static") == 0 ? "static" : NULL;
   options->group_size = flags->group_size;

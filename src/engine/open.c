@@ -97,6 +97,9 @@ enum qtr_status qtr_engine_options_check(const struct qtr_engine_options *o, str
   if (o->kv_scales && strcmp(o->kv_scales, "static") != 0) {
     return qtr_fail(err, QTR_ERR_ARGUMENT, "kv_scales is \"%.40s\"; it must be NULL or \"static\"", o->kv_scales);
   }
+  if (o->kv_fp8 && strcmp(o->kv_fp8, "e4m3") != 0 && strcmp(o->kv_fp8, "e5m2") != 0) {
+    return qtr_fail(err, QTR_ERR_ARGUMENT, "kv_fp8 is \"%.40s\"; it must be NULL, \"e4m3\" or \"e5m2\"", o->kv_fp8);
+  }
   if (o->norm != QTR_NORM_EXACT && o->norm != QTR_NORM_QSERVE) {
     return qtr_fail(err, QTR_ERR_ARGUMENT, "norm is %d; it must be QTR_NORM_EXACT or QTR_NORM_QSERVE", (int)o->norm);
   }
@@ -174,9 +177,17 @@ static enum qtr_status choose_kv_format(const struct qtr_model *model, const str
     if (status) return o->precision ? status : qtr_error_prefix(err, "quantization_config of config.json");
     if (p.kv_bits > 0) bits = p.kv_bits;
   }
+  if (o->kv_fp8 && bits != 16) {
+    return qtr_fail(err, QTR_ERR_ARGUMENT, "kv_fp8 rounds what a 16-bit KV cache holds, and this one is kv%d: ask for …kv16",
+                    bits);
+  }
   if (o->kv_scales || o->kv_quant_params_path) {
     if (!model->static_kv_scale) {
       return qtr_fail(err, QTR_ERR_ARGUMENT, "kv_scales \"static\": the model has no static KV scales; leave kv_scales out");
+    }
+    if (o->kv_fp8) {
+      *format = QTR_KV_F16;
+      return QTR_OK;
     }
     if (bits != 8) {
       return qtr_fail(err, QTR_ERR_ARGUMENT, "%s needs an 8-bit KV cache, not kv%d: ask for …kv8",
@@ -466,6 +477,21 @@ static void engine_free(struct qtr_engine *e) {
   free(e);
 }
 
+/* The KV8 scales, when they are asked for, as those of fp8: the same largest value. *scale is malloc'ed. */
+static enum qtr_status use_fp8(const struct qtr_engine_options *o, struct qtr_kv_config *kv, float **scale,
+                               struct qtr_error *err) {
+  const float *static_scale = o->kv_scales || o->kv_quant_params_path ? kv->static_scale : NULL;
+  size_t n = (size_t)kv->n_layers * 2;
+  bool e4m3 = strcmp(o->kv_fp8, "e4m3") == 0;
+  kv->fp8 = e4m3 ? QTR_KV_FP8_E4M3 : QTR_KV_FP8_E5M2;
+  kv->static_scale = NULL;
+  if (!static_scale) return QTR_OK;
+  if (!(*scale = malloc(n * sizeof **scale))) return qtr_fail_memory(err, "fp8 scales", n * sizeof **scale);
+  for (size_t i = 0; i < n; i++) (*scale)[i] = static_scale[i] * 127 / (e4m3 ? 448.0f : 57344.0f);
+  kv->static_scale = *scale;
+  return QTR_OK;
+}
+
 enum qtr_status qtr_engine_open_model(struct qtr_model *model, struct qtr_tokenizer *tokenizer,
                                       struct qtr_chat_template *chat, const struct qtr_engine_options *o,
                                       struct qtr_engine **engine, struct qtr_error *err) {
@@ -483,6 +509,7 @@ enum qtr_status qtr_engine_open_model(struct qtr_model *model, struct qtr_tokeni
   e->prefix_cache = !o->no_prefix_cache;
 
   enum qtr_kv_format kv_format = QTR_KV_F16;
+  float *fp8_scale = NULL;
   uint8_t *streaming = NULL;
   enum qtr_status status = qtr_engine_options_check(o, err);
   if (!status) status = check_weights(model, o, err);
@@ -505,6 +532,7 @@ enum qtr_status qtr_engine_open_model(struct qtr_model *model, struct qtr_tokeni
                              .n_kv_heads = model->config.n_kv_heads,
                              .head_dim = model->config.head_dim,
                              .static_scale = model->static_kv_scale};
+  if (o->kv_fp8 && (status = use_fp8(o, &kv, &fp8_scale, err))) goto done;
   struct qtr_kv_sparse sparse = e->sparse;
   sparse.streaming = e->streams ? streaming : NULL;
   if (e->streams || e->sparse.budget > 0) kv.sparse = &sparse;
@@ -522,6 +550,7 @@ enum qtr_status qtr_engine_open_model(struct qtr_model *model, struct qtr_tokeni
   if (!status && e->streams) status = qtr_kv_pool_add_streams(e->pool, e->n_stream_pages, err);
   if (!status) status = model->backend->ops->kv_create(model->backend, &kv, &e->kv, err);
 done:
+  free(fp8_scale);
   free(streaming);
   if (status)
     engine_free(e);

@@ -52,4 +52,15 @@ says "$T/err" "bad.json: .*scaling_factor"
 run 1 generate --model "$MODEL" --prompt x --precision w4a8kv8 --kv-quant-params-path "$T/none.json"
 run 1 convert --model "$MODEL" --output "$T/no" --kv-scales "$T/bad.json"
 [ -e "$T/no" ] && fail "a failed run left something"
+# fp8 for comparison: a rounding of its own, by the scales too, and only of 16 bits
+ask=(--prompt "The old man" --max-tokens 24 --json --precision w4a8kv16 --device cpu)
+run 0 generate --model "$MODEL" "${ask[@]}"
+plain=$(text)
+run 0 generate --model "$MODEL" "${ask[@]}" --kv-fp8 e5m2 --kv-quant-params-path "$T/coarse.json"
+[ "$(text)" = "$plain" ] && fail "e5m2 by coarse scales changes nothing"
+run 1 generate --model "$MODEL" --prompt x --precision w4a8kv8 --kv-fp8 e4m3
+says "$T/err" "ask for …kv16"
+run 1 generate --model "$MODEL" --prompt x --precision w4a8kv16 --kv-fp8 e4m3 --kv-scales static
+says "$T/err" "no static KV scales"
+run 2 generate --model "$MODEL" --prompt x --kv-fp8 e3m4
 finish

@@ -77,8 +77,8 @@ struct world {
   float *inv_freq;
 };
 
-static void world_open(struct world *w, struct qtr_backend *b, const struct shape *shape, int32_t n_seqs,
-                       const int32_t *total) {
+static void world_open_fp8(struct world *w, struct qtr_backend *b, const struct shape *shape, int32_t n_seqs,
+                           const int32_t *total, enum qtr_kv_fp8 fp8) {
   *w = (struct world){.shape = *shape, .b = b, .n_seqs = n_seqs};
   int32_t longest = 0;
   for (int32_t s = 0; s < n_seqs; s++) {
@@ -101,11 +101,17 @@ static void world_open(struct world *w, struct qtr_backend *b, const struct shap
                                  .n_kv_heads = shape->n_kv_heads,
                                  .head_dim = shape->dim,
                                  .n_pages = n_pages,
-                                 .static_scale = scales};
+                                 .static_scale = scales,
+                                 .fp8 = fp8};
   struct qtr_error err;
   if (b->ops->kv_create(b, &config, &w->kv, &err) != QTR_OK) fail_msg("%s", err.message);
   w->inv_freq = malloc((size_t)shape->dim / 2 * sizeof(float));
   for (int32_t i = 0; i < shape->dim / 2; i++) w->inv_freq[i] = powf(10000.0f, -2.0f * (float)i / (float)shape->dim);
+}
+
+static void world_open(struct world *w, struct qtr_backend *b, const struct shape *shape, int32_t n_seqs,
+                       const int32_t *total) {
+  world_open_fp8(w, b, shape, n_seqs, total, QTR_KV_FP8_OFF);
 }
 
 static void world_close(struct world *w) {
@@ -258,21 +264,24 @@ static const struct shape code_shapes[] = {{0, 2, 2, 2},  {0, 4, 2, 8},  {0, 2, 
 static void test_codes_are_the_references(void **state) {
   (void)state;
   for (size_t i = 0; i < sizeof code_shapes / sizeof *code_shapes; i++) {
-    for (int f = 0; f < QTR_N_KV_FORMATS; f++) {
+    for (int f = 0; f < QTR_N_KV_FORMATS + 2; f++) { /* the last two: F16, rounded to fp8 first */
       struct shape shape = code_shapes[i];
-      shape.format = (enum qtr_kv_format)f;
+      shape.format = f < QTR_N_KV_FORMATS ? (enum qtr_kv_format)f : QTR_KV_F16;
+      enum qtr_kv_fp8 fp8 = QTR_KV_FP8_OFF;
+      if (f >= QTR_N_KV_FORMATS) fp8 = f == QTR_N_KV_FORMATS ? QTR_KV_FP8_E4M3 : QTR_KV_FP8_E5M2;
       const int32_t total[] = {100, 70};
       struct qtr_backend *r = open_reference();
       struct world expected;
-      world_open(&expected, r, &shape, 2, total);
+      world_open_fp8(&expected, r, &shape, 2, total, fp8);
       world_step(&expected, total, nasty);
       for (int isa = 0; isa < N_ISAS; isa++) {
         struct qtr_backend *b = open_cpu(isas[isa], 2);
         if (!b) continue;
         struct world w;
         char what[100];
-        (void)snprintf(what, sizeof what, "%s %s head_dim %d", isas[isa], qtr_kv_format_name(shape.format), shape.dim);
-        world_open(&w, b, &shape, 2, total);
+        (void)snprintf(what, sizeof what, "%s %s fp8 %d head_dim %d", isas[isa], qtr_kv_format_name(shape.format), (int)fp8,
+                       shape.dim);
+        world_open_fp8(&w, b, &shape, 2, total, fp8);
         world_step(&w, total, nasty);
         assert_same_codes(&expected, &w, what);
         world_close(&w);
@@ -475,6 +484,7 @@ static void test_bad_caches_are_refused(void **state) {
       BAD(QTR_KV_INT8_STATIC, 1, 1, 64, 4, bad_scale),
       BAD((enum qtr_kv_format)9, 1, 1, 64, 4, NULL),
       BAD(QTR_KV_F16, INT32_MAX, INT32_MAX, 256, INT32_MAX, NULL),
+      {.format = QTR_KV_INT8, .n_layers = 1, .n_kv_heads = 1, .head_dim = 64, .n_pages = 4, .fp8 = QTR_KV_FP8_E4M3},
   };
   for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
     struct qtr_kv *kv = (struct qtr_kv *)1;

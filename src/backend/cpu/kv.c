@@ -1,6 +1,7 @@
 /* kv.c - the KV cache of the CPU backend: its memory, reading it back for tests, and the operation that rotates q and k and
  * writes K and V into pages (spec C.1, C.3, C.4). The layout is drawn in kv.h, the arithmetic is common/kv_quant.h's. */
 #include "backend/cpu/kv.h"
+#include "backend/common/kv_fp8.h"
 #include "backend/common/kv_static.h"
 
 #include <stdlib.h>
@@ -94,6 +95,7 @@ enum qtr_status qtr_cpu_kv_create(struct qtr_backend *b, const struct qtr_kv_con
   if (!status) status = make_selections(c, kv, err);
   if (status) goto done;
   if (config->format == QTR_KV_INT8_STATIC && (status = qtr_kv_static_scales(config, &kv->static_scale, err))) goto done;
+  if ((status = qtr_kv_fp8_scales(config, &kv->fp8_scale, err))) goto done;
   kv->partial_bytes = qtr_cpu_attention_partial_bytes((size_t)config->head_dim);
   kv->partial = qtr_cpu_alloc(kv->partial_bytes);
   if (!kv->partial) {
@@ -120,6 +122,7 @@ void qtr_cpu_kv_free(struct qtr_backend *b, struct qtr_kv *kv) {
   if (kv->selection) qtr_cpu_free(kv->selection, kv->selection_bytes);
   if (kv->partial) qtr_cpu_free(kv->partial, kv->partial_bytes);
   free(kv->static_scale);
+  free(kv->fp8_scale);
   free(kv);
 }
 
@@ -266,8 +269,13 @@ static void write_row(const struct qtr_kv *kv, const struct qtr_cpu_kv_rows *row
                       size_t slot, const float *x) {
   size_t dim = (size_t)kv->config.head_dim;
   union row row;
+  float rounded[QTR_CPU_HEAD_DIM_MAX];
   switch (kv->config.format) {
     case QTR_KV_F16:
+      if (kv->fp8_scale) {
+        qtr_kv_fp8_row(x, dim, kv->config.fp8, kv->fp8_scale[2 * layer + is_v], rounded);
+        x = rounded;
+      }
       rows->to_f16(x, dim, row.half);
       store_f16(half, is_v, dim, slot, row.half);
       return;

@@ -40,6 +40,7 @@ struct qtr_kv {
   struct qtr_kv_heads heads;
   struct qtr_cpu_kv_place *place; /* (n_layers, n_kv_heads) */
   uint8_t *data;                  /* for each layer and class (n_pages, heads of the class, 2, half_bytes) */
+  float *fp8_scale;               /* (n_layers, 2) when values are rounded to fp8 first, else NULL */
   float *static_scale;            /* (n_layers, 2) rounded to fp16, for INT8_STATIC; else NULL */
   float *partial;                 /* (see attention.c) results of key segments computed apart */
   size_t partial_bytes;

@@ -15,6 +15,10 @@ enum qtr_status qtr_cuda_kv_create(struct qtr_backend *b, const struct qtr_kv_co
                                    struct qtr_error *err) {
   const struct qtr_kv_config *c = config;
   *kv = NULL;
+  if (c->fp8 != QTR_KV_FP8_OFF) {
+    return qtr_fail(err, QTR_ERR_UNSUPPORTED,
+                    "rounding K and V to fp8, for comparison, is not there on GPUs; leave it out, or take --device cpu");
+  }
   if (c->sparse) {
     return qtr_fail(
         err, QTR_ERR_UNSUPPORTED,

@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "backend/common/kv_fp8.h"
 #include "backend/common/kv_quant.h"
 #include "backend/common/kv_static.h"
 #include "backend/reference/reference.h"
@@ -83,6 +84,7 @@ enum qtr_status qtr_reference_kv_create(struct qtr_backend *b, const struct qtr_
     }
   }
   if (c->format == QTR_KV_INT8_STATIC && (status = qtr_kv_static_scales(c, &k->static_scale, err))) goto done;
+  if ((status = qtr_kv_fp8_scales(c, &k->fp8_scale, err))) goto done;
   status = make_selections(k, err);
   if (status) goto done;
   *kv = k;
@@ -99,6 +101,7 @@ void qtr_reference_kv_free(struct qtr_backend *b, struct qtr_kv *kv) {
   if (!kv) return;
   qtr_kv_heads_free(&kv->heads);
   free(kv->static_scale);
+  free(kv->fp8_scale);
   free(kv->selection);
   free(kv->page_score);
   free(kv->page_order);
@@ -181,7 +184,9 @@ static void row_write(const struct qtr_kv *kv, int32_t layer, bool is_v, int32_t
   switch (kv->config.format) {
     case QTR_KV_F16:
       for (size_t i = 0; i < dim; i++) {
-        uint16_t h = qtr_f16_from_f32(qtr_kv_sane(x[i]));
+        float v = qtr_kv_sane(x[i]);
+        if (kv->fp8_scale) qtr_kv_fp8_row(&x[i], 1, kv->config.fp8, kv->fp8_scale[layer * 2 + is_v], &v);
+        uint16_t h = qtr_f16_from_f32(v);
         memcpy(row.code + 2 * i, &h, 2);
       }
       return;

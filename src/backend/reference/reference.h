@@ -44,6 +44,7 @@ struct qtr_kv {
   struct qtr_kv_config config;
   struct qtr_kv_heads heads;
   float *static_scale; /* (n_layers, 2) f16(K scale), f16(V scale); INT8_STATIC */
+  float *fp8_scale;    /* (n_layers, 2) when values are rounded to fp8 first, else NULL */
   size_t *pool;        /* (n_layers, 2 classes, K and V) where each pool of pages begins in `data` */
   uint8_t *data;
   /* With a budget: */

@@ -14,7 +14,7 @@
 
 struct flags {
   struct qtr_model_flags model;
-  const char *host, *api_key, *served_model_name, *log_format, *generation_config, *cors_origin;
+  const char *host, *api_key, *served_model_name, *log_format, *generation_config, *cors_origin, *tls_cert, *tls_key;
   int32_t port, max_queue, max_connections, timeout, grace, ping;
   size_t max_body;
 };
@@ -96,6 +96,16 @@ static const struct qtr_option own_options[] = {
      .kind = QTR_OPTION_STRING,
      .offset = AT(cors_origin),
      .help = "Let web pages of this origin (or *) use the API. Default: none."},
+    {.name = "tls-cert",
+     .argument = "FILE",
+     .kind = QTR_OPTION_STRING,
+     .offset = AT(tls_cert),
+     .help = "Speak HTTPS (TLS 1.2 or later) with this certificate and its chain, PEM. Needs --tls-key."},
+    {.name = "tls-key",
+     .argument = "FILE",
+     .kind = QTR_OPTION_STRING,
+     .offset = AT(tls_key),
+     .help = "The certificate's private key, PEM, without a passphrase."},
     {.name = "log-format",
      .kind = QTR_OPTION_CHOICE,
      .offset = AT(log_format),
@@ -188,6 +198,8 @@ static int serve(struct flags *flags) {
   options.log_json = strcmp(flags->log_format, "json") == 0;
   options.log_off = strcmp(flags->log_format, "none") == 0;
   options.cors_origin = flags->cors_origin;
+  options.tls_cert = flags->tls_cert;
+  options.tls_key = flags->tls_key;
   if (strcmp(flags->generation_config, "auto") == 0) qtr_server_defaults_read(dir, &options.defaults);
   status = qtr_server_run(engine, &options, &err);
 done:
@@ -228,6 +240,8 @@ int qtr_cmd_serve(int argc, char **argv) {
         (void)fprintf(stderr, "quattuor serve: --max-body must be from 1K to 1G\n");
       } else if (flags.cors_origin && strpbrk(flags.cors_origin, "\r\n")) {
         (void)fprintf(stderr, "quattuor serve: --cors-origin must be one line\n");
+      } else if (!flags.tls_cert != !flags.tls_key) {
+        (void)fprintf(stderr, "quattuor serve: --tls-cert and --tls-key go together\n");
       } else {
         code = serve(&flags);
       }

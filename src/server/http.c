@@ -10,6 +10,7 @@
 
 #include "base/checked.h"
 #include "base/status.h"
+#include "server/tls.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
@@ -111,6 +112,7 @@ static void conn_gone(struct qtr_http_conn *c) {
 static void linger(struct qtr_http_conn *c) {
   forget_request(c);
   c->state = STATE_LINGER;
+  if (c->http->limits.tls) qtr_tls_finish(c->bev);
   (void)shutdown(bufferevent_getfd(c->bev), SHUT_WR);
   (void)evbuffer_drain(bufferevent_get_input(c->bev), SIZE_MAX);
   bufferevent_setwatermark(c->bev, EV_READ, 0, 0);
@@ -146,6 +148,7 @@ static void on_write(struct bufferevent *bev, void *arg) {
 
 static void on_event(struct bufferevent *bev, short what, void *arg) {
   struct qtr_http_conn *c = arg;
+  if (what & BEV_EVENT_CONNECTED) return; /* a TLS handshake is done: what follows is HTTP */
   if ((what & BEV_EVENT_EOF) && c->state == STATE_FLUSH && evbuffer_get_length(bufferevent_get_output(bev)) > 0) {
     c->eof = true; /* it asked, closed its half and waits for the answer */
     (void)bufferevent_disable(bev, EV_READ);
@@ -316,7 +319,7 @@ static void on_accept(struct evconnlistener *listener, evutil_socket_t fd, struc
   struct qtr_http *http = arg;
   (void)listener;
   if (http->n_connections >= http->limits.max_connections) {
-    (void)send(fd, busy, sizeof busy - 1, MSG_NOSIGNAL | MSG_DONTWAIT);
+    if (!http->limits.tls) (void)send(fd, busy, sizeof busy - 1, MSG_NOSIGNAL | MSG_DONTWAIT);
     (void)evutil_closesocket(fd);
     return;
   }
@@ -335,7 +338,8 @@ static void on_accept(struct evconnlistener *listener, evutil_socket_t fd, struc
   if (getnameinfo(address, (socklen_t)len, c->peer, sizeof c->peer, NULL, 0, NI_NUMERICHOST)) {
     (void)snprintf(c->peer, sizeof c->peer, "?");
   }
-  c->bev = bufferevent_socket_new(http->base, fd, BEV_OPT_CLOSE_ON_FREE | BEV_OPT_DEFER_CALLBACKS);
+  c->bev = http->limits.tls ? qtr_tls_accept(http->limits.tls, http->base, fd)
+                            : bufferevent_socket_new(http->base, fd, BEV_OPT_CLOSE_ON_FREE | BEV_OPT_DEFER_CALLBACKS);
   c->timer = evtimer_new(http->base, on_timer, c);
   if (!c->bev || !c->timer) {
     if (!c->bev) (void)evutil_closesocket(fd);

@@ -11,6 +11,7 @@
 
 struct event_base;
 struct qtr_http;
+struct qtr_tls;
 struct qtr_http_conn;
 
 struct qtr_http_limits {
@@ -21,6 +22,7 @@ struct qtr_http_limits {
   double idle_seconds;  /* between requests */
   double write_seconds; /* without progress while output waits */
   size_t max_pending;   /* bytes of output a client may leave unread */
+  struct qtr_tls *tls;  /* NULL: plain; outlives the server */
 };
 
 struct qtr_http_handlers {

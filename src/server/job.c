@@ -337,7 +337,8 @@ void qtr_job_event(struct qtr_server *s, const struct qtr_mail *mail) {
   const struct qtr_event *e = &event;
   struct qtr_run *run = e->user;
   struct qtr_job *job = run->job;
-  if (job->request.no_output && event.token >= 0 && event.prompt_index == 0) { /* max_tokens 0: the one token it took to read the prompt is nobody's */
+  if (job->request.no_output && event.token >= 0 &&
+      event.prompt_index == 0) { /* max_tokens 0: the one token it took to read the prompt is nobody's */
     event.token = -1;
     event.text = "";
     event.text_len = 0;

@@ -1,6 +1,7 @@
 /* server.c - the event loop: opens everything, turns mail into events of jobs, watches signals and the clock, and ends in
  * order: first no new connections, then the running requests within their grace, then the rest is cut. */
 #include "server/server_internal.h"
+#include "server/tls.h"
 
 #include "base/clock.h"
 #include "base/file.h"
@@ -159,7 +160,8 @@ static enum qtr_status open_all(struct qtr_server *s, struct qtr_error *err) {
                                          .body_seconds = 60,
                                          .idle_seconds = 75,
                                          .write_seconds = 30,
-                                         .max_pending = (size_t)8 << 20};
+                                         .max_pending = (size_t)8 << 20,
+                                         .tls = s->tls};
   const struct qtr_http_handlers handlers = {.request = qtr_route, .refuse = qtr_route_refuse, .gone = on_gone, .arg = s};
   enum qtr_status status = qtr_http_open(s->base, o->host, o->port, &limits, &handlers, &s->http, err);
   if (!status) status = qtr_runner_create(s->engine, N_WORKERS, &s->runner, err);
@@ -197,6 +199,7 @@ static void close_all(struct qtr_server *s) {
     (void)event_base_loop(s->base, EVLOOP_NONBLOCK); /* callbacks that bufferevents had deferred still hold them */
     event_base_free(s->base);
   }
+  qtr_tls_close(s->tls);
   qtr_mask_cache_free(s->mask_cache);
   qtr_vocabulary_free(s->vocabulary);
 }
@@ -216,11 +219,13 @@ enum qtr_status qtr_server_run(struct qtr_engine *engine, const struct qtr_serve
   }
   s.mask_cache = qtr_mask_cache_create();
   if (!status && !s.mask_cache) status = qtr_fail_memory(err, "a cache", 0);
+  if (!status && o->tls_cert) status = qtr_tls_open(o->tls_cert, o->tls_key, &s.tls, err);
   if (!status) status = open_all(&s, err);
   if (!status) {
     bool six = strchr(o->host, ':') != NULL;
     char url[320];
-    (void)snprintf(url, sizeof url, "http://%s%.255s%s:%d", six ? "[" : "", o->host, six ? "]" : "", qtr_http_port(s.http));
+    (void)snprintf(url, sizeof url, "http%s://%s%.255s%s:%d", s.tls ? "s" : "", six ? "[" : "", o->host, six ? "]" : "",
+                   qtr_http_port(s.http));
     (void)fprintf(stderr, "quattuor serve: model \"%s\" at %s/v1%s; Ctrl-C ends it\n", o->model_name, url,
                   o->n_api_keys > 0 ? " (API key needed)" : "");
     (void)fprintf(stderr, "quattuor serve: its page at %s/\n", url);

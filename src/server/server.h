@@ -18,7 +18,8 @@ struct qtr_server_options {
   double grace;    /* seconds that running requests get after SIGTERM */
   double ping;     /* seconds of silence before a comment is sent into a stream; 0 = none */
   bool log_json, log_off;
-  const char *cors_origin; /* NULL = no CORS headers */
+  const char *cors_origin;        /* NULL = no CORS headers */
+  const char *tls_cert, *tls_key; /* PEM files; both or none */
   struct qtr_api_defaults defaults;
 };
 void qtr_server_options_init(struct qtr_server_options *options);

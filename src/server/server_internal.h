@@ -20,6 +20,7 @@ struct qtr_server {
   struct qtr_engine_info info;
   struct event_base *base;
   struct qtr_http *http;
+  struct qtr_tls *tls; /* NULL: plain */
   struct qtr_runner *runner;
   struct event *mail, *tick, *signal[2];
   struct qtr_request_metrics metrics;

@@ -427,15 +427,18 @@ static void test_end(void **state) {
   for (int round = 0; round < 3; round++) {
     struct fixture f;
     begin(&f, 0);
-    f.options.grace = round == 0 ? 20 : round == 1 ? 0 : 60;
+    f.options.grace = round == 1 ? 0 : 60;
+    broken_ops = qtr_backend_reference;
+    if (round == 0) broken_ops.end_step = slow_end;
+    f.engine->model->backend->ops = &broken_ops;
     start(&f);
     int fd = dial(&f);
-    send_request(fd, "POST", COMPLETIONS, round == 0 ? SHORT : STREAM);
+    send_request(fd, "POST", COMPLETIONS, round == 0 ? MEDIUM "}" : STREAM);
     if (round > 0) {
       char first[32];
       assert_true(recv(fd, first, sizeof first, 0) > 0);
     }
-    if (round == 0) pause_ms(20);
+    if (round == 0) await_requests(&f, 1);
     if (round == 2) {
       (void)kill(getpid(), SIGTERM);
       pause_ms(200);
@@ -443,7 +446,7 @@ static void test_end(void **state) {
     stop(&f);
     char *text = hear(fd);
     if (round == 0)
-      assert_non_null(strstr(text, "\"completion_tokens\":4"));
+      assert_non_null(strstr(text, "\"completion_tokens\":200"));
     else if (!strstr(text, "[DONE]")) /* a quick machine may have finished */
       assert_non_null(strstr(text, "shutting down"));
     free(text);

@@ -97,7 +97,7 @@ running() { # running N: /metrics says so
 }
 streams=
 for i in $(seq 4); do
-  { printf "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: ${#endless}\r\n\r\n%s" "$endless"; sleep 60; } |
+  { printf "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: ${#endless}\r\n\r\n%s" "$endless"; sleep 60; } 2>/dev/null |
     openssl s_client -quiet -connect "127.0.0.1:$port" >/dev/null 2>&1 &
   streams="$streams $!"
 done

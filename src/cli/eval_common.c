@@ -47,9 +47,15 @@ enum qtr_status qtr_eval_parse_lengths(const char *text, size_t **length, size_t
   *length = NULL;
   if (status) return status;
   *length = calloc(*n, sizeof **length);
-  for (size_t i = 0; *length && i < *n; i++) (*length)[i] = (size_t)list[i];
+  if (!*length) status = qtr_fail_memory(err, "lengths", *n * sizeof **length);
+  for (size_t i = 0; i < *n && !status; i++) {
+    (*length)[i] = (size_t)list[i];
+    if ((double)(*length)[i] != list[i] || strchr(text, '%')) {
+      status = qtr_fail(err, QTR_ERR_ARGUMENT, "--lengths \"%.80s\": write whole numbers of tokens", text);
+    }
+  }
   free(list);
-  return *length ? QTR_OK : qtr_fail_memory(err, "lengths", *n * sizeof **length);
+  return status;
 }
 
 const char **qtr_eval_number_labels(const double *x, size_t n, const char *suffix) {

@@ -212,16 +212,12 @@ static int eval_longbench(struct flags *flags) {
     }
     status = qtr_longbench_run(engine, &options, result, &err);
   }
-  struct qtr_error close_err;
-  if (qtr_eval_lines_close(&lines, &close_err) && !status) {
-    status = close_err.status;
-    err = close_err;
-  }
   if (status) {
     code = qtr_report(NAME, &err);
   } else if (flags->json ? print_as_json(flags, &options, engine, result) : print_as_text(flags, &options, result)) {
     code = QTR_EXIT_OK;
   }
+  if (qtr_eval_lines_close(&lines, &err) && !status) code = qtr_report(NAME, &err);
   qtr_segmenter_free(words);
   qtr_engine_close(engine);
   return code;

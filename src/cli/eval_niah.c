@@ -168,21 +168,15 @@ static bool print_as_text(const struct plan *plan, const struct qtr_engine_info 
   return qtr_finish_output(NAME);
 }
 
-static enum qtr_status write_answers(const struct flags *flags, const struct plan *plan, const struct qtr_niah_result *r,
-                                     struct qtr_error *err) {
-  struct qtr_eval_lines lines;
-  enum qtr_status status = qtr_eval_lines_open(flags->answers, &lines, err);
-  if (status) return status;
-  for (size_t i = 0; i < r->n_trials && lines.file; i++) {
+static void write_answers(struct qtr_eval_lines *lines, const struct plan *plan, const struct qtr_niah_result *r) {
+  for (size_t i = 0; i < r->n_trials && lines->file; i++) {
     const struct qtr_niah_trial *t = &r->trial[i];
     qtr_eval_lines_add(
-        &lines,
-        json_pack("{s:I, s:o, s:I, s:i, s:s, s:s, s:b, s:b, s:o, s:o}", "length", (json_int_t)plan->length[t->length],
-                  "depth", percent(plan->depth[t->depth]), "number", (json_int_t)t->number, "prompt_tokens",
-                  (int)t->n_prompt_tokens, "needle", t->needle, "answer", t->answer, "exact", t->exact, "contained",
-                  t->contained, "rouge1", qtr_json_number(t->rouge1, 7), "overlap", qtr_json_number(t->overlap, 7)));
+        lines, json_pack("{s:I, s:o, s:I, s:i, s:s, s:s, s:b, s:b, s:o, s:o}", "length", (json_int_t)plan->length[t->length],
+                         "depth", percent(plan->depth[t->depth]), "number", (json_int_t)t->number, "prompt_tokens",
+                         (int)t->n_prompt_tokens, "needle", t->needle, "answer", t->answer, "exact", t->exact, "contained",
+                         t->contained, "rouge1", qtr_json_number(t->rouge1, 7), "overlap", qtr_json_number(t->overlap, 7)));
   }
-  return qtr_eval_lines_close(&lines, err);
 }
 
 /* Depths down, lengths across. */
@@ -232,6 +226,7 @@ static int eval_niah(struct flags *flags) {
   struct qtr_engine *engine = NULL;
   struct qtr_haystack haystack = {0};
   struct qtr_niah_result result = {0};
+  struct qtr_eval_lines lines = {0};
   struct plan plan = {0};
   struct qtr_engine_info info;
   enum qtr_needle needle = needle_of(flags->needle);
@@ -242,7 +237,8 @@ static int eval_niah(struct flags *flags) {
     code = QTR_EXIT_USAGE;
     goto done;
   }
-  status = qtr_open_engine(&flags->model, &engine, &err);
+  status = qtr_eval_lines_open(flags->answers, &lines, &err);
+  if (!status) status = qtr_open_engine(&flags->model, &engine, &err);
   if (!status) status = qtr_eval_open_haystack(engine, flags->haystack, flags->seed, plan.longest, &haystack, &err);
   if (!status) {
     const struct qtr_niah_options options = {.length = plan.length,
@@ -258,16 +254,16 @@ static int eval_niah(struct flags *flags) {
                                              .seed = flags->seed};
     status = qtr_niah_run(engine, &haystack, &options, &result, &err);
   }
-  if (!status) {
+  if (!status) { /* first what cannot fail for a path */
     qtr_engine_get_info(engine, &info);
-    status = write_answers(flags, &plan, &result, &err);
+    bool printed =
+        flags->json ? print_as_json(flags, &plan, &info, &haystack, &result) : print_as_text(&plan, &info, &result);
+    if (printed) code = QTR_EXIT_OK;
+    write_answers(&lines, &plan, &result);
+    status = write_maps(flags, &plan, &info, &result, &err);
   }
-  if (!status) status = write_maps(flags, &plan, &info, &result, &err);
-  if (status) {
-    code = qtr_report(NAME, &err);
-  } else if (flags->json ? print_as_json(flags, &plan, &info, &haystack, &result) : print_as_text(&plan, &info, &result)) {
-    code = QTR_EXIT_OK;
-  }
+  if (status) code = qtr_report(NAME, &err);
+  if (qtr_eval_lines_close(&lines, &err) && !status) code = qtr_report(NAME, &err);
 done:
   qtr_niah_free(&result);
   qtr_haystack_free(&haystack);

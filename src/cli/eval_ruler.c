@@ -201,7 +201,7 @@ static enum qtr_status write_maps(const struct flags *flags, const struct qtr_ru
 /* ---- the command ---- */
 
 static int eval_ruler(struct flags *flags) {
-  struct qtr_error err, close_err;
+  struct qtr_error err;
   struct qtr_engine *engine = NULL;
   struct qtr_haystack haystack = {0};
   struct qtr_ruler_result *result = NULL; /* (n_tasks, n_lengths) */
@@ -222,9 +222,9 @@ static int eval_ruler(struct flags *flags) {
   for (size_t i = 0; i < options.n_lengths; i++) longest = QTR_MAX(longest, length[i]);
   result = calloc(options.n_tasks * options.n_lengths, sizeof *result);
   if (!result) status = qtr_fail_memory(&err, "results", options.n_tasks * options.n_lengths * sizeof *result);
+  if (!status) status = qtr_eval_lines_open(flags->answers, &lines, &err);
   if (!status) status = qtr_open_engine(&flags->model, &engine, &err);
   if (!status) status = qtr_eval_open_haystack(engine, flags->haystack, flags->seed, longest, &haystack, &err);
-  if (!status) status = qtr_eval_lines_open(flags->answers, &lines, &err);
   if (!status) {
     if (lines.file) {
       options.answered = write_answer;
@@ -232,19 +232,15 @@ static int eval_ruler(struct flags *flags) {
     }
     status = qtr_ruler_run(engine, &haystack, &options, result, &err);
   }
-  if (qtr_eval_lines_close(&lines, &close_err) && !status) {
-    status = close_err.status;
-    err = close_err;
-  }
-  if (!status) {
+  if (!status) { /* first what cannot fail for a path */
     qtr_engine_get_info(engine, &info);
+    if (flags->json ? print_as_json(flags, &options, &info, result) : print_as_text(&options, &info, result)) {
+      code = QTR_EXIT_OK;
+    }
     status = write_maps(flags, &options, &info, result, &err);
   }
-  if (status) {
-    code = qtr_report(NAME, &err);
-  } else if (flags->json ? print_as_json(flags, &options, &info, result) : print_as_text(&options, &info, result)) {
-    code = QTR_EXIT_OK;
-  }
+  if (status) code = qtr_report(NAME, &err);
+  if (qtr_eval_lines_close(&lines, &err) && !status) code = qtr_report(NAME, &err);
 done:
   qtr_haystack_free(&haystack);
   qtr_engine_close(engine);

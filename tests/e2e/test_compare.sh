@@ -1,7 +1,7 @@
 # test_compare.sh - quattuor eval compare: a model against itself, against its own smaller cache, against its perplexity.
 . "$(dirname "$0")/lib.sh"
 need_model
-for i in $(seq 40); do
+for i in $(seq 16); do
   echo "It was on a cold morning in March that the two brothers, number $i, left the house by the river and walked to the station."
 done >"$T/text"
 c() { run 0 eval compare --text "$T/text" --window 128 --json "$@"; }

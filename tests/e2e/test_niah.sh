@@ -32,9 +32,12 @@ says "$T/out" "needles found"
 run 1 eval niah --model "$MODEL" --haystack "$T/none"
 run 1 eval niah --model "$MODEL" --lengths 100000
 says "$T/err" "the longest prompt is"
-for bad in "--lengths 5" "--lengths x" "--lengths 512," "--depths 0" "--depths 5%,101%" "--depths 1.5" "--needle gold" "--prompt x" "--needles 0"; do
+for bad in "--lengths 5" "--lengths x" "--lengths 512," "--lengths 512.5" "--lengths 512%" "--depths 0" "--depths 5%,101%" "--depths 1.5" "--needle gold" "--prompt x" "--needles 0"; do
   # shellcheck disable=SC2086
   run 2 eval niah --model "$MODEL" $bad
 done
-run 1 eval niah --model "$MODEL" --lengths 384 --depths 1 --needles 1 --svg "$T/none/map.svg"
+run 1 eval niah --model "$MODEL" --lengths 384 --depths 1 --needles 1 --svg "$T/none/map.svg" # the result is not lost
+says "$T/out" "needles found"
+run 1 eval niah --model "$MODEL" --answers "$T/none/answers"
+[ -s "$T/out" ] && fail "a file that cannot be written is told late"
 finish

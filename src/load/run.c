@@ -27,7 +27,7 @@ struct job {                 /* a request that runs */
   size_t index;
   double t_last;
   int32_t n_seen, n_input, n_output; /* the last two as the server counts, -1 while it has not said */
-  bool done;                         /* [DONE] came */
+  bool whole;                        /* the end came */
   enum qtr_load_outcome failed;      /* found in the stream */
 };
 
@@ -61,7 +61,7 @@ static void copy_message(const json_t *error, char *out, size_t size) {
 
 bool qtr_load_chunk_read(const char *data, size_t len, struct qtr_load_chunk *chunk) {
   *chunk = (struct qtr_load_chunk){.n_input = -1, .n_output = -1};
-  if (len == 6 && memcmp(data, "[DONE]", 6) == 0) return chunk->done = true;
+  if (len == 6 && memcmp(data, "[DONE]", 6) == 0) return chunk->end = true;
   json_t *o = json_loadb(data, len, 0, NULL);
   if (!json_is_object(o)) {
     json_decref(o);
@@ -76,8 +76,9 @@ bool qtr_load_chunk_read(const char *data, size_t len, struct qtr_load_chunk *ch
   }
   /* A chat begins with a role and no text. A completion's piece may be empty: half a character, held back. */
   const json_t *text = json_object_get(choice, "text");
+  chunk->end = json_is_string(json_object_get(choice, "finish_reason"));
   if (text)
-    chunk->token = json_string_length(text) > 0 || !json_is_string(json_object_get(choice, "finish_reason"));
+    chunk->token = json_string_length(text) > 0 || !chunk->end;
   else
     chunk->token = json_string_length(json_object_get(delta, "content")) > 0 ||
                    json_string_length(json_object_get(delta, "reasoning_content")) > 0;
@@ -129,14 +130,14 @@ enum qtr_status qtr_load_ask_server(const struct qtr_load_options *o, struct qtr
   if (q.outcome == QTR_LOAD_OK) {
     read_models(q.text.data ? q.text.data : "", q.text.len, server);
     if (!server->model[0] && !o->model)
-      status = qtr_fail(err, QTR_ERR_FORMAT, "%.100s/v1/models names no model; say --model NAME", o->url);
+      status = qtr_fail(err, QTR_ERR_FORMAT, "%.100s: /v1/models names no model; say --model NAME", o->url);
   } else if (q.outcome != QTR_LOAD_HTTP) {
-    status = qtr_fail(err, QTR_ERR_IO, "%.100s/v1/models gives no answer: is it an OpenAI-compatible server?", o->url);
+    status = qtr_fail(err, QTR_ERR_IO, "%.100s: /v1/models gives no answer: is it an OpenAI-compatible server?", o->url);
   } else if (q.status == 401 || q.status == 403) {
     status = qtr_fail(err, QTR_ERR_ARGUMENT, "%.100s wants an API key (status %d): --api-key FILE or $OPENAI_API_KEY",
                       o->url, q.status);
   } else if (!o->model) {
-    status = qtr_fail(err, QTR_ERR_IO, "%.100s/v1/models answers %d; say --model NAME if it has none", o->url, q.status);
+    status = qtr_fail(err, QTR_ERR_IO, "%.100s: /v1/models answers %d; say --model NAME if it has none", o->url, q.status);
   }
 done:
   if (client) qtr_load_client_close(client);
@@ -186,7 +187,7 @@ static void on_chunk(struct qtr_load_call *call, const char *data, size_t len) {
   }
   if (chunk.n_input >= 0) job->n_input = chunk.n_input;
   if (chunk.n_output >= 0) job->n_output = chunk.n_output;
-  job->done |= chunk.done;
+  job->whole |= chunk.end;
   if (!chunk.token) return;
   double now = now_of(d);
   if (job->n_seen == 0) s->first = now;
@@ -202,9 +203,10 @@ static void on_done(struct qtr_load_call *call, enum qtr_load_outcome outcome, c
   struct driver *d = job->driver;
   struct qtr_load_sample *s = &d->run->sample[job->index];
   if (outcome == QTR_LOAD_OK && job->failed) outcome = job->failed;
-  if (outcome == QTR_LOAD_OK && !job->done) { /* a stream ends with [DONE]; and it was to be a stream */
+  if (outcome == QTR_LOAD_OK && !job->whole) {
+    static const char why[] = "an answer that is no stream, or one without an end";
     outcome = QTR_LOAD_MALFORMED;
-    remember(d, outcome, "an answer that is no stream, or without [DONE]", 46);
+    remember(d, outcome, why, strlen(why));
   }
   s->n_output = job->n_output >= 0 ? job->n_output : job->n_seen;
   if (job->n_input >= 0) s->n_input = job->n_input;

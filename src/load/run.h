@@ -31,7 +31,7 @@ enum qtr_status qtr_load_run(const struct qtr_load_options *options, const struc
 
 /* What one event of a completion's stream says; for the runner, its tests and its fuzz target. */
 struct qtr_load_chunk {
-  bool done, token;          /* [DONE]; a piece of text */
+  bool end, token; /* end: [DONE], or a reason why the text ends, for not every server says [DONE]; token: a piece of text */
   int32_t n_input, n_output; /* of "usage", -1 without */
   char error[200];           /* "" = none */
 };

@@ -242,14 +242,14 @@ static void test_chunks(void **state) {
   (void)state;
   static const struct {
     const char *data;
-    bool ok, token, done;
+    bool ok, token, end;
     int32_t n_output;
     const char *error;
   } c[] = {
       {"[DONE]", true, false, true, -1, ""},
       {"{\"choices\":[{\"text\":\"a\"}]}", true, true, false, -1, ""},
       {"{\"choices\":[{\"text\":\"\",\"finish_reason\":null}]}", true, true, false, -1, ""}, /* half a character */
-      {"{\"choices\":[{\"text\":\"\",\"finish_reason\":\"length\"}]}", true, false, false, -1, ""},
+      {"{\"choices\":[{\"text\":\"\",\"finish_reason\":\"length\"}]}", true, false, true, -1, ""},
       {"{\"choices\":[{\"delta\":{\"role\":\"assistant\",\"content\":\"\"}}]}", true, false, false, -1, ""},
       {"{\"choices\":[{\"delta\":{\"content\":\"x\"}}]}", true, true, false, -1, ""},
       {"{\"choices\":[],\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":9}}", true, false, false, 9, ""},
@@ -267,7 +267,7 @@ static void test_chunks(void **state) {
     assert_int_equal(qtr_load_chunk_read(c[i].data, strlen(c[i].data), &chunk), c[i].ok);
     if (!c[i].ok) continue;
     assert_int_equal(chunk.token, c[i].token);
-    assert_int_equal(chunk.done, c[i].done);
+    assert_int_equal(chunk.end, c[i].end);
     assert_int_equal(chunk.n_output, c[i].n_output);
     assert_string_equal(chunk.error, c[i].error);
   }

@@ -1,58 +1,19 @@
 /* convert.c - imports checkpoints of other quantisers (convert.h; spec A).
  *
  * The kind is found from files and dtypes. Then, as in quantize.c, a plan: every tensor of the output with its source, all
- * names, shapes and dtypes checked before a byte is written; then job by job through the sink. One projection is in memory
- * at a time.
- *
- * GPTQ with desc_act: the groups of a matrix are then not consecutive inputs but those that g_idx says, and W4A8 has
- * consecutive ones. The inputs of down_proj are free to be reordered, since the rows of gate_proj and up_proj, which make
- * them, can be written in the same order: exact. The inputs of the other projections are shared with the residual stream or
- * with the heads, so these are dequantised and rounded anew. */
+ * names, shapes and dtypes checked before a byte is written; convert_run.c carries it out. */
 #include "quant/convert.h"
 
 #include "base/checked.h"
 #include "base/clock.h"
 #include "base/file.h"
 #include "base/status.h"
-#include "checkpoint/kv_scales.h"
 #include "quant/convert_internal.h"
 #include "quant/fake.h"
 
-#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-enum job_kind { JOB_TENSOR, JOB_KV, JOB_FAKE, JOB_INT4 };
-
-struct job {
-  enum job_kind kind;
-  enum qtr_store store;            /* TENSOR */
-  const struct qtr_tensor *tensor; /* TENSOR */
-  struct qtr_slot slot;
-  bool inner; /* its rows are the inner channels of the MLP, which desc_act may reorder */
-};
-
-struct convert {
-  const struct qtr_convert_options *options;
-  const char *config_dir;
-  enum qtr_convert_kind kind;
-  struct qtr_config config;
-  struct qtr_source source, scales; /* scales: scale.pt */
-  enum qtr_linear_format format;    /* QSERVE */
-  enum qtr_store store;             /* of projections */
-  int32_t group_size, weight_bits, act_bits, kv_bits;
-  unsigned plus;           /* GPTQ */
-  struct qtr_kv_scales kv; /* of options->kv_scales */
-  struct qtr_threads *team;
-  struct qtr_sink *sink;
-  struct job *job; /* (n_jobs) */
-  size_t n_jobs, job_capacity, input_bytes;
-  int32_t ordered_layer; /* whose order is in `order`; -1: none yet */
-  uint32_t *order;       /* (intermediate_size) new inner channel j is old order[j]; NULL: as they are */
-  struct qtr_convert_summary *summary;
-  struct qtr_error *err;
-};
 
 void qtr_convert_options_init(struct qtr_convert_options *options) { *options = (struct qtr_convert_options){0}; }
 
@@ -86,7 +47,7 @@ static enum qtr_status open_in(const char *dir, const char *name, const struct q
 }
 
 /* 4 or 8 bits, groups or not: from the first projection. */
-static enum qtr_status recognise_fake(struct convert *c) {
+static enum qtr_status recognise_fake(struct qtr_convert_work *c) {
   static const struct qtr_slot first = {.name = "model.layers.0.self_attn.q_proj"};
   struct qtr_slot slot = first;
   struct qtr_fake_load load;
@@ -106,7 +67,7 @@ static bool has_packed_words(const struct qtr_checkpoint *cp) {
   return t && t->dtype == QTR_DTYPE_I32;
 }
 
-static enum qtr_status recognise(struct convert *c) {
+static enum qtr_status recognise(struct qtr_convert_work *c) {
   const char *input = c->options->input;
   struct qtr_error *err = c->err;
   enum qtr_status status;
@@ -139,7 +100,7 @@ static enum qtr_status recognise(struct convert *c) {
 }
 
 /* The precision that is written down, and whether it is what the caller asked for. */
-static enum qtr_status choose_precision(struct convert *c) {
+static enum qtr_status choose_precision(struct qtr_convert_work *c) {
   const struct qtr_convert_options *o = c->options;
   struct qtr_precision p = {.weight_bits = c->store == QTR_STORE_W8 ? 8 : 4, .act_bits = 8};
   p.kv_bits = p.weight_bits;
@@ -173,10 +134,11 @@ static enum qtr_status choose_precision(struct convert *c) {
 
 /* ---- the plan -------------------------------------------------------------------------------------- */
 
-static struct job *add_job(struct convert *c, enum job_kind kind, const struct qtr_slot *slot) {
+static struct qtr_convert_job *add_job(struct qtr_convert_work *c, enum qtr_convert_job_kind kind,
+                                       const struct qtr_slot *slot) {
   if (c->n_jobs == c->job_capacity) {
     size_t capacity = c->job_capacity ? 2 * c->job_capacity : 256;
-    struct job *more = realloc(c->job, capacity * sizeof *more);
+    struct qtr_convert_job *more = realloc(c->job, capacity * sizeof *more);
     if (!more) {
       (void)qtr_fail_memory(c->err, "the plan", capacity * sizeof *more);
       return NULL;
@@ -184,14 +146,14 @@ static struct job *add_job(struct convert *c, enum job_kind kind, const struct q
     c->job = more;
     c->job_capacity = capacity;
   }
-  struct job *j = &c->job[c->n_jobs++];
-  *j = (struct job){.kind = kind, .slot = *slot};
+  struct qtr_convert_job *j = &c->job[c->n_jobs++];
+  *j = (struct qtr_convert_job){.kind = kind, .slot = *slot};
   return j;
 }
 
-static enum qtr_status add_tensor(struct convert *c, const struct qtr_slot *slot, const struct qtr_tensor *t,
+static enum qtr_status add_tensor(struct qtr_convert_work *c, const struct qtr_slot *slot, const struct qtr_tensor *t,
                                   enum qtr_store store, const char *suffix, bool report) {
-  struct job *j = add_job(c, JOB_TENSOR, slot);
+  struct qtr_convert_job *j = add_job(c, JOB_TENSOR, slot);
   if (!j) return QTR_ERR_MEMORY;
   j->tensor = t;
   j->store = store;
@@ -205,7 +167,7 @@ static enum qtr_store float_store(const struct qtr_tensor *t) {
   return t->dtype == QTR_DTYPE_F16 ? QTR_STORE_RAW : QTR_STORE_F16;
 }
 
-static enum qtr_status plan_vector(struct convert *c, const struct qtr_slot *slot, const char *suffix, size_t n,
+static enum qtr_status plan_vector(struct qtr_convert_work *c, const struct qtr_slot *slot, const char *suffix, size_t n,
                                    bool inner) {
   const struct qtr_tensor *t;
   enum qtr_status status = qtr_source_get(&c->source, slot->name, suffix, 1, &n, &t, c->err);
@@ -214,12 +176,13 @@ static enum qtr_status plan_vector(struct convert *c, const struct qtr_slot *slo
   return status;
 }
 
-static enum qtr_status plan_vocab(struct convert *c, const struct qtr_slot *slot) {
+static enum qtr_status plan_vocab(struct qtr_convert_work *c, const struct qtr_slot *slot) {
   const struct qtr_tensor *t, *scale;
   enum qtr_status status = qtr_source_vocab(&c->source, slot, &t, c->err);
   if (status) return status;
   if (t->dtype != QTR_DTYPE_I8) return add_tensor(c, slot, t, float_store(t), ".weight", true);
   /* Quattuor's own int8 tables */
+  *(slot->part == QTR_SLOT_HEAD ? &c->head_bits : &c->embed_bits) = 8;
   bool tied = slot->part == QTR_SLOT_HEAD && !qtr_source_find(&c->source, slot->name, ".weight");
   const char *name = tied ? "model.embed_tokens" : slot->name;
   if ((status = add_tensor(c, slot, t, QTR_STORE_RAW, ".weight", true)) ||
@@ -230,7 +193,7 @@ static enum qtr_status plan_vocab(struct convert *c, const struct qtr_slot *slot
 }
 
 /* The tensors of a QServe projection, byte for byte. */
-static enum qtr_status plan_qserve(struct convert *c, const struct qtr_slot *slot) {
+static enum qtr_status plan_qserve(struct qtr_convert_work *c, const struct qtr_slot *slot) {
   const size_t out = slot->n_out, in = slot->n_in;
   const struct part {
     const char *suffix;
@@ -265,16 +228,27 @@ static enum qtr_status plan_qserve(struct convert *c, const struct qtr_slot *slo
   return QTR_OK;
 }
 
-static enum qtr_status plan_integers(struct convert *c, const struct qtr_slot *slot, enum job_kind kind) {
+static enum qtr_status plan_integers(struct qtr_convert_work *c, const struct qtr_slot *slot,
+                                     enum qtr_convert_job_kind kind) {
   const struct qtr_sink_item item = {
       .store = c->store, .name = slot->name, .suffix = "", .n_dims = 2, .n_out = slot->n_out, .n_in = slot->n_in};
-  struct job *j = add_job(c, kind, slot);
+  struct qtr_convert_job *j = add_job(c, kind, slot);
   if (!j) return QTR_ERR_MEMORY;
   c->input_bytes += slot->n_out * slot->n_in / 2;
   return qtr_sink_add(c->sink, &item, c->err);
 }
 
-static enum qtr_status plan_projection(struct convert *c, const struct qtr_slot *slot) {
+/* AutoGPTQ stores a bias of zeros where the model has none, and other readers have no place for it. */
+static bool is_idle_bias(const struct qtr_convert_work *c, const struct qtr_slot *slot, const struct qtr_tensor *bias) {
+  bool mlp = strstr(slot->name, ".mlp.") != NULL, o = strcmp(slot->projection, "o_proj") == 0;
+  if (mlp ? c->config.mlp_bias : o ? c->config.o_bias : c->config.qkv_bias) return false;
+  for (size_t i = 0; i < bias->n_bytes; i++) {
+    if (((const uint8_t *)bias->data)[i]) return false;
+  }
+  return true;
+}
+
+static enum qtr_status plan_projection(struct qtr_convert_work *c, const struct qtr_slot *slot) {
   const size_t shape[2] = {slot->n_out, slot->n_in};
   const struct qtr_tensor *t;
   enum qtr_status status;
@@ -299,12 +273,13 @@ static enum qtr_status plan_projection(struct convert *c, const struct qtr_slot 
   }
   if (status) return status;
   c->job[c->n_jobs - 1].inner = inner;
-  if (!qtr_source_find(&c->source, slot->name, ".bias")) return QTR_OK;
+  const struct qtr_tensor *bias = qtr_source_find(&c->source, slot->name, ".bias");
+  if (!bias || is_idle_bias(c, slot, bias)) return QTR_OK;
   return plan_vector(c, slot, ".bias", slot->n_out, inner);
 }
 
 static enum qtr_status plan_slot(const struct qtr_slot *slot, void *user) {
-  struct convert *c = user;
+  struct qtr_convert_work *c = user;
   switch (slot->part) {
     case QTR_SLOT_NORM: return plan_vector(c, slot, ".weight", slot->n_in, false);
     case QTR_SLOT_PROJECTION: return plan_projection(c, slot);
@@ -327,14 +302,14 @@ static enum qtr_status plan_slot(const struct qtr_slot *slot, void *user) {
 }
 
 /* Scales of projections that the model does not have. */
-static enum qtr_status check_scale_leftovers(const struct convert *c) {
+static enum qtr_status check_scale_leftovers(const struct qtr_convert_work *c) {
   if (c->kind != QTR_CONVERT_FAKE_QUANT) return QTR_OK;
   enum qtr_status status = qtr_source_leftovers(&c->scales, c->err);
   return status ? qtr_error_prefix(c->err, "scale.pt") : QTR_OK;
 }
 
 /* What run_job will ask scale.pt for, so that leftovers and absent scales show before anything is written. */
-static enum qtr_status check_scales(struct convert *c) {
+static enum qtr_status check_scales(struct qtr_convert_work *c) {
   for (size_t i = 0; i < c->n_jobs; i++) {
     if (c->job[i].kind != JOB_FAKE) continue;
     const char *name = c->job[i].slot.name;
@@ -352,210 +327,9 @@ static enum qtr_status check_scales(struct convert *c) {
   return check_scale_leftovers(c);
 }
 
-/* ---- the work -------------------------------------------------------------------------------------- */
-
-static double relative(const struct qtr_rtn_error *e) { return e->norm > 0 ? sqrt(e->squared / e->norm) : 0; }
-
-/* c->order for the layer of a job: what desc_act did to its down_proj. */
-static enum qtr_status find_order(struct convert *c, int32_t layer) {
-  if (c->kind != QTR_CONVERT_GPTQ || c->ordered_layer == layer) return QTR_OK;
-  struct qtr_slot down = {.part = QTR_SLOT_PROJECTION, .layer = layer, .projection = "down_proj"};
-  down.n_out = (size_t)c->config.hidden_size;
-  down.n_in = (size_t)c->config.intermediate_size;
-  (void)snprintf(down.name, sizeof down.name, "model.layers.%d.mlp.down_proj", (int)layer);
-  const size_t group = c->group_size == -1 ? down.n_in : (size_t)c->group_size;
-  uint32_t *g_idx = NULL;
-  enum qtr_status status = qtr_int4_load_order(&c->source, &down, group, &g_idx, c->err);
-  free(c->order);
-  c->order = NULL;
-  c->ordered_layer = layer;
-  if (status || !g_idx) return status;
-  c->order = malloc(down.n_in * sizeof *c->order);
-  if (!c->order) {
-    status = qtr_fail_memory(c->err, "an order", down.n_in * sizeof *c->order);
-  } else if (!qtr_int4_order(g_idx, down.n_in, group, c->order)) {
-    free(c->order); /* groups of different sizes: down_proj will be rounded anew */
-    c->order = NULL;
-  }
-  c->summary->n_reordered += c->order != NULL;
-  free(g_idx);
-  return status;
-}
-
-/* A float matrix or vector whose rows (elements) c->order says. */
-static enum qtr_status write_reordered(struct convert *c, const struct job *j, struct qtr_rtn_error *error) {
-  const size_t n = (size_t)c->config.intermediate_size, in = j->tensor->n_dims == 2 ? j->slot.n_in : 1;
-  float *w = malloc(n * in * sizeof *w), *rows = malloc(n * in * sizeof *rows);
-  enum qtr_status status = QTR_OK;
-  if (!w || !rows) {
-    status = qtr_fail_memory(c->err, j->slot.name, n * in * sizeof *w);
-  } else {
-    qtr_source_floats(j->tensor, w, c->team);
-    for (size_t k = 0; k < n; k++) memcpy(rows + k * in, w + c->order[k] * in, in * sizeof *w);
-    status = qtr_sink_write_floats(c->sink, j->slot.name, rows, j->tensor->n_dims == 2 ? n : 1, error, c->err);
-  }
-  free(w);
-  free(rows);
-  return status;
-}
-
-static enum qtr_status write_tensor(struct convert *c, const struct job *j, struct qtr_rtn_error *error) {
-  enum qtr_status status = j->inner ? find_order(c, j->slot.layer) : QTR_OK;
-  if (status) return status;
-  if (j->inner && c->order) return write_reordered(c, j, error);
-  return qtr_source_write(j->tensor, j->store, j->slot.name, c->sink, c->team, NULL, NULL, error, c->err);
-}
-
-static enum qtr_status write_kv(struct convert *c, const struct job *j) {
-  const float pair[2] = {qtr_kv_scales_tensor(&c->kv, j->slot.layer, 0), qtr_kv_scales_tensor(&c->kv, j->slot.layer, 1)};
-  return qtr_sink_write_raw(c->sink, j->slot.name, pair, sizeof pair, c->err);
-}
-
-static enum qtr_status write_fake(struct convert *c, const struct job *j, struct qtr_rtn_error *error) {
-  struct qtr_fake_load load;
-  struct qtr_int_matrix m = {0};
-  float *row = NULL;
-  enum qtr_status status = qtr_fake_read(&c->source, &c->scales, &j->slot, c->team, &load, c->err);
-  if (status) return status;
-  const struct qtr_fake_matrix fake = {.n_out = j->slot.n_out,
-                                       .n_in = j->slot.n_in,
-                                       .w = load.w,
-                                       .type = load.type,
-                                       .s0 = load.s0,
-                                       .s1 = load.s1,
-                                       .zero = load.zero,
-                                       .scaled = load.scaled};
-  status = qtr_int_matrix_create(c->store, fake.n_out, fake.n_in, &m, c->err);
-  if (!status && (status = qtr_fake_codes(&fake, c->team, &m, c->err))) (void)qtr_error_prefix(c->err, "%s", j->slot.name);
-  if (!status && !(row = malloc(fake.n_in * sizeof *row))) status = qtr_fail_memory(c->err, "a row", fake.n_in);
-  for (size_t r = 0; r < fake.n_out && !status; r++) {
-    qtr_int_matrix_row(&m, r, row);
-    for (size_t i = 0; i < fake.n_in; i++) {
-      double w = fake.w[r * fake.n_in + i], d = w - (double)row[i];
-      error->squared += d * d;
-      error->norm += w * w;
-      error->max = fmax(error->max, fabs(d));
-    }
-  }
-  const struct qtr_sink_codes codes = qtr_int_matrix_codes(&m);
-  if (!status) status = qtr_sink_write_codes(c->sink, j->slot.name, &codes, fake.n_out, c->err);
-  free(row);
-  qtr_int_matrix_free(&m);
-  qtr_fake_free(&load);
-  return status;
-}
-
-/* Dequantised and rounded anew. */
-static enum qtr_status round_again(struct convert *c, const struct job *j, const struct qtr_int4_matrix *m,
-                                   struct qtr_rtn_error *error) {
-  enum { ROWS = 1024 };
-  float *w = malloc(QTR_MIN(m->n_out, (size_t)ROWS) * m->n_in * sizeof *w);
-  if (!w) return qtr_fail_memory(c->err, j->slot.name, ROWS * m->n_in * sizeof *w);
-  enum qtr_status status = QTR_OK;
-  for (size_t row = 0; row < m->n_out && !status; row += ROWS) {
-    size_t n = QTR_MIN(m->n_out - row, (size_t)ROWS);
-    for (size_t r = 0; r < n; r++) qtr_int4_row(m, row + r, w + r * m->n_in);
-    status = qtr_sink_write_floats(c->sink, j->slot.name, w, n, error, c->err);
-  }
-  free(w);
-  return status;
-}
-
-static enum qtr_status write_int4(struct convert *c, const struct job *j, const char **how, struct qtr_rtn_error *error) {
-  struct qtr_int4_matrix m;
-  struct qtr_int_matrix out = {0};
-  struct qtr_int4_moved moved = {0};
-  bool mlp = j->inner || strcmp(j->slot.projection, "down_proj") == 0;
-  enum qtr_status status = mlp ? find_order(c, j->slot.layer) : QTR_OK;
-  if (status || (status = qtr_int4_load(&c->source, &j->slot, c->kind, c->group_size, c->plus, &m, c->err))) return status;
-  if (c->order && j->inner) status = qtr_int4_permute_rows(&m, c->order, c->err);
-  if (c->order && mlp && !j->inner) status = qtr_int4_permute_columns(&m, c->order, c->err);
-  if (status) goto done;
-  if (m.g_idx) {
-    *how = "rounded anew: desc_act";
-    status = round_again(c, j, &m, error);
-    goto done;
-  }
-  if ((status = qtr_int_matrix_create(c->store, m.n_out, m.n_in, &out, c->err))) goto done;
-  status = qtr_int4_to_w4a8(&m, c->team, &out, error, &moved, c->err);
-  if (status) {
-    (void)qtr_error_prefix(c->err, "%s", j->slot.name);
-    goto done;
-  }
-  if (moved.n_groups > 0) *how = "scales moved";
-  c->summary->n_groups_moved += moved.n_groups;
-  c->summary->n_groups_rounded += moved.n_rounded;
-  const struct qtr_sink_codes codes = qtr_int_matrix_codes(&out);
-  status = qtr_sink_write_codes(c->sink, j->slot.name, &codes, m.n_out, c->err);
-done:
-  qtr_int_matrix_free(&out);
-  qtr_int4_free(&m);
-  return status;
-}
-
-/* Integers and fp16 as they are count as exact, floats that were rounded do not. */
-static void count(struct convert *c, const char *how) {
-  c->summary->n_exact += strcmp(how, "exact") == 0;
-  c->summary->n_moved += strcmp(how, "scales moved") == 0;
-  c->summary->n_rounded += strncmp(how, "rounded", 7) == 0;
-}
-
-static enum qtr_status run_job(struct convert *c, const struct job *j, const char **how, struct qtr_rtn_error *error) {
-  *how = "exact";
-  enum qtr_status status;
-  switch (j->kind) {
-    case JOB_KV: return write_kv(c, j);
-    case JOB_FAKE: return write_fake(c, j, error);
-    case JOB_INT4: status = write_int4(c, j, how, error); break;
-    default:
-      status = write_tensor(c, j, error);
-      if (error->squared > 0) *how = "rounded";
-  }
-  if (status || !c->options->strict || strcmp(*how, "exact") == 0) return status;
-  return qtr_fail(c->err, QTR_ERR_UNSUPPORTED,
-                  "%s: not exact (%s; the weights would move by %.3g %%), and strict was asked for", j->slot.name, *how,
-                  relative(error) * 100);
-}
-
-static enum qtr_status run_jobs(struct convert *c, qtr_quantize_callback callback, void *user) {
-  struct qtr_progress progress;
-  struct qtr_rtn_error total = {0};
-  enum qtr_status status = QTR_OK;
-  qtr_progress_start(&progress, "converting", c->n_jobs, c->options->quiet);
-  for (size_t i = 0; i < c->n_jobs && !status; i++) {
-    const struct job *j = &c->job[i];
-    struct qtr_rtn_error error = {0};
-    const char *how;
-    status = run_job(c, j, &how, &error);
-    if (j->kind != JOB_TENSOR) qtr_checkpoint_forget(c->source.checkpoint); /* what was read stays in the file */
-    qtr_progress_update(&progress, i + 1);
-    if (status || !j->slot.projection) continue;
-    count(c, how);
-    if (j->slot.layer >= 0) {
-      total.squared += error.squared;
-      total.norm += error.norm;
-    }
-    struct qtr_quantize_report report = {.layer = j->slot.layer,
-                                         .n_layers = c->config.n_layers,
-                                         .projection = j->slot.projection,
-                                         .tensor = j->slot.name,
-                                         .how = how,
-                                         .n_out = j->slot.n_out,
-                                         .n_in = j->slot.n_in,
-                                         .relative_error = relative(&error),
-                                         .squared_error = error.squared,
-                                         .squared_norm = error.norm,
-                                         .max_error = error.max};
-    if (callback) callback(&report, user);
-  }
-  qtr_progress_end(&progress);
-  c->summary->quantize.relative_error = relative(&total);
-  return status;
-}
-
 /* ---- floats ---------------------------------------------------------------------------------------- */
 
-static enum qtr_status convert_floats(const struct convert *c, qtr_quantize_callback callback, void *user) {
+static enum qtr_status convert_floats(const struct qtr_convert_work *c, qtr_quantize_callback callback, void *user) {
   const struct qtr_convert_options *o = c->options;
   struct qtr_quantize_options q;
   qtr_quantize_options_init(&q);
@@ -588,7 +362,7 @@ static const char *method_of(enum qtr_convert_kind kind) {
   }
 }
 
-static enum qtr_status convert_integers(struct convert *c, qtr_quantize_callback callback, void *user) {
+static enum qtr_status convert_integers(struct qtr_convert_work *c, qtr_quantize_callback callback, void *user) {
   const struct qtr_convert_options *o = c->options;
   char name[16];
   enum qtr_status status = choose_precision(c);
@@ -607,10 +381,10 @@ static enum qtr_status convert_integers(struct convert *c, qtr_quantize_callback
                                                          .act_bits = c->act_bits,
                                                          .kv_bits = c->kv_bits,
                                                          .group_size = c->group_size,
-                                                         .head_bits = 16,
-                                                         .embed_bits = 16}};
+                                                         .head_bits = c->head_bits,
+                                                         .embed_bits = c->embed_bits}};
   if ((status = qtr_sink_open(c->sink, &target, c->err))) return status;
-  if ((status = run_jobs(c, callback, user))) return qtr_error_prefix(c->err, "%s", o->input);
+  if ((status = qtr_convert_run(c, callback, user))) return qtr_error_prefix(c->err, "%s", o->input);
   if ((status = qtr_sink_finish(c->sink, c->err))) return status;
   struct qtr_quantize_summary *s = &c->summary->quantize;
   s->group_size = c->group_size;
@@ -627,7 +401,8 @@ enum qtr_status qtr_convert(const struct qtr_convert_options *o, void (*found)(e
                             struct qtr_error *err) {
   double t0 = qtr_now();
   struct qtr_convert_summary own;
-  struct convert c = {.options = o, .err = err, .summary = summary ? summary : &own, .ordered_layer = -1};
+  struct qtr_convert_work c = {
+      .options = o, .err = err, .summary = summary ? summary : &own, .ordered_layer = -1, .embed_bits = 16, .head_bits = 16};
   *c.summary = (struct qtr_convert_summary){0};
   if (!o->input || !o->output_dir) {
     return qtr_fail(err, QTR_ERR_ARGUMENT, "an input and an output directory are required");

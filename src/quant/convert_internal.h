@@ -1,7 +1,8 @@
-/* convert_internal.h - what convert.c and convert_load.c share. */
+/* convert_internal.h - what convert.c, convert_run.c and convert_load.c share. */
 #ifndef QTR_QUANT_CONVERT_INTERNAL_H
 #define QTR_QUANT_CONVERT_INTERNAL_H
 
+#include "checkpoint/kv_scales.h"
 #include "quant/convert.h"
 #include "quant/int4.h"
 #include "quant/source.h"
@@ -41,5 +42,42 @@ struct qtr_fake_load {
 enum qtr_status qtr_fake_read(struct qtr_source *model, struct qtr_source *scales, const struct qtr_slot *slot,
                               struct qtr_threads *team, struct qtr_fake_load *load, struct qtr_error *err);
 void qtr_fake_free(struct qtr_fake_load *load);
+
+/* ---- the plan ------------------------------------------------------------------------------------ */
+
+enum qtr_convert_job_kind { JOB_TENSOR, JOB_KV, JOB_FAKE, JOB_INT4 };
+
+struct qtr_convert_job {
+  enum qtr_convert_job_kind kind;
+  enum qtr_store store;            /* TENSOR */
+  const struct qtr_tensor *tensor; /* TENSOR */
+  struct qtr_slot slot;
+  bool inner; /* its rows are the inner channels of the MLP, which desc_act may reorder */
+};
+
+/* One import, from options to finish. */
+struct qtr_convert_work {
+  const struct qtr_convert_options *options;
+  const char *config_dir;
+  enum qtr_convert_kind kind;
+  struct qtr_config config;
+  struct qtr_source source, scales; /* scales: scale.pt */
+  enum qtr_linear_format format;    /* QSERVE */
+  enum qtr_store store;             /* of projections */
+  int32_t group_size, weight_bits, act_bits, kv_bits, embed_bits, head_bits;
+  unsigned plus;           /* GPTQ */
+  struct qtr_kv_scales kv; /* of options->kv_scales */
+  struct qtr_threads *team;
+  struct qtr_sink *sink;
+  struct qtr_convert_job *job; /* (n_jobs) */
+  size_t n_jobs, job_capacity, input_bytes;
+  int32_t ordered_layer; /* whose order is in `order`; -1: none yet */
+  uint32_t *order;       /* (intermediate_size) new inner channel j is old order[j]; NULL: as they are */
+  struct qtr_convert_summary *summary;
+  struct qtr_error *err;
+};
+
+/* Carries out all jobs; callback may be NULL. */
+enum qtr_status qtr_convert_run(struct qtr_convert_work *work, qtr_quantize_callback callback, void *user);
 
 #endif

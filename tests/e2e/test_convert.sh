@@ -49,8 +49,13 @@ run 1 convert --model "$T/awq" --output "$T/no" --strict
 says "$T/err" "layers.0.self_attn.q_proj: not exact \(scales moved; the weights would move by [0-9.]+ %\)"
 run 1 convert --model "$T/gptq-act-all" --output "$T/no" --strict
 says "$T/err" "desc_act"
-# Floats: fp16 and bf16, and by rounding as quantize does it.
+# Our own int8 tables stay what they are.
 "$python" "$SRC/tests/e2e/oracle_checkpoint.py" make "$T/float" float32
+run 0 quantize --model "$T/float" --output "$T/o-int8" --precision w4a8kv4 --head int8 --embed int8
+run 0 convert --model "$T/o-int8" --output "$T/o-int8-again"
+cmp "$T/o-int8/model.safetensors" "$T/o-int8-again/model.safetensors" || fail "int8 tables change"
+grep -q '"head_bits": 8' "$T/o-int8-again/config.json" || fail "config.json does not know the int8 head"
+# Floats: fp16 and bf16, and by rounding as quantize does it.
 for dtype in fp16 bf16; do
   run 0 convert --model "$T/float" --output "$T/o-$dtype" --dtype $dtype --json
   same "$(head -1 "$T/out" | field kind)" '"float"' "kind of a float model"

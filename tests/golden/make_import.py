@@ -388,6 +388,8 @@ def make(directory, variant, spoil=None):
                     del source[p + name + ".g_idx"]
             else:
                 source.update({p + name + k: v for k, v in awq(packed, z, s).items()})
+            if variant == "gptq-plain" and name not in ("self_attn.q_proj", "mlp.up_proj"):  # as AutoGPTQ does
+                source[p + name + ".bias"] = np.zeros(shape[0], f16)
             if down_order is not None:
                 stable = np.argsort(g_of(down_order), kind="stable")
                 if name in ("mlp.gate_proj", "mlp.up_proj"):

@@ -84,16 +84,17 @@ static enum qtr_status sort_hessian(const float *hessian, size_t n, size_t *orde
   struct channel *channel = malloc(n * sizeof *channel);
   if (!channel) return qtr_fail_memory(err, what, n * sizeof *channel);
   *mean = 0;
-  bool finite = true;
+  float poison = 0; /* x - x is 0 but for NaN and infinities, which LAPACK does not always notice off the diagonal */
+  for (size_t i = 0; i < n * n; i++) poison += hessian[i] - hessian[i];
   for (size_t i = 0; i < n; i++) {
     channel[i] = (struct channel){hessian[i * n + i], i};
-    finite &= isfinite(hessian[i * n + i]) != 0;
     *mean += (double)hessian[i * n + i] / (double)n;
   }
   qsort(channel, n, sizeof *channel, heavier);
   for (size_t i = 0; i < n; i++) order[i] = channel[i].column;
   free(channel);
-  if (!finite) return qtr_fail(err, QTR_ERR_FORMAT, "%s: its inputs are not finite; the source model is damaged", what);
+  if (poison != 0) /* NaN, too */
+    return qtr_fail(err, QTR_ERR_FORMAT, "%s: its inputs are not finite; the source model is damaged", what);
   for (size_t i = 0; i < n; i++) {
     for (size_t k = 0; k < n; k++) sorted[i * n + k] = hessian[order[i] * n + order[k]];
     if (sorted[i * n + i] == 0) sorted[i * n + i] = 1;

@@ -11,9 +11,9 @@
 
 #include <cmocka.h>
 
-static const char *const rows[] = {"0 %", "50 %", "100 %"};
+static const char *const rows[] = {"0 %", "50 %", "100 %", "over"};
 static const char *const columns[] = {"1024", "4096"};
-static const double values[] = {0, 0.5, 1, 0.25, NAN, 0.97};
+static const double values[] = {0, 0.5, 1, 0.25, NAN, 0.97, 0.45, 0.75};
 
 static struct qtr_heatmap example(void) {
   return (struct qtr_heatmap){.title = "needle",
@@ -23,7 +23,7 @@ static struct qtr_heatmap example(void) {
                               .row = rows,
                               .column = columns,
                               .value = values,
-                              .n_rows = 3,
+                              .n_rows = 4,
                               .n_columns = 2};
 }
 
@@ -61,7 +61,7 @@ static void png_shows_values(void **state) {
   assert_int_equal(qtr_heatmap_png(&map, &data, &n_bytes, &err), QTR_OK);
   uint8_t *pixel = decode(data, n_bytes, &width, &height);
   size_t n = (size_t)width * height;
-  static const uint32_t expected[] = {0xf0496e, 0xebb839, 0x0cd79f, 0xee8154, 0xcccccc, 0x19d599};
+  static const uint32_t expected[] = {0xf0496e, 0xebb839, 0x0cd79f, 0xee8154, 0xcccccc, 0x19d599, 0xecad3e, 0x7cc86c};
   for (size_t i = 0; i < sizeof expected / sizeof *expected; i++) assert_true(has_colour(pixel, n, expected[i]));
   assert_false(has_colour(pixel, n, 0x123456));
   free(pixel);

@@ -169,8 +169,16 @@ static void chinese(void **state) {
   }
   assert_true(n >= 10);
   qtr_segmenter_free(segmenter);
-  /* without a list: characters */
+  /* of two equally probable ways the one that begins with the longer word */
+  static const char list[] = "甲乙 5\n甲 5\n丙 7\n乙丙 7\n乙 1\n", text[] = "甲乙丙";
   struct qtr_words cut = {0};
+  assert_int_equal(qtr_segmenter_parse(list, sizeof list - 1, "words", &segmenter, &err), QTR_OK);
+  assert_int_equal(qtr_segment(segmenter, text, sizeof text - 1, &cut, &err), QTR_OK);
+  assert_int_equal(cut.n, 2);
+  assert_int_equal(cut.word[0].n, 6);
+  qtr_words_free(&cut);
+  qtr_segmenter_free(segmenter);
+  /* without a list: characters */
   static const char mixed[] = "\xe4\xb8\xad\xe6\x96\x87 GPU\xe5\xa5\xbd";
   assert_int_equal(qtr_segment(NULL, mixed, sizeof mixed - 1, &cut, &err), QTR_OK);
   assert_int_equal(cut.n, 5);

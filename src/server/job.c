@@ -1,6 +1,7 @@
 /* job.c - the life of one request for text: prepared by a worker, queued in the engine, answered whole or as a stream, or
  * ended by its client's leaving, a timeout or a shutdown. A job lives until its client has its answer (or is gone) and the
  * engine has sent the last event of every completion. Everything but the preparation runs in the event loop. */
+#include "base/checked.h"
 #include "base/clock.h"
 #include "server/server_internal.h"
 
@@ -8,6 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+
+#define WAITING_BODIES 64 /* as much memory as so many of the largest bodies need is what may wait for a worker */
 
 static void on_prepared(struct qtr_task *task);
 
@@ -91,6 +94,10 @@ void qtr_job_start(struct qtr_server *s, struct qtr_http_conn *conn, enum qtr_ap
     ok = qtr_api_fail(&err, 503, NULL, "the server is shutting down");
   } else if (death) {
     ok = qtr_api_fail(&err, 503, NULL, "%.500s", death);
+  } else if (s->n_waiting_bytes > WAITING_BODIES * QTR_MAX(s->o->max_body, (size_t)1 << 20)) {
+    ok = qtr_api_fail(&err, 429, NULL, "too much waits to be read; try again in a moment");
+    headers = "Retry-After: 1\r\n";
+    s->metrics.rejected++;
   } else if (generates && s->n_live >= s->o->max_running + s->o->max_queue) {
     ok = qtr_api_fail(&err, 429, NULL, "the queue is full: %d completions run or wait; try again in a moment", s->n_live);
     headers = "Retry-After: 1\r\n";
@@ -117,6 +124,7 @@ void qtr_job_start(struct qtr_server *s, struct qtr_http_conn *conn, enum qtr_ap
   memcpy(job->request_id, request_id, sizeof request_id);
   (void)snprintf(job->id, sizeof job->id, "%s-%016llx", job->chat ? "chatcmpl" : "cmpl", (unsigned long long)s->next_id++);
   job->body = qtr_http_take_body(conn, &job->body_len);
+  s->n_waiting_bytes += job->body_len;
   job->next = s->jobs;
   if (job->next) job->next->prev = job;
   s->jobs = job;
@@ -213,6 +221,7 @@ static void on_prepared(struct qtr_task *task) {
   struct qtr_api_error err = job->error;
   const char *headers = NULL;
   job->prepared = true;
+  s->n_waiting_bytes -= job->body_len;
   if (job->answered) { /* the client left meanwhile, or the server stopped */
     job_free(job);
     return;
@@ -248,6 +257,7 @@ static void on_prepared(struct qtr_task *task) {
     answer_error(job, &err, headers);
     return;
   }
+  qtr_api_request_forget(&job->request);
   if (job->request.stream) begin_stream(job);
   qtr_runner_kick(s->runner);
 }

@@ -230,15 +230,10 @@ static bool read_template_variables(json_t *variables, struct qtr_api_request *r
                       qtr_api_kind_name(variables));
 }
 
-static void prompts_free(struct qtr_api_request *r) {
-  for (size_t i = 0; r->prompt && i < r->n_prompts; i++) free(r->prompt[i].token);
-  free(r->prompt);
-  r->prompt = NULL;
-  r->n_prompts = 0;
-}
-
 static bool add_prompts(struct qtr_api_request *r, size_t n, struct qtr_api_error *err) {
-  prompts_free(r);
+  for (size_t i = 0; r->prompt && i < r->n_prompts; i++)
+    free(r->prompt[i].token); /* content and prompt: the latter counts */
+  free(r->prompt);
   r->prompt = calloc(n, sizeof *r->prompt);
   if (!r->prompt) return qtr_api_no_memory(err);
   r->n_prompts = n;
@@ -568,12 +563,28 @@ bool qtr_api_parse(enum qtr_api_kind kind, const char *body, size_t len, const s
   return ok;
 }
 
-void qtr_api_request_free(struct qtr_api_request *r) {
-  prompts_free(r);
+void qtr_api_request_forget(struct qtr_api_request *r) {
+  for (size_t i = 0; r->prompt && i < r->n_prompts; i++) free(r->prompt[i].token);
+  free(r->prompt);
   free(r->stop);
   free(r->stop_token);
   free(r->bias);
   json_decref(r->messages);
   json_decref(r->root);
+  r->prompt = NULL;
+  r->stop = NULL;
+  r->stop_token = NULL;
+  r->bias = NULL;
+  r->messages = r->tools = r->template_variables = r->root = NULL;
+  r->schema = NULL;
+  r->model = r->tool_name = r->suffix = NULL;
+  r->options.stop = NULL;
+  r->options.stop_token = NULL;
+  r->options.logit_bias = NULL;
+  r->options.n_stop = r->options.n_stop_token = r->options.n_logit_bias = 0;
+}
+
+void qtr_api_request_free(struct qtr_api_request *r) {
+  qtr_api_request_forget(r);
   *r = (struct qtr_api_request){0};
 }

@@ -78,6 +78,9 @@ struct qtr_api_request {
 /* body (len) is JSON text. On false *request is empty and err says why. */
 bool qtr_api_parse(enum qtr_api_kind kind, const char *body, size_t len, const struct qtr_api_defaults *defaults,
                    struct qtr_api_request *request, struct qtr_api_error *err);
+/* Frees the JSON and all that points into it or was made of it: arrays and texts. Numbers and flags stay. For a request that
+ * is queued: a small number in JSON takes twenty times the memory of its text. */
+void qtr_api_request_forget(struct qtr_api_request *request);
 void qtr_api_request_free(struct qtr_api_request *request);
 
 /* ---- what requests may say: the table that the parser follows and that /openapi.json is written from ---- */

@@ -24,10 +24,11 @@ struct qtr_server {
   struct qtr_runner *runner;
   struct event *mail, *tick, *signal[2];
   struct qtr_request_metrics metrics;
-  struct qtr_job *jobs;  /* all, newest first */
-  int n_live;            /* completions in the engine */
-  int64_t created;       /* of the model, for its list: when the server started */
-  double t_start, t_cut; /* t_cut: when a shutdown cuts what still runs */
+  struct qtr_job *jobs;   /* all, newest first */
+  int n_live;             /* completions in the engine */
+  size_t n_waiting_bytes; /* of bodies that wait for a worker */
+  int64_t created;        /* of the model, for its list: when the server started */
+  double t_start, t_cut;  /* t_cut: when a shutdown cuts what still runs */
   bool draining;
   bool tools_rendered; /* the chat template shows tools to the model */
   enum qtr_tool_format tool_format;

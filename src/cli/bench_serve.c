@@ -16,7 +16,7 @@
 #define DEFAULT_REQUESTS 100
 
 struct flags {
-  const char *url, *api_key, *model, *trace, *dataset, *prompts, *too_long, *slo, *json, *plot;
+  const char *url, *ca, *api_key, *model, *trace, *dataset, *prompts, *too_long, *slo, *json, *plot;
   float rate, speed, duration, temperature;
   int32_t concurrency, requests, input_len, output_len, max_model_len, vocab, timeout;
   uint64_t seed;
@@ -29,7 +29,12 @@ static const struct qtr_option options_table[] = {
      .argument = "URL",
      .kind = QTR_OPTION_STRING,
      .offset = AT(url),
-     .help = "The server: http://HOST:PORT, with or without /v1. Default http://127.0.0.1:8080."},
+     .help = "The server: http://HOST:PORT or https://…, with or without /v1. Default http://127.0.0.1:8080."},
+    {.name = "tls-ca",
+     .argument = "FILE",
+     .kind = QTR_OPTION_STRING,
+     .offset = AT(ca),
+     .help = "For https://: the certificates to trust (PEM), such as the server's own. Default: the system's."},
     {.name = "api-key",
      .argument = "FILE",
      .kind = QTR_OPTION_STRING,
@@ -295,6 +300,7 @@ static int bench_serve(const struct flags *f) {
   if (!status) status = read_key(f->api_key, &key, &err);
   if (status) goto done;
   struct qtr_load_options o = {.url = f->url,
+                               .ca = f->ca,
                                .key = key,
                                .model = f->model,
                                .concurrency = f->concurrency,

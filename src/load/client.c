@@ -4,6 +4,7 @@
 #include "load/client.h"
 
 #include "base/status.h"
+#include "server/tls.h"
 
 #include <errno.h>
 #include <event2/buffer.h>
@@ -11,6 +12,7 @@
 #include <event2/event.h>
 #include <netdb.h>
 #include <netinet/tcp.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
@@ -34,6 +36,8 @@ struct qtr_load_client {
   struct qtr_load_url url;
   struct sockaddr_storage address;
   socklen_t address_len;
+  struct qtr_tls *tls; /* NULL: plain */
+  char why[160];
   char *authorization; /* "Authorization: Bearer KEY\r\n", or "" */
   double timeout;
   struct qtr_load_connection *first;
@@ -55,12 +59,11 @@ enum qtr_status qtr_load_url_parse(const char *url, struct qtr_load_url *parts, 
   char shown[120];
   (void)qtr_printable(url, strlen(url), shown, sizeof shown);
   *parts = (struct qtr_load_url){.port = "80"};
-  if (strncasecmp(url, "https://", 8) == 0) {
-    return qtr_fail(err, QTR_ERR_UNSUPPORTED, "%s: TLS is not spoken here; ask the server behind the proxy by http://",
-                    shown);
-  }
-  if (strncasecmp(url, "http://", 7) != 0) return qtr_fail(err, QTR_ERR_ARGUMENT, "%s: a URL begins with http://", shown);
-  const char *at = url + 7, *slash = strchr(at, '/'), *end = slash ? slash : at + strlen(at);
+  parts->tls = strncasecmp(url, "https://", 8) == 0;
+  if (parts->tls) memcpy(parts->port, "443", 4);
+  if (!parts->tls && strncasecmp(url, "http://", 7) != 0)
+    return qtr_fail(err, QTR_ERR_ARGUMENT, "%s: a URL begins with http:// or https://", shown);
+  const char *at = url + (parts->tls ? 8 : 7), *slash = strchr(at, '/'), *end = slash ? slash : at + strlen(at);
   const char *host = at, *host_end;
   if (*at == '[') { /* IPv6 */
     host = at + 1;
@@ -183,6 +186,10 @@ static void on_event(struct bufferevent *bev, short what, void *arg) {
     finish(c, c->response.status == 200 ? QTR_LOAD_OK : QTR_LOAD_HTTP);
     return;
   }
+  if (!c->connected && c->client->tls)
+    qtr_tls_explain(bev, c->client->why, sizeof c->client->why);
+  else if (!c->connected)
+    (void)snprintf(c->client->why, sizeof c->client->why, "%s", evutil_socket_error_to_string(EVUTIL_SOCKET_ERROR()));
   broken(c, c->connected ? QTR_LOAD_CLOSED : QTR_LOAD_CONNECT);
 }
 
@@ -197,7 +204,8 @@ static void on_timer(evutil_socket_t fd, short what, void *arg) {
 /* False: no socket, or no way there. */
 static bool open_socket(struct qtr_load_connection *c) {
   struct qtr_load_client *client = c->client;
-  c->bev = bufferevent_socket_new(client->base, -1, BEV_OPT_CLOSE_ON_FREE | BEV_OPT_DEFER_CALLBACKS);
+  c->bev = client->tls ? qtr_tls_connect(client->tls, client->base, client->url.host)
+                       : bufferevent_socket_new(client->base, -1, BEV_OPT_CLOSE_ON_FREE | BEV_OPT_DEFER_CALLBACKS);
   if (!c->bev) return false;
   bufferevent_setcb(c->bev, on_read, NULL, on_event, c);
   (void)bufferevent_enable(c->bev, EV_READ | EV_WRITE);
@@ -246,6 +254,8 @@ bool qtr_load_client_ask(struct qtr_load_client *client, struct qtr_load_call *c
   return true;
 }
 
+const char *qtr_load_client_why(const struct qtr_load_client *client) { return client->why; }
+
 void qtr_load_client_cut(struct qtr_load_client *client) {
   for (struct qtr_load_connection *c = client->first, *next; c; c = next) {
     next = c->next;
@@ -284,8 +294,8 @@ static enum qtr_status find_server(struct qtr_load_client *client, struct qtr_er
   return qtr_fail(err, QTR_ERR_IO, "no server at %s port %s: %s", client->url.host, client->url.port, strerror(why));
 }
 
-enum qtr_status qtr_load_client_open(struct event_base *base, const char *url, const char *key, double timeout,
-                                     struct qtr_load_client **out, struct qtr_error *err) {
+enum qtr_status qtr_load_client_open(struct event_base *base, const char *url, const char *ca, const char *key,
+                                     double timeout, struct qtr_load_client **out, struct qtr_error *err) {
   struct qtr_buffer authorization = {0};
   struct qtr_load_client *client = calloc(1, sizeof *client);
   *out = NULL;
@@ -293,6 +303,7 @@ enum qtr_status qtr_load_client_open(struct event_base *base, const char *url, c
   client->base = base;
   client->timeout = timeout;
   enum qtr_status status = qtr_load_url_parse(url, &client->url, err);
+  if (!status && client->url.tls) status = qtr_tls_open_client(ca, &client->tls, err);
   if (key) qtr_buffer_printf(&authorization, "Authorization: Bearer %s\r\n", key);
   if (!key) qtr_buffer_puts(&authorization, "");
   client->authorization = authorization.data;
@@ -311,6 +322,7 @@ void qtr_load_client_close(struct qtr_load_client *client) {
   if (!client) return;
   qtr_load_client_cut(client);
   while (client->first) connection_free(client->first);
+  qtr_tls_close(client->tls);
   free(client->authorization);
   free(client);
 }

@@ -35,20 +35,24 @@ struct qtr_load_call {
   struct qtr_buffer request;
 };
 
-/* url: http://HOST[:PORT][/PREFIX], with or without /v1 at its end. Looks the name up and tries which of its addresses
- * answers (this blocks). key: NULL = none. timeout: seconds a call may take. */
-enum qtr_status qtr_load_client_open(struct event_base *base, const char *url, const char *key, double timeout,
-                                     struct qtr_load_client **client, struct qtr_error *err);
+/* url: http[s]://HOST[:PORT][/PREFIX], with or without /v1 at its end. ca: a file of certificates to trust, NULL = those of
+ * the system. Looks the name up and tries which of its addresses answers (this blocks). key: NULL = none. timeout: seconds a
+ * call may take. */
+enum qtr_status qtr_load_client_open(struct event_base *base, const char *url, const char *ca, const char *key,
+                                     double timeout, struct qtr_load_client **client, struct qtr_error *err);
 /* Ends what runs with QTR_LOAD_CUT. NULL is allowed. */
 void qtr_load_client_close(struct qtr_load_client *client);
 /* False: out of memory, and `done` will not be called. */
 bool qtr_load_client_ask(struct qtr_load_client *client, struct qtr_load_call *call);
+/* Why the last connection failed; "" = not known. */
+const char *qtr_load_client_why(const struct qtr_load_client *client);
 /* Every call that runs ends with QTR_LOAD_CUT. */
 void qtr_load_client_cut(struct qtr_load_client *client);
 
 /* The parts of a URL, for the client and its tests; host without brackets. */
 struct qtr_load_url {
   char host[256], port[8], prefix[512];
+  bool tls;
 };
 enum qtr_status qtr_load_url_parse(const char *url, struct qtr_load_url *parts, struct qtr_error *err);
 

@@ -118,7 +118,7 @@ enum qtr_status qtr_load_ask_server(const struct qtr_load_options *o, struct qtr
   struct qtr_load_client *client = NULL;
   *server = (struct qtr_load_server){0};
   struct event_base *base = event_base_new();
-  enum qtr_status status = base ? qtr_load_client_open(base, o->url, o->key, QTR_MIN(o->timeout, 30), &client, err)
+  enum qtr_status status = base ? qtr_load_client_open(base, o->url, o->ca, o->key, QTR_MIN(o->timeout, 30), &client, err)
                                 : qtr_fail_memory(err, "the event loop", 0);
   if (status) goto done;
   q.outcome = QTR_LOAD_CUT;
@@ -131,6 +131,8 @@ enum qtr_status qtr_load_ask_server(const struct qtr_load_options *o, struct qtr
     read_models(q.text.data ? q.text.data : "", q.text.len, server);
     if (!server->model[0] && !o->model)
       status = qtr_fail(err, QTR_ERR_FORMAT, "%.100s: /v1/models names no model; say --model NAME", o->url);
+  } else if (q.outcome == QTR_LOAD_CONNECT) {
+    status = qtr_fail(err, QTR_ERR_IO, "%.100s: no connection: %s", o->url, qtr_load_client_why(client));
   } else if (q.outcome != QTR_LOAD_HTTP) {
     status = qtr_fail(err, QTR_ERR_IO, "%.100s: /v1/models gives no answer: is it an OpenAI-compatible server?", o->url);
   } else if (q.status == 401 || q.status == 403) {
@@ -220,6 +222,10 @@ static void on_done(struct qtr_load_call *call, enum qtr_load_outcome outcome, c
              : body->data ? body->data
                           : "",
              ours ? strlen(said.error) : QTR_MIN(body->len, 100));
+  }
+  if (outcome == QTR_LOAD_CONNECT) {
+    const char *why = qtr_load_client_why(d->client);
+    remember(d, outcome, why, strlen(why));
   }
   s->outcome = outcome;
   s->status = response ? response->status : 0;
@@ -322,7 +328,7 @@ enum qtr_status qtr_load_run(const struct qtr_load_options *o, const struct qtr_
   run->sample = calloc(w->trace.n > 0 ? w->trace.n : 1, sizeof *run->sample);
   enum qtr_status status = QTR_OK;
   if (!d.base || !run->sample) status = qtr_fail_memory(err, "a run", w->trace.n * sizeof *run->sample);
-  if (!status) status = qtr_load_client_open(d.base, o->url, o->key, o->timeout, &d.client, err);
+  if (!status) status = qtr_load_client_open(d.base, o->url, o->ca, o->key, o->timeout, &d.client, err);
   if (status) goto done;
   d.arrival = event_new(d.base, -1, 0, on_arrival, &d);
   d.tick = event_new(d.base, -1, EV_PERSIST, on_tick, &d);

@@ -6,12 +6,12 @@
 #include "load/workload.h"
 
 struct qtr_load_options {
-  const char *url, *key; /* key: NULL = none */
-  const char *model;     /* NULL: the first that /v1/models names */
-  int32_t concurrency;   /* 0: open loop, at the trace's times; else so many at once, whatever the times say */
-  double speed;          /* trace time runs so many times as fast; 1 */
-  double duration;       /* seconds after which nothing more is sent; 0 = all of the trace */
-  double timeout;        /* seconds a request may take */
+  const char *url, *ca, *key; /* key: NULL = none; ca: as qtr_load_client_open has it */
+  const char *model;          /* NULL: the first that /v1/models names */
+  int32_t concurrency;        /* 0: open loop, at the trace's times; else so many at once, whatever the times say */
+  double speed;               /* trace time runs so many times as fast; 1 */
+  double duration;            /* seconds after which nothing more is sent; 0 = all of the trace */
+  double timeout;             /* seconds a request may take */
   struct qtr_body_options body;
   bool (*stop)(void); /* asked ten times a second: true ends the run; NULL = never */
   bool quiet;         /* no progress line */

@@ -87,8 +87,6 @@ says "$T/err" 'API key'
 OPENAI_API_KEY=a-key run 0 bench serve --url "http://127.0.0.1:$port/v1/" --quiet --concurrency 1 --requests 1 --input-len 4 --output-len 2
 run 1 bench serve --url http://127.0.0.1:9 --concurrency 1
 says "$T/err" 'no server at 127.0.0.1 port 9'
-run 1 bench serve --url https://127.0.0.1:9 --concurrency 1
-says "$T/err" 'TLS'
 run 2 bench serve
 says "$T/err" 'when shall requests come'
 run 2 bench serve --trace "$T/azure.csv" --rate 3

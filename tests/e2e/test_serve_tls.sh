@@ -115,6 +115,19 @@ for _ in $(seq 200); do
 done
 says "$T/out" '^quattuor:connections\{[^}]*\} 1$'
 says "$T/out" '^quattuor:kv_pages_used\{[^}]*\} 0$'
+# the load generator over TLS: trusts what it is told to, and nobody else
+bench() { "$Q" bench serve --quiet --concurrency 2 --requests 6 --input-len 8 --output-len 4 "$@" >"$T/out" 2>"$T/err"; }
+bench --url "https://127.0.0.1:$port" --tls-ca "$T/one.pem" || fail "bench serve over TLS: $(cat "$T/err")"
+says "$T/out" 'requests 6: 6 complete'
+bench --url "https://127.0.0.1:$port" && fail "a certificate that nobody signed was taken"
+says "$T/err" 'self-signed certificate'
+bench --url "https://127.0.0.1:$port" --tls-ca "$T/other.pem" && fail "another's certificate was taken"
+bench --url "https://localhost:$port" --tls-ca "$T/one.pem" && fail "a certificate of another name was taken"
+says "$T/err" 'mismatch'
+bench --url "https://127.0.0.1:$port" --tls-ca "$T/none" && fail "no file of certificates"
+says "$T/err" 'none'
+bench --url "http://127.0.0.1:$port" && fail "plain HTTP to a TLS port"
+
 kill -TERM $server
 wait $server
 same $? 0 "exit code after SIGTERM"

@@ -281,7 +281,8 @@ static void test_urls(void **state) {
               {"http://x/v1", "x", "80", ""},
               {"http://x:1/v1/", "x", "1", ""},
               {"HTTP://[::1]:99/a/b/v1", "::1", "99", "/a/b"},
-              {"http://host.example/prefix/", "host.example", "80", "/prefix"}};
+              {"http://host.example/prefix/", "host.example", "80", "/prefix"},
+              {"https://x/v1", "x", "443", ""}};
   for (size_t i = 0; i < sizeof good / sizeof good[0]; i++) {
     struct qtr_load_url u;
     struct qtr_error err;
@@ -289,11 +290,12 @@ static void test_urls(void **state) {
     assert_string_equal(u.host, good[i].host);
     assert_string_equal(u.port, good[i].port);
     assert_string_equal(u.prefix, good[i].prefix);
+    assert_int_equal(u.tls, strncmp(good[i].url, "https", 5) == 0);
   }
   static const char *const bad[] = {"",
                                     "x",
                                     "ftp://x",
-                                    "https://x",
+                                    "https://",
                                     "http://",
                                     "http://:80",
                                     "http://x:",

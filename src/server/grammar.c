@@ -50,6 +50,7 @@ struct qtr_grammar {
   struct vector element, alternative, rule /* int32_t: first alternative */, set /* uint8_t[32] */;
   struct vector node, stamp /* uint32_t, of each node */, stack /* uint32_t */, state, work, found;
   struct table nodes, states;
+  int32_t single[256]; /* the set of one byte + 1; 0: not made yet. Literals are most of a grammar */
   uint32_t stamp_now;
   size_t n_next; /* arrays of 256 */
   int32_t start;
@@ -185,6 +186,11 @@ void qtr_grammar_put_rule(struct qtr_grammar *g, int32_t rule) { put(g, RULE, (u
 
 void qtr_grammar_put_set(struct qtr_grammar *g, const char *ranges, size_t n) {
   uint8_t bits[32] = {0};
+  int32_t *known = n == 2 && ranges[0] == ranges[1] ? &g->single[(unsigned char)ranges[0]] : NULL;
+  if (known && *known > 0) {
+    put(g, SET, (uint32_t)*known - 1);
+    return;
+  }
   for (size_t i = 0; i + 1 < n; i += 2) {
     for (unsigned c = (unsigned char)ranges[i]; c <= (unsigned char)ranges[i + 1]; c++) {
       bits[c / 8] = (uint8_t)(bits[c / 8] | 1u << c % 8);
@@ -197,6 +203,7 @@ void qtr_grammar_put_set(struct qtr_grammar *g, const char *ranges, size_t n) {
     if (!set) return;
     memcpy(set, bits, 32);
   }
+  if (known) *known = (int32_t)i + 1;
   put(g, SET, (uint32_t)i);
 }
 

@@ -27,13 +27,8 @@ done
 oracle "checkpoints against the specification's reader" "$python" "$here/oracle_formats.py" "$quattuor" "$shared/models/demo-bf16"
 oracle "imports of files that torch wrote" "$python" "$here/oracle_torch.py" "$quattuor"
 oracle "quattuor serve against the openai client" "$python" "$here/oracle_openai.py" "$quattuor" "$here/../../models/demo"
-<<<<<<< HEAD
-oracle "checkpoints against the specification's reader" "$python" "$here/oracle_formats.py" "$quattuor" "$shared/models/demo-bf16"
-oracle "imports of files that torch wrote" "$python" "$here/oracle_torch.py" "$quattuor"
-=======
 oracle "JSON Schemas against jsonschema" "$python" "$here/oracle_schema.py" "$(dirname "$quattuor")/tests/schema_walk" "$quattuor" \
   "$here/../../models/demo"
->>>>>>> a7840e0 (JSON Schema: patterns, formats, ranges and multiples of numbers, unions beside other keywords, oneOf that is one; what can never end is pruned; a property test against jsonschema)
 oracle "quattuor serve against its own /openapi.json, by schemathesis" "$python" "$here/oracle_schemathesis.py" "$quattuor" \
   "$here/../../models/demo"
 oracle "the page in Chromium" "$python" "$here/page_playwright.py" "$quattuor" "$here/../../models/demo"

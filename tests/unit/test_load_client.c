@@ -125,8 +125,8 @@ static void test_outcomes(void **state) {
   } c[] = {
       {HEAD "\r\n" TOKEN TOKEN USAGE DONE, false, QTR_LOAD_OK, ""},
       {HEAD "\r\n" TOKEN TOKEN "data: "
-                               "{\"choices\":[{\"text\":\"\",\"finish_reason\":\"stop\"}],\"usage\":{\"prompt_tokens\":7,"
-                               "\"completion_tokens\":2}}\n\n",
+            "{\"choices\":[{\"text\":\"\",\"finish_reason\":\"stop\"}],\"usage\":{\"prompt_tokens\":7,"
+            "\"completion_tokens\":2}}\n\n",
        false, QTR_LOAD_OK, ""}, /* no [DONE] */
       {HEAD "Content-Length: 14\r\n\r\n" DONE, false, QTR_LOAD_EMPTY, ""},
       {HEAD "\r\n" TOKEN TOKEN, false, QTR_LOAD_MALFORMED, "without an end"},

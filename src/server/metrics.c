@@ -111,6 +111,10 @@ void qtr_metrics_write(struct qtr_buffer *out, const char *model, const struct q
   value(p, "quattuor:kv_pages", "gauge", "Pages of the KV pool.", s->n_pages_total);
   value(p, "quattuor:kv_pages_used", "gauge", "Pages that running completions hold.", s->n_pages_used);
   value(p, "quattuor:kv_pages_cached", "gauge", "Pages that nobody holds and that a prompt may reuse.", s->n_pages_cached);
+  value(p, "quattuor:kv_stream_pages", "gauge", "Pages of the streaming heads' pool.", s->n_stream_pages_total);
+  value(p, "quattuor:kv_stream_pages_used", "gauge", "Those that running completions hold.", s->n_stream_pages_used);
+  value(p, "quattuor:kv_stream_pages_cached", "gauge", "Those that nobody holds and that a prompt may reuse.",
+        s->n_stream_pages_cached);
   value(p, "quattuor:requests_rejected_total", "counter", "Requests told 429.", (double)r->rejected);
   head(p, "quattuor:http_responses_total", "counter", "Answers by class of status.");
   for (int i = 2; i < 6; i++) {

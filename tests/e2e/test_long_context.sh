@@ -58,6 +58,19 @@ cmp -s "$T/out" "$T/dense" && fail "streaming heads change nothing"
 NUM_STREAMING_GPU_PAGE_BLOCKS=2 run 1 "${ask[@]}" --static-sparse-attn-load-dir "$T/heads" --static-sparsity 1
 says "$T/err" "2 pages for the streaming heads"
 
+# Perplexity: with pages for all of a window, or with those that the streaming heads' window needs and no more.
+ppl=(eval ppl --text "$SRC/docs/cli.md" --ctx 1500 --windows 1 --json --device cpu --max-num-batched-tokens 128)
+stream=(--static-sparse-attn-load-dir "$T/heads" --static-sparsity 0.5 "${window[@]}" --max-num-seqs 1)
+run 0 "${ppl[@]}"
+dense=$(field perplexity <"$T/out")
+run 0 "${ppl[@]}" "${stream[@]}" --kv-stream-pages 24
+whole=$(field perplexity <"$T/out")
+run 0 "${ppl[@]}" "${stream[@]}" --kv-stream-pages 16
+same "$(field perplexity <"$T/out")" "$whole" "perplexity with few stream pages"
+[ "$dense" != "$whole" ] || fail "streaming heads do not change the perplexity"
+run 1 "${ppl[@]}" "${stream[@]}" --kv-stream-pages 6
+says "$T/err" "steps of"
+
 run 1 generate --prompt hi --static-sparsity 0.5
 says "$T/err" "calibrate heads"
 run 1 generate --prompt hi --static-sparsity 0.5 --static-sparse-attn-load-dir "$T"

@@ -89,17 +89,17 @@ enum qtr_status qtr_kv_heads_create(const struct qtr_kv_config *config, struct q
     heads->sparse = *config->sparse;
     heads->sparse.streaming = NULL;
   }
-  heads->class = calloc(n, 1);
+  heads->kind = calloc(n, 1);
   heads->rank = calloc(n, sizeof *heads->rank);
   heads->count = calloc(2 * layers, sizeof *heads->count);
-  if (!heads->class || !heads->rank || !heads->count) {
+  if (!heads->kind || !heads->rank || !heads->count) {
     qtr_kv_heads_free(heads);
     return qtr_fail_memory(err, "the classes of attention heads", n);
   }
   for (size_t i = 0; i < n; i++) {
-    heads->class[i] = config->sparse && config->sparse->streaming && config->sparse->streaming[i];
-    heads->rank[i] = heads->count[2 * (i / n_heads) + heads->class[i]]++;
-    heads->any_streaming |= heads->class[i] == QTR_HEAD_STREAMING;
+    heads->kind[i] = config->sparse && config->sparse->streaming && config->sparse->streaming[i];
+    heads->rank[i] = heads->count[2 * (i / n_heads) + heads->kind[i]]++;
+    heads->any_streaming |= heads->kind[i] == QTR_HEAD_STREAMING;
   }
   if (heads->any_streaming != (config->n_stream_pages > 0)) {
     enum qtr_status status = qtr_fail(err, QTR_ERR_ARGUMENT, "a cache %s streaming heads and %d pages for them",
@@ -111,7 +111,7 @@ enum qtr_status qtr_kv_heads_create(const struct qtr_kv_config *config, struct q
 }
 
 void qtr_kv_heads_free(struct qtr_kv_heads *heads) {
-  free(heads->class);
+  free(heads->kind);
   free(heads->rank);
   free(heads->count);
   *heads = (struct qtr_kv_heads){0};

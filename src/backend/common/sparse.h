@@ -52,10 +52,10 @@ enum qtr_head_class { QTR_HEAD_RETRIEVAL, QTR_HEAD_STREAMING, QTR_N_HEAD_CLASSES
 
 /* Where each head's pages are. Made by qtr_kv_heads_create, also for a dense cache: all heads are retrieval heads then. */
 struct qtr_kv_heads {
-  struct qtr_kv_sparse sparse; /* streaming: NULL here, see `class`. budget 0 when dense */
+  struct qtr_kv_sparse sparse; /* streaming: NULL here, see `kind`. budget 0 when dense */
   bool any_streaming;
   int32_t n_layers, n_kv_heads;
-  uint8_t *class; /* (n_layers, n_kv_heads) */
+  uint8_t *kind;  /* (n_layers, n_kv_heads) */
   int32_t *rank;  /* (n_layers, n_kv_heads) among the heads of its class in its layer (spec D.1.4) */
   int32_t *count; /* (n_layers, 2) heads of each class */
 };
@@ -65,13 +65,13 @@ enum qtr_status qtr_kv_heads_create(const struct qtr_kv_config *config, struct q
 void qtr_kv_heads_free(struct qtr_kv_heads *heads);
 
 static inline enum qtr_head_class qtr_kv_head_class(const struct qtr_kv_heads *h, int32_t layer, int32_t head) {
-  return (enum qtr_head_class)h->class[(size_t)layer * (size_t)h->n_kv_heads + (size_t)head];
+  return (enum qtr_head_class)h->kind[(size_t)layer * (size_t)h->n_kv_heads + (size_t)head];
 }
 static inline int32_t qtr_kv_head_rank(const struct qtr_kv_heads *h, int32_t layer, int32_t head) {
   return h->rank[(size_t)layer * (size_t)h->n_kv_heads + (size_t)head];
 }
-static inline int32_t qtr_kv_head_count(const struct qtr_kv_heads *h, int32_t layer, enum qtr_head_class class) {
-  return h->count[2 * (size_t)layer + class];
+static inline int32_t qtr_kv_head_count(const struct qtr_kv_heads *h, int32_t layer, enum qtr_head_class kind) {
+  return h->count[2 * (size_t)layer + kind];
 }
 
 /* Room for the choices of all slots, layers, KV heads and choosers, in this order; SIZE_MAX on overflow. */
@@ -84,8 +84,8 @@ static inline size_t qtr_kv_stats_values(const struct qtr_kv_sparse *s, int32_t 
 }
 
 /* The table that holds the pages of a class. */
-static inline const int32_t *qtr_batch_table(const struct qtr_batch *batch, enum qtr_head_class class, int32_t seq) {
-  const int32_t *table = class == QTR_HEAD_STREAMING && batch->stream_table ? batch->stream_table : batch->block_table;
+static inline const int32_t *qtr_batch_table(const struct qtr_batch *batch, enum qtr_head_class kind, int32_t seq) {
+  const int32_t *table = kind == QTR_HEAD_STREAMING && batch->stream_table ? batch->stream_table : batch->block_table;
   return table + (size_t)seq * (size_t)batch->max_blocks;
 }
 static inline int32_t qtr_batch_decode_start(const struct qtr_batch *batch, int32_t seq) {

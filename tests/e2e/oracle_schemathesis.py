@@ -4,7 +4,7 @@
 Starts the server itself, with a key, on a free port. Seeds are fixed. Exit 77 when Schemathesis is not installed. Schemathesis
 loads this file as its hooks, too: two of its checks need what only the document can tell them.
 
-MAX_EXAMPLES in the environment: how many requests it makes up for each route besides its fixed ones (default 60)."""
+MAX_EXAMPLES in the environment: how many requests it makes up for each route besides its fixed ones (default 40)."""
 
 import os
 import re
@@ -52,7 +52,7 @@ def main():
             status = subprocess.run(
                 [sys.executable, "-m", "schemathesis.cli", "run", url + "/openapi.json", "-H", "Authorization: Bearer sk-test",
                  "--seed", "1", "--generation-deterministic", "--no-color", "--warnings", "off",
-                 "--request-timeout", "60", "--max-examples", os.environ.get("MAX_EXAMPLES", "60"), *checks],
+                 "--request-timeout", "60", "--max-examples", os.environ.get("MAX_EXAMPLES", "40"), *checks],
                 cwd=folder, env={**os.environ, "SCHEMATHESIS_HOOKS": "oracle_schemathesis",
                                  "PYTHONPATH": os.path.dirname(os.path.abspath(__file__))}).returncode
             server.terminate()

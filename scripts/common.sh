@@ -26,7 +26,7 @@ fail() { # fail TEXT: the end of the log, then the reason
   exit 1
 }
 
-build_packages="gcc g++ cmake ninja-build pkg-config ccache libc6-dev libjansson-dev libpcre2-dev libutf8proc-dev libxxhash-dev libedit-dev libevent-dev libssl-dev libspng-dev libopenblas-serial-dev"
+build_packages="gcc g++ cmake ninja-build pkg-config ccache libc6-dev libjansson-dev libpcre2-dev libutf8proc-dev libxxhash-dev libedit-dev libevent-dev libssl-dev libspng-dev libopenblas-pthread-dev"
 test_packages="libcmocka-dev python3 python3-jinja2 python3-numpy openssl"
 
 install_packages() { # install_packages NAME...: what is missing, by apt; asks for nothing when all is there

@@ -4,6 +4,7 @@
 #include "cli/cli.h"
 #include "cli/layer_report.h"
 #include "quant/quantize.h"
+#include "quant/report.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,7 +12,7 @@
 
 struct flags {
   const char *model, *output, *precision, *method, *head, *embed;
-  const char *calibration, *steps, *keys, *down, *out;
+  const char *calibration, *steps, *keys, *down, *out, *report;
   int32_t group_size, threads, samples, length;
   uint64_t seed;
   bool overwrite, json, seed_given, static_kv, fresh;
@@ -122,6 +123,11 @@ static const struct qtr_option own_options[] = {
      .min = 1,
      .max = 1024,
      .help = "CPU threads. Default: all cores this process may use."},
+    {.name = "report",
+     .argument = "FILE",
+     .kind = QTR_OPTION_STRING,
+     .offset = AT(report),
+     .help = "Writes an HTML page: settings, sizes, errors of each matrix, and with qoq smoothing and outliers of keys."},
     {.name = "json",
      .kind = QTR_OPTION_FLAG,
      .offset = AT(json),
@@ -156,6 +162,18 @@ static enum qtr_status read_qoq(const struct flags *flags, struct qtr_quantize_o
   return status;
 }
 
+/* What wants to see each matrix. */
+struct watchers {
+  struct qtr_layer_report *layer;
+  struct qtr_quant_report *page; /* path NULL: none */
+};
+
+static void watch(const struct qtr_quantize_report *matrix, void *user) {
+  const struct watchers *w = user;
+  qtr_layer_report_add(matrix, w->layer);
+  if (w->page->path) qtr_quant_report_add(matrix, w->page);
+}
+
 static int quantize(const struct flags *flags) {
   struct qtr_error err;
   struct qtr_quantize_options options;
@@ -174,7 +192,12 @@ static int quantize(const struct flags *flags) {
   options.threads = flags->threads;
   struct qtr_qoq_options qoq;
   if (!status && options.method && strcmp(options.method, "qoq") == 0) status = read_qoq(flags, &options, &qoq, &err);
-  if (!status) status = qtr_quantize(&options, qtr_layer_report_add, &layer, &summary, &err);
+  struct qtr_quant_report page = {0};
+  struct watchers watchers = {&layer, &page};
+  if (!status && flags->report) status = qtr_quant_report_open(flags->report, &page, &err);
+  if (!status) status = qtr_quantize(&options, watch, &watchers, &summary, &err);
+  if (!status && flags->report) status = qtr_quant_report_write(&page, &options, &summary, &err);
+  qtr_quant_report_free(&page);
   if (status) {
     qtr_layer_report_drop(&layer);
     return qtr_report("quantize", &err);
@@ -200,6 +223,20 @@ static int quantize(const struct flags *flags) {
   return layer.broken ? QTR_EXIT_FAILURE : QTR_EXIT_OK;
 }
 
+/* A flag that was given and means nothing without calibration; NULL when there is none. */
+static const char *flag_of_qoq(const struct flags *f) {
+  const struct {
+    bool given;
+    const char *name;
+  } flags[] = {{f->calibration, "calibration"}, {f->steps, "steps"},      {f->samples, "samples"},  {f->length, "length"},
+               {f->seed_given, "seed"},         {f->keys, "smooth-keys"}, {f->down, "smooth-down"}, {f->out, "smooth-out"},
+               {f->static_kv, "static-kv"},     {f->fresh, "fresh"}};
+  for (size_t i = 0; i < sizeof flags / sizeof flags[0]; i++) {
+    if (flags[i].given) return flags[i].name;
+  }
+  return NULL;
+}
+
 int qtr_cmd_quantize(int argc, char **argv) {
   struct flags flags = {0};
   const struct qtr_option_group groups[] = {{"Options", own_options, &flags}};
@@ -212,13 +249,17 @@ int qtr_cmd_quantize(int argc, char **argv) {
                                   .group = groups,
                                   .n_groups = 1};
   int code = QTR_EXIT_USAGE;
+  const char *only_qoq;
   switch (qtr_options_parse(&line, argc, argv)) {
     case QTR_PARSE_OK:
+      only_qoq = flag_of_qoq(&flags);
       if (!flags.model || !flags.output) {
         (void)fprintf(stderr, "quattuor quantize: no %s: give --%s DIR\n", flags.model ? "output" : "model",
                       flags.model ? "output" : "model");
       } else if (flags.group_size != 0 && flags.group_size != -1 && flags.group_size != 128) {
         (void)fprintf(stderr, "quattuor quantize: --group-size \"%d\": write -1 or 128\n", flags.group_size);
+      } else if (only_qoq && !(flags.method && strcmp(flags.method, "qoq") == 0)) {
+        (void)fprintf(stderr, "quattuor quantize: --%s belongs to --method qoq\n", only_qoq);
       } else {
         code = quantize(&flags);
       }

@@ -2,6 +2,7 @@
 #include "quant/calibrate.h"
 
 #include "base/checked.h"
+#include "base/file.h"
 #include "base/status.h"
 #include "quant/calibration.h"
 #include "quant/correct.h"
@@ -12,6 +13,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 enum { KEPT_INPUTS = 512, KEY_SAMPLES = 2 }; /* F.7's sampled tokens; samples that the grid of the keys runs */
 
@@ -320,21 +322,42 @@ static json_t *smooth_settings(const struct qtr_smooth_options *o) {
   return json_pack("[i,f,f]", (int)o->mode, (double)o->alpha, (double)o->beta);
 }
 
+static uint64_t mix(uint64_t hash, const void *data, size_t n_bytes) { /* FNV-1a */
+  for (size_t i = 0; i < n_bytes; i++) hash = (hash ^ ((const uint8_t *)data)[i]) * 0x100000001b3u;
+  return hash;
+}
+
+/* Tells models apart that have the same shapes: names, and some bytes of every tensor. */
+static uint64_t fingerprint(const struct qtr_checkpoint *checkpoint) {
+  enum { PLACES = 16, EACH = 16 };
+  uint64_t hash = 0xcbf29ce484222325u;
+  for (size_t i = 0; i < qtr_checkpoint_count(checkpoint); i++) {
+    const struct qtr_tensor *t = qtr_checkpoint_at(checkpoint, i);
+    hash = mix(mix(hash, t->name, strlen(t->name)), &t->n_bytes, sizeof t->n_bytes);
+    if (t->n_bytes < PLACES * EACH) {
+      hash = mix(hash, t->data, t->n_bytes);
+      continue;
+    }
+    for (size_t k = 0; k < PLACES; k++) hash = mix(hash, (const uint8_t *)t->data + (t->n_bytes - EACH) / PLACES * k, EACH);
+  }
+  return hash;
+}
+
 /* Everything that the layers depend on. */
 static json_t *settings_of(const struct run *r) {
   const struct qtr_qoq_options *o = r->options;
-  const struct qtr_source *source = r->job->source;
-  size_t n_bytes = 0, n = qtr_checkpoint_count(source->checkpoint);
-  for (size_t i = 0; i < n; i++) n_bytes += qtr_checkpoint_at(source->checkpoint, i)->n_bytes;
-  char hash[32];
+  const struct qtr_config *c = r->config;
+  char hash[32], model[32];
+  (void)snprintf(model, sizeof model, "%016llx", (unsigned long long)fingerprint(r->job->source->checkpoint));
   (void)snprintf(hash, sizeof hash, "%016llx", (unsigned long long)r->calibration.hash);
-  return json_pack("{ss si si si si sI sI sb sb sb sb sb sb so so so so si sf sb ss}", "version", "1", "format",
-                   (int)r->job->format, "kv", (int)r->job->kv, "samples", (int)o->n_samples, "length", (int)o->length,
-                   "tensors", (json_int_t)n, "tensor_bytes", (json_int_t)n_bytes, "rotate", o->rotate, "rotate_heads",
-                   o->rotate_heads, "reorder", o->reorder, "clip", o->clip, "gptq", o->gptq, "correct", o->correct, "keys",
-                   smooth_settings(&o->keys), "out", smooth_settings(&o->out), "down", smooth_settings(&o->down), "input",
-                   smooth_settings(&o->input), "grid", (int)o->n_grid, "damp", (double)o->damp, "static_kv", o->static_kv,
-                   "tokens", hash);
+  return json_pack("{ss si si si si ss sf sf si sf si si sb sb sb sb sb sb so so so so si sf sb ss}", "version", "1",
+                   "format", (int)r->job->format, "kv", (int)r->job->kv, "samples", (int)o->n_samples, "length",
+                   (int)o->length, "model", model, "eps", (double)c->rms_norm_eps, "rope_theta", c->rope_theta,
+                   "rope_scaling", (int)c->rope_scaling, "rope_factor", c->rope_factor, "heads", (int)c->n_heads, "kv_heads",
+                   (int)c->n_kv_heads, "rotate", o->rotate, "rotate_heads", o->rotate_heads, "reorder", o->reorder, "clip",
+                   o->clip, "gptq", o->gptq, "correct", o->correct, "keys", smooth_settings(&o->keys), "out",
+                   smooth_settings(&o->out), "down", smooth_settings(&o->down), "input", smooth_settings(&o->input), "grid",
+                   (int)o->n_grid, "damp", (double)o->damp, "static_kv", o->static_kv, "tokens", hash);
 }
 
 static enum qtr_status prepare(struct run *r) {
@@ -361,6 +384,21 @@ static enum qtr_status prepare(struct run *r) {
   return r->x ? QTR_OK : qtr_fail_memory(r->err, "hidden states", state_floats(r) * sizeof *r->x);
 }
 
+/* Whether the hidden states are whole that a run with finished layers goes on from. */
+static bool states_there(const struct run *r, int32_t layer) {
+  bool there = true;
+  for (size_t i = 0; i < (r->options->correct ? 2 : 1) && there; i++) {
+    char name[64];
+    struct stat found;
+    (void)snprintf(name, sizeof name, "%s-%04d.f32", i ? "quantised" : "states", (int)layer);
+    char *path = qtr_path_join(r->work->dir, name);
+    there = path && stat(path, &found) == 0 &&
+            (size_t)found.st_size == r->calibration.n_samples * state_floats(r) * sizeof(float);
+    free(path);
+  }
+  return there;
+}
+
 enum qtr_status qtr_calibrate(const struct qtr_calibrate_job *job, struct qtr_work *work, struct qtr_error *err) {
   struct run r = {.job = job,
                   .options = job->options,
@@ -374,16 +412,19 @@ enum qtr_status qtr_calibrate(const struct qtr_calibrate_job *job, struct qtr_wo
   json_t *settings = status ? NULL : settings_of(&r);
   if (!status && !settings) status = qtr_fail_memory(err, "settings", 0);
   if (!status) status = qtr_work_open(job->work_dir, settings, job->options->fresh, work, err);
+  if (!status && work->n_done > 0 && work->n_done < job->config->n_layers && !states_there(&r, work->n_done)) {
+    qtr_work_close(work, false); /* the layers are there but not what comes out of them: from the beginning */
+    status = qtr_work_open(job->work_dir, settings, true, work, err);
+  }
   json_decref(settings);
   if (!status && job->options->correct) {
     status = qtr_corrector_open(&r.observed, &r.quantised, work->dir, r.calibration.n_samples, &r.corrector, err);
   }
   r.steps_per_layer = r.calibration.n_samples + (job->format > QTR_LINEAR_BF16 ? QTR_N_PROJECTIONS : 0);
   qtr_progress_start(&r.progress, "calibrating", r.steps_per_layer * (size_t)job->config->n_layers, job->quiet);
-  if (!status && work->n_done > 0 && work->n_done < job->config->n_layers && open_states(&r, work->n_done, false, &r.in)) {
-    work->n_done = 0; /* the layers are there but not what comes out of them: from the beginning */
-  }
   if (!status && work->n_done == 0) status = embed(&r);
+  if (!status && work->n_done > 0 && work->n_done < job->config->n_layers)
+    status = open_states(&r, work->n_done, false, &r.in);
   r.n_steps_done = (size_t)work->n_done * r.steps_per_layer;
   for (int32_t i = work->n_done; i < job->config->n_layers && !status; i++) {
     struct qtr_work_layer done = {.floats = {.config = job->config, .index = i}};

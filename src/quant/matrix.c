@@ -1,10 +1,15 @@
-/* matrix.c - tiles and factorisations (matrix.h). OpenBLAS is told to use one thread: the team has the others. */
+/* matrix.c - tiles and factorisations (matrix.h). OpenBLAS is told to use one thread: the team has the others.
+ *
+ * An OpenBLAS built without threads is not safe to call from several: its workspaces have no lock, and one product in a few
+ * hundred comes out wrong, silently (Debian's libopenblas0-serial 0.3.21). Which build a system loads is its administrator's
+ * choice, so it is asked, and that one is called by one thread at a time. */
 #include "quant/matrix.h"
 
 #include "base/checked.h"
 
 #include <cblas.h>
 
+#include <pthread.h>
 #include <stdlib.h>
 
 #define TILE ((size_t)256)
@@ -14,6 +19,17 @@ void dpotrf_(const char *uplo, const blasint *n, double *a, const blasint *lda, 
 void dtrtri_(const char *uplo, const char *diag, const blasint *n, double *a, const blasint *lda, blasint *info);
 void dpotrs_(const char *uplo, const blasint *n, const blasint *nrhs, const double *a, const blasint *lda, double *b,
              const blasint *ldb, blasint *info);
+
+/* cblas_sgemm by rows, out = alpha op(a) op(b) + beta out, from any thread. */
+static void multiply(enum CBLAS_TRANSPOSE ta, enum CBLAS_TRANSPOSE tb, size_t m, size_t n, size_t k, float alpha,
+                     const float *a, size_t lda, const float *b, size_t ldb, float beta, float *out, size_t ldo) {
+  static pthread_mutex_t one_at_a_time = PTHREAD_MUTEX_INITIALIZER;
+  bool alone = openblas_get_parallel() == OPENBLAS_SEQUENTIAL;
+  if (alone) (void)pthread_mutex_lock(&one_at_a_time);
+  cblas_sgemm(CblasRowMajor, ta, tb, (blasint)m, (blasint)n, (blasint)k, alpha, a, (blasint)lda, b, (blasint)ldb, beta, out,
+              (blasint)ldo);
+  if (alone) (void)pthread_mutex_unlock(&one_at_a_time);
+}
 
 struct gram {
   const float *x, *y;
@@ -27,9 +43,8 @@ static void gram_tiles(void *arg, size_t begin, size_t end, int thread) {
   for (size_t t = begin; t < end; t++) {
     size_t i = t / g->n_tiles * TILE, j = t % g->n_tiles * TILE;
     if (g->x == g->y && j > i) continue;
-    cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, (blasint)QTR_MIN(TILE, g->m - i), (blasint)QTR_MIN(TILE, g->n - j),
-                (blasint)g->n_rows, 1, g->x + i, (blasint)g->m, g->y + j, (blasint)g->n, 1, g->h + i * g->n + j,
-                (blasint)g->n);
+    multiply(CblasTrans, CblasNoTrans, QTR_MIN(TILE, g->m - i), QTR_MIN(TILE, g->n - j), g->n_rows, 1, g->x + i, g->m,
+             g->y + j, g->n, 1, g->h + i * g->n + j, g->n);
   }
 }
 
@@ -48,14 +63,12 @@ void qtr_matrix_mirror(float *h, size_t n) {
 
 void qtr_matrix_multiply_t(const float *a, size_t lda, const float *b, size_t ldb, float *out, size_t ldo, size_t m,
                            size_t n, size_t k) {
-  cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (blasint)m, (blasint)n, (blasint)k, 1, a, (blasint)lda, b,
-              (blasint)ldb, 0, out, (blasint)ldo);
+  multiply(CblasNoTrans, CblasTrans, m, n, k, 1, a, lda, b, ldb, 0, out, ldo);
 }
 
 void qtr_matrix_subtract(const float *a, size_t lda, const float *b, size_t ldb, float *out, size_t ldo, size_t m, size_t n,
                          size_t k) {
-  cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (blasint)m, (blasint)n, (blasint)k, -1, a, (blasint)lda, b,
-              (blasint)ldb, 1, out, (blasint)ldo);
+  multiply(CblasNoTrans, CblasNoTrans, m, n, k, -1, a, lda, b, ldb, 1, out, ldo);
 }
 
 struct product {
@@ -70,10 +83,9 @@ static void product_tiles(void *arg, size_t begin, size_t end, int thread) {
   const struct product *p = arg;
   for (size_t t = begin; t < end; t++) {
     size_t i = t / p->n_tiles * TILE, j = t % p->n_tiles * TILE;
-    cblas_sgemm(CblasRowMajor, CblasNoTrans, p->straight ? CblasNoTrans : CblasTrans, (blasint)QTR_MIN(TILE, p->m - i),
-                (blasint)QTR_MIN(TILE, p->n - j), (blasint)p->k, 1, p->a + i * p->k, (blasint)p->k,
-                p->b + (p->straight ? j : j * p->k), (blasint)(p->straight ? p->n : p->k), 0, p->out + i * p->n + j,
-                (blasint)p->n);
+    multiply(CblasNoTrans, p->straight ? CblasNoTrans : CblasTrans, QTR_MIN(TILE, p->m - i), QTR_MIN(TILE, p->n - j), p->k,
+             1, p->a + i * p->k, p->k, p->b + (p->straight ? j : j * p->k), p->straight ? p->n : p->k, 0,
+             p->out + i * p->n + j, p->n);
   }
 }
 

@@ -200,7 +200,8 @@ static enum qtr_status run_job(const struct plan *p, struct qtr_qoq_writer *writ
                                          .squared_error = error.squared,
                                          .squared_norm = error.norm,
                                          .max_error = error.max,
-                                         .plain_squared_error = outputs[0]};
+                                         .plain_squared_error = outputs[0],
+                                         .calibration = writer && j->slot.layer >= 0 ? writer->layer.report : NULL};
   return QTR_OK;
 }
 

@@ -8,6 +8,8 @@
 #include "model/model.h" /* struct qtr_precision */
 #include "quant/qoq.h"
 
+#include <jansson.h>
+
 struct qtr_quantize_options {
   const char *model_dir;  /* Hugging Face directory with float weights; required */
   const char *config_dir; /* config.json and tokenizer; NULL: model_dir. With it model_dir may be one file */
@@ -43,6 +45,7 @@ struct qtr_quantize_report {
   /* qoq: the squares are those of the matrix's outputs on calibration inputs, ‖X (W − Ŵ)ᵀ‖² and ‖X Wᵀ‖², max_error is NAN,
    * and this is what rounding to nearest would have given. W is not the source's any more: see qoq.h. Else 0. */
   double plain_squared_error;
+  json_t *calibration; /* qoq: what happened to the layer (quant/calibrate.c), valid during the call; else NULL */
 };
 
 /* Called after each matrix, in file order (layer by layer, the seven projections of a layer in the order above), from the

@@ -3,10 +3,12 @@
 #include "base/checked.h"
 #include "base/random.h"
 #include "quant/gptq.h"
+#include "quant/matrix.h"
 
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -172,6 +174,43 @@ static double output_error(const struct problem *p, const struct qtr_grid *grid,
     }
   }
   return sum;
+}
+
+/* ---- the library below --------------------------------------------------------------------------- */
+
+/* Builds of OpenBLAS without threads give wrong products when several threads ask at once (quant/matrix.c). */
+enum { M = 32, N = 512, K = 256 };
+
+struct products {
+  const float *a, *b, *want;
+  float *out; /* (threads, M, N) */
+  atomic_int n_wrong;
+};
+
+static void multiply_again(void *arg, size_t begin, size_t end, int thread) {
+  struct products *p = arg;
+  float *out = p->out + (size_t)thread * M * N;
+  for (size_t i = begin; i < end; i++) {
+    qtr_matrix_multiply_t(p->a, K, p->b, K, out, N, M, N, K);
+    if (memcmp(out, p->want, M * N * sizeof *out)) atomic_fetch_add(&p->n_wrong, 1);
+  }
+}
+
+static void test_products_from_many_threads(void **state) {
+  (void)state;
+  enum { THREADS = 4, TIMES = 16000 };
+  struct qtr_threads *team = team_of(THREADS);
+  uint64_t random = 1;
+  float *x = malloc((M + N) * K * sizeof *x), *out = malloc((THREADS + 1) * M * N * sizeof *out);
+  assert_true(x && out);
+  for (size_t i = 0; i < (M + N) * K; i++) x[i] = (float)uniform(&random);
+  struct products p = {.a = x, .b = x + M * K, .want = out + THREADS * M * N, .out = out};
+  qtr_matrix_multiply_t(p.a, K, p.b, K, out + THREADS * M * N, N, M, N, K);
+  qtr_threads_for(team, TIMES, 16, multiply_again, &p);
+  assert_int_equal(atomic_load(&p.n_wrong), 0);
+  free(x);
+  free(out);
+  qtr_threads_free(team);
 }
 
 /* ---- GPTQ ---------------------------------------------------------------------------------------- */
@@ -411,8 +450,12 @@ static void test_clip_edges(void **state) {
 }
 
 int main(void) {
-  const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_textbook),     cmocka_unit_test(test_threads), cmocka_unit_test(test_identity_and_dead),
-      cmocka_unit_test(test_bad_hessians), cmocka_unit_test(test_clip),    cmocka_unit_test(test_clip_edges)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_products_from_many_threads),
+                                     cmocka_unit_test(test_textbook),
+                                     cmocka_unit_test(test_threads),
+                                     cmocka_unit_test(test_identity_and_dead),
+                                     cmocka_unit_test(test_bad_hessians),
+                                     cmocka_unit_test(test_clip),
+                                     cmocka_unit_test(test_clip_edges)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -206,9 +206,10 @@ static enum qtr_status projection_format(const struct qtr_checkpoint *c, const s
   qtr_printable(t->name, strlen(t->name), shown, sizeof shown);
   if (packed) {
     if (t->dtype != QTR_DTYPE_I8 && t->dtype != QTR_DTYPE_U8) {
-      return qtr_fail(err, QTR_ERR_UNSUPPORTED,
-                      "tensor %s has dtype %s: that is GPTQ or AWQ, which `quattuor convert` imports; QServe's qweight is I8", shown,
-                      qtr_dtype_name(t->dtype));
+      return qtr_fail(
+          err, QTR_ERR_UNSUPPORTED,
+          "tensor %s has dtype %s: that is GPTQ or AWQ, which `quattuor convert` imports; QServe's qweight is I8", shown,
+          qtr_dtype_name(t->dtype));
     }
     bool s2 = find_sibling(c, t->name, stem, ".s2_scales") && find_sibling(c, t->name, stem, ".s2_zeros");
     bool s1 = find_sibling(c, t->name, stem, ".s1_scales"), szero = find_sibling(c, t->name, stem, ".s1_szeros");

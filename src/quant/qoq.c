@@ -49,7 +49,7 @@ void qtr_qoq_options_init(struct qtr_qoq_options *o, enum qtr_linear_format form
       .rotate = true,
       .rotate_heads = w4,
       .reorder = groups,
-      .clip = format == QTR_LINEAR_W4A8,
+      .clip = w4,
       .gptq = quantised,
       .n_grid = 20,
       .damp = 0.01f,

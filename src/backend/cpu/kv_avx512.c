@@ -29,7 +29,9 @@ static inline void rf_store_f16(uint16_t *p, rf x) {
 typedef __m512d rd;
 static inline rd rd_zero(void) { return _mm512_setzero_pd(); }
 static inline rd rd_load(const float *p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
-static inline rd rd_load_f16(const uint16_t *p) { return _mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128((const void *)p))); }
+static inline rd rd_load_f16(const uint16_t *p) {
+  return _mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128((const void *)p)));
+}
 static inline rd rd_add(rd a, rd b) { return _mm512_add_pd(a, b); }
 static inline rd rd_mul(rd a, rd b) { return _mm512_mul_pd(a, b); }
 static inline rd rd_max(rd a, rd b) { return _mm512_max_pd(a, b); }

@@ -4,7 +4,8 @@
  * they are equal or one is NaN, as minps does rf_hmin, rf_hmax                         over the lanes rf_store_codes(p, x)
  * rounds to nearest even, lanes to unsigned bytes 0 … 255 rf_store_signed(p, x)                    the same to -128 … 127
  *   rf_store_f16(p, x)
- * and may use F16C. rd, rd_zero, rd_load, rd_load_f16, rd_add, rd_mul, rd_max, rd_hsum: RW / 2 doubles, from floats or halves. */
+ * and may use F16C. rd, rd_zero, rd_load, rd_load_f16, rd_add, rd_mul, rd_max, rd_hsum: RW / 2 doubles, from floats or
+ * halves. */
 #include <string.h>
 
 #include "backend/common/kv_quant.h"

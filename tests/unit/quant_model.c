@@ -1,5 +1,5 @@
-/* quant_model.c - writes a small random model with the demo model's tokenizer, for end-to-end tests that must run in a user's
- * clone: quant_model DIR [untied]. */
+/* quant_model.c - writes a small random model with the demo model's tokenizer, for end-to-end tests that must run in a
+ * user's clone: quant_model DIR [untied]. */
 #include "quant_fixture.h"
 
 int main(int argc, char **argv) {

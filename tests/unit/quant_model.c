@@ -4,7 +4,7 @@
 
 int main(int argc, char **argv) {
   struct fixture_shape shape = {
-      .hidden = 256, .inner = 384, .n_layers = 3, .n_heads = 4, .n_kv_heads = 2, .head_dim = 64, .tied = true, .seed = 21};
+      .hidden = 128, .inner = 256, .n_layers = 3, .n_heads = 4, .n_kv_heads = 2, .head_dim = 64, .tied = true, .seed = 21};
   if (argc < 2) {
     (void)fprintf(stderr, "usage: quant_model DIR [untied]\n");
     return 2;

@@ -104,6 +104,7 @@ static void test_text(void **state) {
     in_order &= s == 0 || from[s] > from[s - 1];
   }
   assert_false(in_order);
+  qtr_calibration_free(&b);
   read_set(p, path, n / BLOCK, LENGTH, 7, &b); /* as many as there are */
   qtr_calibration_free(&b);
   char wanted[96];

@@ -15,6 +15,7 @@ struct flags {
   const char *calibration, *steps, *keys, *down, *out, *report;
   int32_t group_size, threads, samples, length;
   uint64_t seed;
+  float damp;
   bool overwrite, json, seed_given, static_kv, fresh;
 };
 
@@ -94,6 +95,14 @@ static const struct qtr_option own_options[] = {
      .kind = QTR_OPTION_STRING,
      .offset = AT(out),
      .help = "Smoothing of o_proj's input: \"grid\", or alpha and beta."},
+    {.name = "damp",
+     .argument = "X",
+     .kind = QTR_OPTION_FLOAT,
+     .offset = AT(damp),
+     .min = 0,
+     .max = 10,
+     .help = "Of GPTQ: how much of the mean of the covariance's diagonal is added to it. Default 0.01; more trusts the "
+             "calibration text less."},
     {.name = "static-kv",
      .kind = QTR_OPTION_FLAG,
      .offset = AT(static_kv),
@@ -152,6 +161,7 @@ static enum qtr_status read_qoq(const struct flags *flags, struct qtr_quantize_o
   if (flags->samples) qoq->n_samples = flags->samples;
   if (flags->length) qoq->length = flags->length;
   if (flags->seed_given) qoq->seed = flags->seed;
+  if (flags->damp > 0) qoq->damp = flags->damp;
   qoq->static_kv = flags->static_kv;
   qoq->fresh = flags->fresh;
   options->qoq = qoq;
@@ -230,7 +240,7 @@ static const char *flag_of_qoq(const struct flags *f) {
     const char *name;
   } flags[] = {{f->calibration, "calibration"}, {f->steps, "steps"},      {f->samples, "samples"},  {f->length, "length"},
                {f->seed_given, "seed"},         {f->keys, "smooth-keys"}, {f->down, "smooth-down"}, {f->out, "smooth-out"},
-               {f->static_kv, "static-kv"},     {f->fresh, "fresh"}};
+               {f->static_kv, "static-kv"},     {f->fresh, "fresh"},      {f->damp > 0, "damp"}};
   for (size_t i = 0; i < sizeof flags / sizeof flags[0]; i++) {
     if (flags[i].given) return flags[i].name;
   }

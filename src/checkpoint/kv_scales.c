@@ -25,7 +25,8 @@ static enum qtr_status create(const struct qtr_config *config, int32_t n_heads, 
 
 void qtr_kv_scales_free(struct qtr_kv_scales *s) {
   free(s->scale);
-  *s = (struct qtr_kv_scales){0};
+  s->scale = NULL;
+  s->n_layers = s->n_heads = 0;
 }
 
 static float *at(const struct qtr_kv_scales *s, int32_t layer, int value) {

@@ -29,7 +29,7 @@ done
 for round in $(seq 0 "$rounds"); do
   "$quattuor" bench --model "$model" --batch "$streams" --prompt-len "$input" --gen-len "$output" --rounds 2 --seed "$round" --json "$@" \
     >"$folder/engine-$round.json" 2>"$folder/err" || { cat "$folder/err" >&2; exit 1; }
-  "$quattuor" bench serve --url "$url" --concurrency "$streams" --requests "$streams" --input-len "$input" --output-len "$output" \
+  "$quattuor" bench serve --temperature 0 --url "$url" --concurrency "$streams" --requests "$streams" --input-len "$input" --output-len "$output" \
     --seed "$round" --quiet --json - >"$folder/server-$round.json"
 done
 python3 - "$folder" "$streams" "$input" "$output" "$rounds" "$model" <<'P'

@@ -146,7 +146,7 @@ static enum qtr_status smooth_input(struct run *r, struct qtr_float_layer *layer
     status = qtr_smooth_input(o, r->options->n_grid, &r->observed, layer, p, r->job->format, s, &alpha, &beta, r->err);
   }
   if (!status) {
-    for (size_t i = 0; i < n_in; i++) wide[i] = s[group > 1 ? i / d / group * d + i % d : i];
+    for (size_t i = 0; i < n_in; i++) wide[i] = s[qtr_kv_channel(i, d, group)];
     if (p == QTR_O) {
       qtr_layer_smooth_out(layer, s);
       for (size_t i = 0; i < layer->m[QTR_V].n_out; i++) r->observed.max_v[i] /= s[i];
@@ -275,7 +275,7 @@ static enum qtr_status quantise_layer(struct run *r, struct qtr_work_layer *done
       advance(r);
       const struct qtr_grid *g = &done->grid[p];
       for (size_t i = 0; i < g->n_out * g->n_in && correct && !status; i++) {
-        partly.m[p].w[i] = qtr_cell_value(qtr_grid_cell(g, i / g->n_in, i % g->n_in), (float)g->code[i]);
+        partly.m[p].w[i] = qtr_grid_value(g, i / g->n_in, i % g->n_in);
       }
     }
   }

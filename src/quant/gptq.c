@@ -252,7 +252,7 @@ static void measure_rows(void *arg, size_t first, size_t last, int thread) {
     for (size_t r = 0; r < n; r++) {
       for (size_t i = 0; i < n_in; i++) {
         size_t at = (row + r) * n_in + i;
-        delta[r * n_in + i] = m->w[at] - qtr_cell_value(qtr_grid_cell(m->grid, row + r, i), (float)m->grid->code[at]);
+        delta[r * n_in + i] = m->w[at] - qtr_grid_value(m->grid, row + r, i);
       }
     }
     qtr_matrix_multiply_t(delta, n_in, m->samples, n_in, out, m->n_samples, n, m->n_samples, n_in);

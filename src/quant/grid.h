@@ -56,4 +56,9 @@ static inline const struct qtr_cell *qtr_grid_cell(const struct qtr_grid *grid, 
   return &grid->cell[r * grid->n_groups + (grid->n_groups > 1 ? column / QTR_GROUP : 0)];
 }
 
+/* What the code at (r, column) stands for. */
+static inline float qtr_grid_value(const struct qtr_grid *grid, size_t r, size_t column) {
+  return qtr_cell_value(qtr_grid_cell(grid, r, column), (float)grid->code[r * grid->n_in + column]);
+}
+
 #endif

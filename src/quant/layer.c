@@ -141,7 +141,7 @@ enum qtr_status qtr_layer_rotate_heads(struct qtr_threads *team, struct qtr_floa
 void qtr_layer_smooth_keys(struct qtr_float_layer *layer, const float *s) {
   size_t d = (size_t)layer->config->head_dim, group = (size_t)(layer->config->n_heads / layer->config->n_kv_heads);
   for (size_t r = 0; r < layer->m[QTR_K].n_out; r++) scale_row(&layer->m[QTR_K], r, 1 / s[r]);
-  for (size_t r = 0; r < layer->m[QTR_Q].n_out; r++) scale_row(&layer->m[QTR_Q], r, s[r / d / group * d + r % d]);
+  for (size_t r = 0; r < layer->m[QTR_Q].n_out; r++) scale_row(&layer->m[QTR_Q], r, s[qtr_kv_channel(r, d, group)]);
 }
 
 void qtr_layer_smooth_down(struct qtr_float_layer *layer, const float *s) {
@@ -154,7 +154,7 @@ void qtr_layer_smooth_out(struct qtr_float_layer *layer, const float *s) {
   size_t d = (size_t)layer->config->head_dim, group = (size_t)(layer->config->n_heads / layer->config->n_kv_heads);
   for (size_t r = 0; r < layer->m[QTR_V].n_out; r++) scale_row(&layer->m[QTR_V], r, 1 / s[r]);
   for (size_t r = 0; r < o->n_out; r++) {
-    for (size_t i = 0; i < o->n_in; i++) o->w[r * o->n_in + i] *= s[i / d / group * d + i % d];
+    for (size_t i = 0; i < o->n_in; i++) o->w[r * o->n_in + i] *= s[qtr_kv_channel(i, d, group)];
   }
 }
 

@@ -11,6 +11,12 @@
 enum qtr_projection { QTR_Q, QTR_K, QTR_V, QTR_O, QTR_GATE, QTR_UP, QTR_DOWN, QTR_N_PROJECTIONS };
 extern const char *const qtr_projection_names[QTR_N_PROJECTIONS]; /* "self_attn.q_proj" … "mlp.down_proj" */
 
+/* Channel of the KV heads that channel i of the query heads goes with, when `group` query heads share a KV head. group 1: i.
+ */
+static inline size_t qtr_kv_channel(size_t i, size_t head_dim, size_t group) {
+  return i / head_dim / group * head_dim + i % head_dim;
+}
+
 struct qtr_float_matrix {
   float *w;    /* (n_out, n_in) */
   float *bias; /* (n_out), NULL when there is none */

@@ -109,7 +109,7 @@ void qtr_observed_finish(struct qtr_observed *o) {
 void qtr_observed_smooth_keys(struct qtr_observed *o, const float *s) {
   size_t d = (size_t)o->config->head_dim, group = (size_t)(o->config->n_heads / o->config->n_kv_heads);
   for (size_t i = 0; i < kv_width(o->config); i++) o->max_k[i] /= s[i];
-  for (size_t i = 0; i < q_width(o->config); i++) o->max_q[i] *= s[i / d / group * d + i % d];
+  for (size_t i = 0; i < q_width(o->config); i++) o->max_q[i] *= s[qtr_kv_channel(i, d, group)];
 }
 
 void qtr_observed_scale(struct qtr_observed *o, enum qtr_site site, const float *s) {

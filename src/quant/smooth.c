@@ -109,7 +109,7 @@ enum qtr_status qtr_smooth_keys(const struct qtr_smooth_options *options, int32_
   if (status) goto done;
   memcpy(a, observed->max_k, kv * sizeof *a);
   for (size_t i = 0; i < q; i++) {
-    float *at = &b[i / d / group * d + i % d];
+    float *at = &b[qtr_kv_channel(i, d, group)];
     *at = QTR_MAX(*at, observed->max_q[i]);
   }
   qtr_smooth_tie_pairs(a, (size_t)c->n_kv_heads, d);
@@ -184,7 +184,7 @@ static enum qtr_status try_factors(struct trial *t, const float *s, double *erro
   if (!status) status = qtr_gptq(team, t->w, NULL, &plain, &t->grid, "a smoothed matrix", err);
   if (status) return status;
   for (size_t i = 0; i < m->n_out * n_in; i++) {
-    t->w[i] = qtr_cell_value(qtr_grid_cell(&t->grid, i / n_in, i % n_in), (float)t->grid.code[i]);
+    t->w[i] = qtr_grid_value(&t->grid, i / n_in, i % n_in);
   }
   fake_int8(t->x, n_kept, n_in);
   qtr_matrix_product(team, t->x, t->w, false, t->y_hat, n_kept, m->n_out, n_in);
@@ -216,7 +216,7 @@ enum qtr_status qtr_smooth_input(const struct qtr_smooth_options *options, int32
   if (!ok) status = qtr_fail_memory(err, "a smoothing grid", m->n_out * n_in * sizeof(float));
   if (status) goto done;
   for (size_t i = 0; i < n_in; i++) {
-    size_t k = group > 1 ? i / d / group * d + i % d : i;
+    size_t k = qtr_kv_channel(i, d, group);
     a[k] = QTR_MAX(a[k], observed->max_in[site][i]);
     for (size_t r = 0; r < m->n_out; r++) b[k] = QTR_MAX(b[k], fabsf(m->w[r * n_in + i]));
   }
@@ -225,7 +225,7 @@ enum qtr_status qtr_smooth_input(const struct qtr_smooth_options *options, int32
   if (grid) qtr_matrix_product(observed->team, observed->sample[site], m->w, false, t.y, observed->n_kept, m->n_out, n_in);
   for (int32_t i = 0; option_point(options, n_grid, i, &point[0], &point[1]) && !status; i++) {
     qtr_smooth_factors(a, b, point[0], point[1], n, s);
-    for (size_t k = 0; k < n_in; k++) wide[k] = s[group > 1 ? k / d / group * d + k % d : k];
+    for (size_t k = 0; k < n_in; k++) wide[k] = s[qtr_kv_channel(k, d, group)];
     if (grid) status = try_factors(&t, wide, &error, err);
     if (status || error > best) continue;
     best = error;

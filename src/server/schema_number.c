@@ -60,6 +60,14 @@ static bool fraction_left(const struct decimal *d, int from) { /* is there a dig
   return false;
 }
 
+/* An alternative of `rule`: one digit from first to last, then what `next` says. */
+static void put_digit(struct qtr_grammar *g, int32_t rule, int first, int last, int32_t next) {
+  qtr_grammar_begin(g, rule);
+  qtr_grammar_put_set(g, (const char[]){(char)('0' + first), (char)('0' + last)}, 2);
+  qtr_grammar_put_rule(g, next);
+  qtr_grammar_end(g);
+}
+
 /* May the number end after so many digits of its fraction, all digits so far those of the bound? */
 static bool may_equal_low(const struct build *b, int n) { return !fraction_left(&b->low, n) && !b->low.open; }
 static bool may_equal_high(const struct build *b, int n) { return fraction_left(&b->high, n) || !b->high.open; }
@@ -78,10 +86,7 @@ static int32_t fraction_rule(struct build *b, int n, int left, bool at_low, bool
     int end = low || high ? d : to - at_high; /* free digits together */
     if (end < d) end = d;
     int32_t next = fraction_rule(b, n + 1, left - 1, low, high);
-    qtr_grammar_begin(g, rule);
-    qtr_grammar_put_set(g, (const char[]){(char)('0' + d), (char)('0' + end)}, 2);
-    qtr_grammar_put_rule(g, next);
-    qtr_grammar_end(g);
+    put_digit(g, rule, d, end, next);
     d = end + 1;
   }
   return rule;
@@ -121,10 +126,7 @@ static int32_t whole_rule(struct build *b, int32_t *made_here, int length, int i
     int end = low || high || b->step > 1 ? d : to - at_high;
     if (end < d) end = d;
     int32_t next = whole_rule(b, made_here, length, i + 1, (remainder * 10 + d) % b->step, low, high);
-    qtr_grammar_begin(g, rule);
-    qtr_grammar_put_set(g, (const char[]){(char)('0' + d), (char)('0' + end)}, 2);
-    qtr_grammar_put_rule(g, next);
-    qtr_grammar_end(g);
+    put_digit(g, rule, d, end, next);
     d = end + 1;
   }
   return rule;

@@ -63,7 +63,8 @@ enum qtr_norm { QTR_NORM_EXACT = 0, QTR_NORM_QSERVE = 1 }; /* spec B.7 */
 
 /* Sparse attention (docs/long-context.md). Off unless static_sparsity > 0 or decode_mode != 0. */
 struct qtr_sparse_options {
-  const char *heads_dir;       /* directory with full_attention_heads.tsv; needed when static_sparsity > 0 */
+  const char *heads_dir;       /* directory with full_attention_heads.tsv; needed when static_sparsity > 0, or … */
+  const double *heads;         /* … its numbers: (layers, KV heads), 0 … 1, those needed least stream first. Borrowed */
   float static_sparsity;       /* 0 … 1: share of KV heads that become streaming heads; 0 */
   bool context_mode;           /* streaming heads see a window in prompts as well; false: everything */
   int32_t ctx_sink, ctx_local; /* tokens, with context_mode; 128, 8192 */

@@ -1,9 +1,8 @@
 /* cmd_bench.c - `quattuor bench`: QServe's speed protocol (spec D.8.1) on a model, or on random weights of a shape. QServe's
  * own spellings and variables work (D.7, D.9); none of them is needed. */
-#include "base/file.h"
 #include "base/status.h"
+#include "cli/bench_common.h"
 #include "cli/bench_serve.h"
-#include "cli/cli.h"
 #include "cli/profile_report.h"
 #include "engine/engine_internal.h"
 #include "eval/bench.h"
@@ -13,18 +12,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define MAX_CONFIG ((size_t)16 << 20)
-#define MAX_ROUNDS 100
+#define AT(field) offsetof(struct qtr_bench_flags, field)
+#define NOT_SAID (-1.0f) /* --static-sparsity; no value of it */
 
-struct flags {
-  struct qtr_model_flags model;
-  const char *config, *quant_path, *lm_head, *kv_granularity;
-  int32_t batch, prompt_len, gen_len, rounds, chunk_prefill;
-  uint64_t seed;
-  bool has_seed, json, profile, benchmarking, ifb_mode, omit_prompt;
-};
-
-#define AT(field) offsetof(struct flags, field)
 static const struct qtr_option own_options[] = {
     {.name = "config",
      .argument = "FILE",
@@ -56,20 +46,35 @@ static const struct qtr_option own_options[] = {
      .offset = AT(gen_len),
      .min = 1,
      .max = 1 << 24,
-     .help = "Tokens generated for each. Default $GLOBAL_GENERATE_LEN, else 512."},
+     .help = "Tokens generated for each. Default $GLOBAL_GENERATE_LEN, else 512, with --long 128."},
     {.name = "rounds",
      .argument = "R",
      .kind = QTR_OPTION_INT,
      .offset = AT(rounds),
      .min = 1,
-     .max = MAX_ROUNDS,
-     .help = "Default 3. Of several rounds the first warms up; the result is the median of the others."},
+     .max = QTR_BENCH_MAX_ROUNDS,
+     .help = "Default 3. Of several rounds the first warms up; the result is the median of the others. With --long a short "
+             "run warms up, and all count."},
     {.name = "seed",
      .argument = "S",
      .kind = QTR_OPTION_UINT64,
      .offset = AT(seed),
      .given = AT(has_seed),
      .help = "Of the random prompts and weights. Default 0."},
+    {.name = "long",
+     .kind = QTR_OPTION_FLAG,
+     .offset = AT(long_contexts),
+     .help = "LServe's protocol: prefill and decode over context lengths, dense against sparse, rounds in turn. The sparse "
+             "side is what the options below say; without --static-sparsity, --sparse-context-mode and "
+             "--sparse-decode-mode: 0.5, on and 1."},
+    {.name = "lengths",
+     .argument = "LIST",
+     .kind = QTR_OPTION_STRING,
+     .offset = AT(lengths),
+     .help = "With --long: tokens of a prompt. Default 4096,8192,16384,32768."},
+    {.name = "dense", .kind = QTR_OPTION_FLAG, .offset = AT(dense), .help = "With --long: this side only."},
+    {.name = "sparse", .kind = QTR_OPTION_FLAG, .offset = AT(sparse), .help = "With --long: this side only."},
+    {.name = "svg", .argument = "FILE", .kind = QTR_OPTION_STRING, .offset = AT(svg), .help = "With --long: writes a plot."},
     {.name = "profile",
      .kind = QTR_OPTION_FLAG,
      .offset = AT(profile),
@@ -105,104 +110,23 @@ static const struct qtr_option qserve_options[] = {
     {0}};
 #undef AT
 
-/* Does the directory hold weights at all? QServe's benchmark repository has configurations only. */
-static bool has_weights(const char *dir) {
-  struct qtr_checkpoint *checkpoint;
-  if (qtr_checkpoint_open(dir, &checkpoint, NULL)) return false;
-  qtr_checkpoint_close(checkpoint);
-  return true;
-}
-
-static enum qtr_status linear_format(const struct qtr_precision *p, int32_t group_size, enum qtr_linear_format *format,
-                                     struct qtr_error *err) {
-  if (group_size != 0 && group_size != -1 && group_size != 128) {
-    return qtr_fail(err, QTR_ERR_ARGUMENT, "--group-size %d: write -1 or 128", group_size);
-  }
-  if (p->weight_bits != 4 && group_size > 0) {
-    return qtr_fail(err, QTR_ERR_ARGUMENT, "--group-size %d goes with 4-bit weights only", group_size);
-  }
-  *format = p->weight_bits == 16  ? QTR_LINEAR_F16
-            : p->weight_bits == 8 ? QTR_LINEAR_W8A8
-            : group_size == -1    ? QTR_LINEAR_W4A8
-                                  : QTR_LINEAR_W4A8_G128;
-  return QTR_OK;
-}
-
-/* An engine over random weights of the shape in a config.json. */
-static enum qtr_status open_random(const struct flags *flags, const char *config_path, struct qtr_engine_options *options,
-                                   struct qtr_engine **engine, struct qtr_error *err) {
-  struct qtr_config config;
-  struct qtr_precision precision;
-  enum qtr_linear_format format = QTR_LINEAR_W4A8_G128;
-  struct qtr_backend *backend = NULL;
-  struct qtr_model *model = NULL;
-  char *text = NULL;
-  size_t len;
-  if (!options->precision) options->precision = "w4a8kv4";
-  enum qtr_status status = qtr_precision_parse(options->precision, &precision, err);
-  if (!status) status = linear_format(&precision, options->group_size, &format, err);
-  if (!status) status = qtr_file_read(config_path, MAX_CONFIG, &text, &len, err);
-  if (!status && (status = qtr_config_parse(text, len, NULL, 0, &config, err))) {
-    (void)qtr_error_prefix(err, "%s", config_path);
-  }
-  if (status) goto done;
-  const struct qtr_backend_options backend_options = {.threads = options->threads, .gpu = options->gpu};
-  const struct qtr_model_options model_options = {.max_len = options->max_model_len, .norm = options->norm};
-  if ((status = qtr_backend_open(options->device, &backend_options, &backend, err))) goto done;
-  bool head_int8 = flags->lm_head && strcmp(flags->lm_head, "int8") == 0;
-  status = qtr_model_random(&config, format, head_int8, flags->seed, backend, &model_options, &model, err);
-  if (!status) status = qtr_engine_open_model(model, NULL, NULL, options, engine, err);
-  if (status) {
-    qtr_model_free(model);
-    qtr_backend_close(backend);
-  }
-done:
-  free(text);
-  return status;
-}
-
-static enum qtr_status open_any(struct flags *flags, struct qtr_engine **engine, char **name, struct qtr_error *err) {
+static enum qtr_status open_any(const struct qtr_bench_flags *flags, const struct qtr_bench_source *source,
+                                struct qtr_engine **engine, struct qtr_error *err) {
   struct qtr_engine_options options;
-  char *dir = NULL, *config = NULL;
-  enum qtr_status status = QTR_OK;
-  if (flags->kv_granularity)
-    flags->model.kv_scales = strcmp(flags->kv_granularity, "per_tensor") == 0 ? "static" : "dynamic";
-  if (!flags->config) status = qtr_find_model(flags->quant_path ? flags->quant_path : flags->model.model, &dir, err);
-  int32_t said = 0, also_said = 0;
-  if (!status) status = qtr_env_int("NUM_GPU_PAGE_BLOCKS", &said, err);
-  if (!status) status = qtr_env_int("NUM_RETRIEVAL_GPU_PAGE_BLOCKS", &also_said, err);
-  if (status) goto done;
-  qtr_engine_options_from_flags(&flags->model, dir, &options);
-  options.no_prefix_cache = true; /* nothing to find, and no time spent on looking */
-  if (!options.max_num_seqs) options.max_num_seqs = flags->batch;
-  if (!options.max_model_len) options.max_model_len = flags->prompt_len + flags->gen_len;
-  if (!options.kv_pages && !options.kv_bytes && !said &&
-      !also_said) { /* what the run needs; a page more each for the token after the last */
-    int64_t pages = (int64_t)flags->batch * ((flags->prompt_len + flags->gen_len) / QTR_PAGE_TOKENS + 1);
-    options.kv_pages = pages > INT32_MAX ? INT32_MAX : (int32_t)pages;
+  struct qtr_model *model = NULL;
+  double *heads = NULL;
+  enum qtr_status status = qtr_bench_engine_options(flags, source, flags->prompt_len, &options, err);
+  if (status) return status;
+  if (!source->random) return qtr_engine_open(&options, engine, err);
+  status = qtr_bench_model(flags, source, &options, options.max_model_len, &model, err);
+  if (status) return status;
+  if (options.sparse.static_sparsity > 0 && !options.sparse.heads_dir) {
+    status = qtr_bench_random_heads(&model->config, flags->seed, &heads, err);
+    options.sparse.heads = heads;
   }
-  if (flags->config) {
-    config = strdup(flags->config);
-  } else {
-    config = qtr_path_join(dir, "config.json");
-  }
-  if (!config) {
-    status = qtr_fail_memory(err, "a path", 0);
-  } else if (flags->config) {
-    status = open_random(flags, config, &options, engine, err);
-  } else if (!flags->quant_path && qtr_file_exists(config) && !has_weights(dir)) {
-    (void)fprintf(stderr, "quattuor bench: %s holds no weights: random ones of that shape\n", dir);
-    status = open_random(flags, config, &options, engine, err);
-  } else {
-    status = qtr_engine_open(&options, engine, err);
-  }
-  if (!status) {
-    *name = strdup(flags->config ? flags->config : dir);
-    if (!*name) status = qtr_fail_memory(err, "a path", 0);
-  }
-done:
-  free(dir);
-  free(config);
+  if (!status) status = qtr_engine_open_model(model, NULL, NULL, &options, engine, err);
+  free(heads);
+  if (status) qtr_bench_model_free(model);
   return status;
 }
 
@@ -214,7 +138,7 @@ static int compare_rounds(const void *a, const void *b) {
 /* The round of median throughput, the first left out when there are others (of two, the slower). Its figures belong
  * together. */
 static struct qtr_bench_round median_round(const struct qtr_bench_round *round, int32_t n) {
-  struct qtr_bench_round sorted[MAX_ROUNDS];
+  struct qtr_bench_round sorted[QTR_BENCH_MAX_ROUNDS];
   size_t first = n > 1, count = (size_t)n - first;
   memcpy(sorted, round + first, count * sizeof *sorted);
   qsort(sorted, count, sizeof *sorted, compare_rounds);
@@ -229,7 +153,7 @@ static json_t *round_json(const struct qtr_bench_round *r) {
 }
 
 /* Prints the result; round: (flags->rounds) */
-static bool print_result(const struct flags *flags, struct qtr_engine *engine, const char *name,
+static bool print_result(const struct qtr_bench_flags *flags, struct qtr_engine *engine, const char *name,
                          const struct qtr_bench_round *round, const struct qtr_profile *profile) {
   struct qtr_bench_round r = median_round(round, flags->rounds);
   struct qtr_engine_info info;
@@ -271,15 +195,16 @@ static bool print_result(const struct flags *flags, struct qtr_engine *engine, c
   return qtr_print_json("bench", o);
 }
 
-static int bench(struct flags *flags) {
+static int bench(const struct qtr_bench_flags *flags) {
   struct qtr_error err;
   struct qtr_engine *engine = NULL;
-  struct qtr_bench_round round[MAX_ROUNDS];
+  struct qtr_bench_round round[QTR_BENCH_MAX_ROUNDS];
   struct qtr_profile profile = {0};
-  char *name = NULL;
+  struct qtr_bench_source source = {0};
   int code = QTR_EXIT_FAILURE;
-  enum qtr_status status = open_any(flags, &engine, &name, &err);
-  if (!engine || !name) goto done;
+  enum qtr_status status = qtr_bench_find(flags, &source, &err);
+  if (!status) status = open_any(flags, &source, &engine, &err);
+  if (!engine) goto done;
   for (int32_t i = 0; i < flags->rounds && !status; i++) {
     const struct qtr_bench_options options = {.batch = flags->batch,
                                               .prompt_len = flags->prompt_len,
@@ -292,22 +217,22 @@ static int bench(struct flags *flags) {
     if (!status) (void)fprintf(stderr, "Round %d Throughput: %g tokens / second.\n", i, round[i].throughput_tok_s);
   }
   engine->model->profile = NULL;
-  if (!status && print_result(flags, engine, name, round, flags->profile ? &profile : NULL)) code = QTR_EXIT_OK;
+  if (!status && print_result(flags, engine, source.name, round, flags->profile ? &profile : NULL)) code = QTR_EXIT_OK;
 done:
   if (status) (void)qtr_report("bench", &err);
   qtr_engine_close(engine);
-  free(name);
+  qtr_bench_source_free(&source);
   return code;
 }
 
 /* Options that were not given come from QServe's variables, then from its defaults. */
-static enum qtr_status fill_defaults(struct flags *flags, struct qtr_error *err) {
+static enum qtr_status fill_defaults(struct qtr_bench_flags *flags, struct qtr_error *err) {
   const struct {
     const char *name;
     int32_t *value, otherwise;
   } from[] = {{"GLOBAL_BATCH_SIZE", &flags->batch, 1},
               {"GLOBAL_PROMPT_LEN", &flags->prompt_len, 1024},
-              {"GLOBAL_GENERATE_LEN", &flags->gen_len, 512}};
+              {"GLOBAL_GENERATE_LEN", &flags->gen_len, flags->long_contexts ? 128 : 512}};
   for (size_t i = 0; i < sizeof from / sizeof from[0]; i++) {
     if (*from[i].value) continue;
     enum qtr_status status = qtr_env_int(from[i].name, from[i].value, err);
@@ -317,13 +242,33 @@ static enum qtr_status fill_defaults(struct flags *flags, struct qtr_error *err)
     }
     if (*from[i].value == 0) *from[i].value = from[i].otherwise;
   }
+  struct qtr_model_flags *m = &flags->model;
+  bool said = m->sparse.static_sparsity >= 0 || m->sparse.context_mode || m->sparse_decode_mode;
+  if (m->sparse.static_sparsity < 0) m->sparse.static_sparsity = 0;
+  if (flags->long_contexts && !said) { /* LServe's own (spec D.8.5) */
+    m->sparse.static_sparsity = 0.5f;
+    m->sparse.context_mode = true;
+    m->sparse_decode_mode = "1";
+  }
   return QTR_OK;
+}
+
+/* NULL: these options go together. */
+static const char *find_conflict(const struct qtr_bench_flags *f) {
+  if (f->config && (f->model.model || f->quant_path))
+    return "--config means random weights: leave out --model and --quant-path";
+  if (!f->long_contexts && (f->lengths || f->dense || f->sparse || f->svg))
+    return "--lengths, --dense, --sparse and --svg go with --long";
+  if (f->long_contexts && f->prompt_len) return "--long takes --lengths, not --prompt-len";
+  if (f->long_contexts && f->profile) return "--profile goes without --long: give one length with --prompt-len";
+  return NULL;
 }
 
 int qtr_cmd_bench(int argc, char **argv) {
   if (argc > 1 && strcmp(argv[1], "serve") == 0) return qtr_bench_serve(argc - 1, argv + 1);
-  struct flags flags = {.rounds = 3};
+  struct qtr_bench_flags flags = {.rounds = 3};
   qtr_model_flags_init(&flags.model);
+  flags.model.sparse.static_sparsity = NOT_SAID;
   const struct qtr_option_group groups[] = {{"What is measured", own_options, &flags},
                                             {"Model and engine", qtr_model_options_table, &flags.model},
                                             {"QServe's spellings", qserve_options, &flags}};
@@ -334,19 +279,20 @@ int qtr_cmd_bench(int argc, char **argv) {
           "Measures speed by QServe's protocol: B prompts of P random tokens, G tokens generated for each, greedy, nothing "
           "stops early. Reading the prompts and generating are timed apart. Without weights in the directory, or with "
           "--config, the weights are random: w4a8kv4 in groups of 128 unless --precision and --group-size say otherwise. "
-          "quattuor bench serve measures a server.",
+          "--long compares sparse attention with dense over context lengths. quattuor bench serve measures a server.",
       .group = groups,
       .n_groups = 3};
   struct qtr_error err;
+  const char *conflict;
   int code = QTR_EXIT_USAGE;
   switch (qtr_options_parse(&line, argc, argv)) {
     case QTR_PARSE_OK:
-      if (flags.config && (flags.model.model || flags.quant_path)) {
-        (void)fprintf(stderr, "quattuor bench: --config means random weights: leave out --model and --quant-path\n");
+      if ((conflict = find_conflict(&flags))) {
+        (void)fprintf(stderr, "quattuor bench: %s\n", conflict);
       } else if (fill_defaults(&flags, &err)) {
         (void)qtr_report("bench", &err);
       } else {
-        code = bench(&flags);
+        code = flags.long_contexts ? qtr_bench_long(&flags) : bench(&flags);
       }
       break;
     case QTR_PARSE_HELP: code = qtr_finish_output("bench") ? QTR_EXIT_OK : QTR_EXIT_FAILURE; break;

@@ -191,6 +191,9 @@ enum qtr_status qtr_engine_open_model(struct qtr_model *model, struct qtr_tokeni
                                       struct qtr_chat_template *chat, const struct qtr_engine_options *options,
                                       struct qtr_engine **engine, struct qtr_error *err);
 
+/* Closes an engine and gives its model back with its backend: another engine, with another cache, may be opened over it. */
+struct qtr_model *qtr_engine_close_keep_model(struct qtr_engine *engine);
+
 /* Options that do not depend on the model. */
 enum qtr_status qtr_engine_options_check(const struct qtr_engine_options *options, struct qtr_error *err);
 

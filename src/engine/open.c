@@ -36,7 +36,7 @@ static enum qtr_status check_sparse(const struct qtr_sparse_options *o, struct q
     return qtr_fail(err, QTR_ERR_ARGUMENT, "static_sparsity is %g; it must be from 0 (no streaming heads) to 1 (all)",
                     (double)o->static_sparsity);
   }
-  if (o->static_sparsity > 0 && !o->heads_dir) {
+  if (o->static_sparsity > 0 && !o->heads_dir && !o->heads) {
     return qtr_fail(err, QTR_ERR_ARGUMENT,
                     "static_sparsity %g needs a directory with full_attention_heads.tsv, which says which heads may stream; "
                     "quattuor calibrate heads makes one",
@@ -359,7 +359,8 @@ static enum qtr_status choose_sparse(struct qtr_engine *e, const struct qtr_spar
     *streaming = calloc(n, 1);
     if (!*streaming) return qtr_fail_memory(err, "the classes of attention heads", n);
     enum qtr_status status =
-        qtr_heads_read(o->heads_dir, c->n_layers, c->n_kv_heads, (double)o->static_sparsity, *streaming, err);
+        o->heads ? qtr_heads_choose(o->heads, n, (double)o->static_sparsity, *streaming, err)
+                 : qtr_heads_read(o->heads_dir, c->n_layers, c->n_kv_heads, (double)o->static_sparsity, *streaming, err);
     if (status) return status;
     for (size_t i = 0; i < n; i++) e->n_streaming_heads += (*streaming)[i];
     e->streams = e->n_streaming_heads > 0;
@@ -607,16 +608,21 @@ enum qtr_status qtr_engine_open(const struct qtr_engine_options *o, struct qtr_e
   return status;
 }
 
-void qtr_engine_close(struct qtr_engine *e) {
-  if (!e) return;
+struct qtr_model *qtr_engine_close_keep_model(struct qtr_engine *e) {
   struct qtr_model *model = e->model;
-  struct qtr_backend *backend = model->backend;
   for (size_t slot = 0; slot < QTR_ID_SLOTS; slot++) {
     while (e->by_id[slot]) qtr_scheduler_end(e, e->by_id[slot], QTR_FINISH_CANCELLED);
   }
   qtr_chat_template_close(e->chat);
   qtr_tokenizer_close(e->tokenizer);
   engine_free(e);
+  return model;
+}
+
+void qtr_engine_close(struct qtr_engine *e) {
+  if (!e) return;
+  struct qtr_model *model = qtr_engine_close_keep_model(e);
+  struct qtr_backend *backend = model->backend;
   qtr_model_free(model);
   qtr_backend_close(backend);
 }

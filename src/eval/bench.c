@@ -49,6 +49,7 @@ enum qtr_status qtr_bench_round_run(struct qtr_engine *engine, const struct qtr_
   bool has_work = true, failed = false;
   double t_start = qtr_now(), t_prefill = 0, decode_s = 0, busy = 0, idle = 0;
   size_t n_decoded = 0;
+  int32_t n_settled = 0;
   struct qtr_progress progress;
   *round = (struct qtr_bench_round){0};
   qtr_progress_start(&progress, "round", total, options->quiet);
@@ -66,7 +67,7 @@ enum qtr_status qtr_bench_round_run(struct qtr_engine *engine, const struct qtr_
     }
     if (n_started == options->batch && t_prefill == 0) t_prefill = t_after;
     qtr_engine_stats(engine, &after);
-    if (whole && n_tokens - n_before == (size_t)options->batch) { /* not after a preemption */
+    if (whole && n_tokens - n_before == (size_t)options->batch && n_settled++ >= options->settle) { /* not preempted */
       decode_s += t_after - t;
       busy += after.device_busy_seconds - last.device_busy_seconds;
       idle += after.device_idle_seconds - last.device_idle_seconds;

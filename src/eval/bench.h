@@ -7,15 +7,17 @@
 
 struct qtr_bench_options {
   int32_t batch, prompt_len, gen_len;
-  uint64_t seed; /* of the prompts; another one each round, or the prefix cache answers */
-  bool quiet;    /* no progress line */
+  uint64_t seed;  /* of the prompts; another one each round, or the prefix cache answers */
+  int32_t settle; /* decode steps that are not timed: the first ones, in which a device makes its graphs */
+  bool quiet;     /* no progress line */
 };
 
 struct qtr_bench_round {
   double seconds;            /* from before the first step to after the last token */
   double throughput_tok_s;   /* batch * gen_len / seconds */
   double prefill_s;          /* until every sequence has its first token */
-  double decode_ms_per_step; /* of the steps in which all B sequences decode and nothing else; NAN where there were none */
+  double decode_ms_per_step; /* of the steps in which all B sequences decode and nothing else, but for the first `settle`;
+                                NAN where there were none */
   double decode_tok_s;       /* of those steps */
   double device_idle_share;  /* of a GPU's time over those steps, waiting for the next; NAN on CPUs */
   uint64_t n_decode_steps, n_preemptions;

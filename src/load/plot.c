@@ -1,9 +1,9 @@
 /* plot.c - the SVG of a run (report.h): cumulative distributions over a logarithmic axis, and what happened over time. */
 #include "load/report.h"
 
+#include "base/chart.h"
 #include "base/checked.h"
 #include "base/status.h"
-#include "base/svg.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -16,70 +16,34 @@
 #define N_BINS 120
 #define N_POINTS 200
 
-static const uint32_t ink = 0x333333, soft = 0x777777, grid = 0xe4e4e4;
 static const uint32_t colour[QTR_TIMES] = {0x3d63dd, 0x2b9a8b, 0xc2701c, 0x8a3ffc};
 
-struct panel {
-  double x, y;      /* of the plotting area */
-  double low, high; /* of the horizontal axis */
-  double top;       /* of the vertical one, which begins at 0 */
-  bool logarithmic; /* the horizontal one */
-};
-
-static double at_x(const struct panel *p, double v) {
-  double share = p->logarithmic ? log(v / p->low) / log(p->high / p->low) : (v - p->low) / (p->high - p->low);
-  return p->x + PANEL_WIDTH * QTR_MIN(QTR_MAX(share, 0), 1);
-}
-static double at_y(const struct panel *p, double v) { return p->y + PANEL_HEIGHT * (1 - v / p->top); }
-
-/* The next of 1, 2, 2.5, 5, 10 … that is not below x. */
-static double nice_top(double x) {
-  double power = pow(10, floor(log10(QTR_MAX(x, 1e-9))));
-  for (int i = 0; i < 4; i++) {
-    static const double factor[] = {1, 2, 2.5, 5};
-    if (factor[i] * power >= x * (1 - 1e-9)) return factor[i] * power;
-  }
-  return 10 * power;
-}
-
-static struct panel begin_panel(struct qtr_svg *svg, int column, int row, const char *title) {
-  struct panel p = {.x = LEFT + column * (PANEL_WIDTH + LEFT + GAP), .y = TOP + row * (PANEL_HEIGHT + 96), .top = 1};
-  qtr_svg_text(svg, p.x, p.y - 14, 14, QTR_SVG_START, ink, title);
+static struct qtr_chart begin_panel(struct qtr_svg *svg, int column, int row, const char *title) {
+  struct qtr_chart p = {.x = LEFT + column * (PANEL_WIDTH + LEFT + GAP),
+                        .y = TOP + row * (PANEL_HEIGHT + 96),
+                        .width = PANEL_WIDTH,
+                        .height = PANEL_HEIGHT,
+                        .top = 1};
+  qtr_chart_title(svg, &p, title);
   return p;
 }
 
-static void vertical_axis(struct qtr_svg *svg, const struct panel *p, const char *format, double scale) {
-  for (int i = 0; i <= 4; i++) {
-    double v = p->top * i / 4, y = at_y(p, v);
-    char text[32];
-    (void)snprintf(text, sizeof text, format, v * scale);
-    qtr_svg_line(svg, p->x, y, p->x + PANEL_WIDTH, y, i ? grid : soft, 1);
-    qtr_svg_text(svg, p->x - 7, y + 4, 11, QTR_SVG_END, soft, text);
-  }
-}
-
-static void time_axis(struct qtr_svg *svg, const struct panel *p) {
-  double step = nice_top((p->high - p->low) / 6);
+static void time_axis(struct qtr_svg *svg, const struct qtr_chart *p) {
+  double step = qtr_chart_nice((p->high - p->low) / 6);
   for (double v = 0; v <= p->high * (1 + 1e-9); v += step) {
     char text[32];
     (void)snprintf(text, sizeof text, "%g s", v);
-    qtr_svg_text(svg, at_x(p, v), p->y + PANEL_HEIGHT + 17, 11, QTR_SVG_MIDDLE, soft, text);
+    qtr_chart_mark(svg, p, v, false, text);
   }
-}
-
-static void legend(struct qtr_svg *svg, const struct panel *p, int i, uint32_t fill, const char *text) {
-  double x = p->x + i * 215.0, y = p->y + PANEL_HEIGHT + 36;
-  qtr_svg_rect(svg, x, y - 8, 14, 3, fill, NULL);
-  qtr_svg_text(svg, x + 20, y - 3, 11, QTR_SVG_START, ink, text);
 }
 
 /* ---- distributions ------------------------------------------------------------------------------- */
 
 static void distributions(struct qtr_svg *svg, const struct qtr_load_report *r, int column, const char *title,
                           const enum qtr_load_time kind[2], const char *const names[2]) {
-  struct panel p = begin_panel(svg, column, 0, title);
+  struct qtr_chart p = begin_panel(svg, column, 0, title);
   double least = INFINITY, most = 0;
-  p.logarithmic = true;
+  p.log_x = true;
   for (int k = 0; k < 2; k++) {
     size_t n = r->summary->time[kind[k]].n;
     if (n == 0) continue;
@@ -90,12 +54,11 @@ static void distributions(struct qtr_svg *svg, const struct qtr_load_report *r, 
   if (!(least < INFINITY)) least = most = 1;
   p.low = pow(10, floor(log10(least)));
   p.high = QTR_MAX(pow(10, ceil(log10(QTR_MAX(most, 1e-4)))), p.low * 10);
-  vertical_axis(svg, &p, "%.0f %%", 100);
+  qtr_chart_vertical(svg, &p, "%.0f %%", 100);
   for (double v = p.low; v <= p.high * 1.001; v *= 10) {
     char text[32];
     (void)snprintf(text, sizeof text, v < 0.999 ? "%g ms" : "%g s", v < 0.999 ? v * 1e3 : v);
-    qtr_svg_line(svg, at_x(&p, v), p.y, at_x(&p, v), p.y + PANEL_HEIGHT, grid, 1);
-    qtr_svg_text(svg, at_x(&p, v), p.y + PANEL_HEIGHT + 17, 11, QTR_SVG_MIDDLE, soft, text);
+    qtr_chart_mark(svg, &p, v, true, text);
   }
   for (int k = 0; k < 2; k++) {
     size_t n = r->summary->time[kind[k]].n;
@@ -103,29 +66,29 @@ static void distributions(struct qtr_svg *svg, const struct qtr_load_report *r, 
     char text[96];
     for (int i = 0; i <= N_POINTS && n > 0; i++) {
       double v = qtr_percentile(r->summary->value[kind[k]], n, 100.0 * i / N_POINTS);
-      xy[2 * i] = at_x(&p, QTR_MAX(v, p.low));
-      xy[2 * i + 1] = at_y(&p, (double)i / N_POINTS);
+      xy[2 * i] = qtr_chart_x(&p, QTR_MAX(v, p.low));
+      xy[2 * i + 1] = qtr_chart_y(&p, (double)i / N_POINTS);
     }
     if (n > 0) qtr_svg_polyline(svg, xy, N_POINTS + 1, colour[kind[k]], 2);
     double half = r->summary->time[kind[k]].p50;
     (void)snprintf(text, sizeof text, "%s, p50 %.3g %s", names[k], half < 0.9995 ? half * 1e3 : half,
                    half < 0.9995 ? "ms" : "s");
-    legend(svg, &p, k, colour[kind[k]], text);
+    qtr_chart_legend(svg, &p, k, colour[kind[k]], text);
     double limit = r->slo->limit[kind[k]];
     if (r->has_slo && isfinite(limit) && limit > p.low && limit < p.high) {
-      qtr_svg_text(svg, at_x(&p, limit) + 4, p.y + 12, 11, QTR_SVG_START, 0xcc3333, "objective");
-      qtr_svg_line(svg, at_x(&p, limit), p.y, at_x(&p, limit), p.y + PANEL_HEIGHT, 0xcc3333, 1.5);
+      qtr_svg_text(svg, qtr_chart_x(&p, limit) + 4, p.y + 12, 11, QTR_SVG_START, 0xcc3333, "objective");
+      qtr_svg_line(svg, qtr_chart_x(&p, limit), p.y, qtr_chart_x(&p, limit), p.y + PANEL_HEIGHT, 0xcc3333, 1.5);
     }
   }
 }
 
 /* ---- over time ----------------------------------------------------------------------------------- */
 
-static void curve(struct qtr_svg *svg, struct panel *p, const double *bin, uint32_t stroke) {
+static void curve(struct qtr_svg *svg, struct qtr_chart *p, const double *bin, uint32_t stroke) {
   double xy[2 * N_BINS];
   for (int i = 0; i < N_BINS; i++) {
-    xy[2 * i] = at_x(p, p->high * (i + 0.5) / N_BINS);
-    xy[2 * i + 1] = at_y(p, QTR_MIN(bin[i], p->top));
+    xy[2 * i] = qtr_chart_x(p, p->high * (i + 0.5) / N_BINS);
+    xy[2 * i + 1] = qtr_chart_y(p, bin[i]);
   }
   qtr_svg_polyline(svg, xy, N_BINS, stroke, 1.5);
 }
@@ -149,16 +112,16 @@ static void over_time(struct qtr_svg *svg, const struct qtr_load_report *r) {
     for (int b = bin_of(s->due, duration); b <= bin_of(s->end, duration); b++)
       running[b] += QTR_MAX(QTR_MIN(s->end, (b + 1) * width) - QTR_MAX(s->due, b * width), 0) / width;
   }
-  struct panel p = begin_panel(svg, 0, 1, "Output tokens a second");
+  struct qtr_chart p = begin_panel(svg, 0, 1, "Output tokens a second");
   p.high = duration;
-  p.top = nice_top(most_of(tokens));
-  vertical_axis(svg, &p, "%g", 1);
+  p.top = qtr_chart_nice(most_of(tokens));
+  qtr_chart_vertical(svg, &p, "%g", 1);
   time_axis(svg, &p);
   curve(svg, &p, tokens, colour[0]);
   p = begin_panel(svg, 1, 1, "Requests under way");
   p.high = duration;
-  p.top = nice_top(most_of(running));
-  vertical_axis(svg, &p, "%g", 1);
+  p.top = qtr_chart_nice(most_of(running));
+  qtr_chart_vertical(svg, &p, "%g", 1);
   time_axis(svg, &p);
   curve(svg, &p, running, colour[1]);
 }
@@ -173,8 +136,8 @@ enum qtr_status qtr_load_plot(const struct qtr_load_report *r, char **text, size
   qtr_svg_begin(&svg, 2 * (PANEL_WIDTH + LEFT) + GAP + 30, TOP + 2 * PANEL_HEIGHT + 96 + 46);
   (void)snprintf(line, sizeof line, "%.80s: %.2f requests/s, %.0f output tokens/s, %zu of %zu complete", r->model,
                  s->requests_s, s->output_s, s->n_ok, r->run->n);
-  qtr_svg_text(&svg, LEFT, 28, 17, QTR_SVG_START, ink, line);
-  qtr_svg_text(&svg, LEFT, 48, 12, QTR_SVG_START, soft, r->load);
+  qtr_svg_text(&svg, LEFT, 28, 17, QTR_SVG_START, QTR_CHART_INK, line);
+  qtr_svg_text(&svg, LEFT, 48, 12, QTR_SVG_START, QTR_CHART_SOFT, r->load);
   distributions(&svg, r, 0, "Requests answered within", left, left_names);
   distributions(&svg, r, 1, "Tokens within", right, right_names);
   over_time(&svg, r);

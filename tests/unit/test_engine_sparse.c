@@ -405,6 +405,36 @@ static void test_memory(void **state) {
   close_engine(e);
 }
 
+/* Engines one after the other over one model, with other caches each; classes of heads from numbers instead of a file. */
+static void test_same_model(void **state) {
+  (void)state;
+  static const double numbers[LAYERS * HEADS] = {0, 0.1, 0, 0.05, 1, 0.9, 0.2, 1, 0.8, 0.3, 1, 0.95}; /* as in the file */
+  static struct request expected[N_REQUESTS];
+  struct qtr_sparse_options dense = {0};
+  struct qtr_model *model = make_model("cpu");
+  make_requests();
+  for (int k = 0; k < 4; k++) {
+    struct qtr_engine_options o = base_options(k == 2 ? &dense : &settings[0], k == 2 ? "w8a8kv8" : "w8a8kv4");
+    o.kv_pages = 100;
+    if (k == 1) {
+      o.sparse.heads_dir = NULL;
+      o.sparse.heads = numbers;
+    }
+    struct qtr_engine *e = tiny_engine(model, &o);
+    for (int i = 0; i < N_REQUESTS; i++) (void)add(e, &requests[i]);
+    run(e, INT32_MAX / 64);
+    if (k == 0) memcpy(expected, requests, sizeof expected);
+    if (k == 1 || k == 3) assert_same(expected, "over the same model");
+    if (k == 2) assert_memory_not_equal(expected, requests, sizeof expected);
+    if (k == 3) /* with what still waits */
+      (void)add(e, &requests[0]);
+    assert_ptr_equal(qtr_engine_close_keep_model(e), model);
+  }
+  struct qtr_backend *backend = model->backend;
+  qtr_model_free(model);
+  qtr_backend_close(backend);
+}
+
 static void test_bad_options(void **state) {
   (void)state;
   struct qtr_engine_options good = base_options(&settings[3], "w8a8kv4"), o;
@@ -445,8 +475,8 @@ static void test_bad_options(void **state) {
 }
 
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_settings), cmocka_unit_test(test_conversation),
-                                     cmocka_unit_test(test_dense), cmocka_unit_test(test_memory),
-                                     cmocka_unit_test(test_bad_options)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_settings),   cmocka_unit_test(test_conversation),
+                                     cmocka_unit_test(test_dense),      cmocka_unit_test(test_memory),
+                                     cmocka_unit_test(test_same_model), cmocka_unit_test(test_bad_options)};
   return cmocka_run_group_tests(tests, write_heads, remove_heads);
 }

@@ -146,6 +146,13 @@ static void bench_counts(void **state) {
     assert_true(fabs(round.throughput_tok_s * round.seconds - 21) < 1e-6);
     assert_true(fabs(round.decode_tok_s * round.decode_ms_per_step - 3000) < 1e-6);
   }
+  struct qtr_bench_options settled = options;
+  settled.settle = 4;
+  assert_int_equal(qtr_bench_round_run(e, &settled, &round, &err), QTR_OK);
+  assert_int_equal(round.n_decode_steps, 2);
+  settled.settle = 6;
+  assert_int_equal(qtr_bench_round_run(e, &settled, &round, &err), QTR_OK);
+  assert_true(isnan(round.decode_ms_per_step) && round.n_decode_steps == 0);
   const struct qtr_bench_options single = {.batch = 1, .prompt_len = 5, .gen_len = 1, .quiet = true};
   assert_int_equal(qtr_bench_round_run(e, &single, &round, &err), QTR_OK);
   assert_true(isnan(round.decode_ms_per_step) && round.n_decode_steps == 0);

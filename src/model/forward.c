@@ -211,18 +211,11 @@ static void look(const struct step *s, enum qtr_tap_point point, int32_t layer, 
   if (tap) tap->see(tap->user, point, layer, x, (size_t)s->batch->n_tokens, dim);
 }
 
-static void run_layer(struct step *s, int32_t i) {
+/* w->qkv to w->attn, by way of the cache. */
+static void run_attention(struct step *s, int32_t i) {
   const struct qtr_config *c = &s->model->config;
-  const struct qtr_layer *layer = &s->model->layer[i];
   struct qtr_workspace *w = s->w;
-  enum qtr_linear_format format = s->model->format;
-  size_t n_tokens = (size_t)s->batch->n_tokens, hidden = (size_t)c->hidden_size;
-  size_t heads = (size_t)c->n_heads * (size_t)c->head_dim, inner = (size_t)c->intermediate_size;
-
-  look(s, QTR_TAP_LAYER_IN, i, w->x, hidden);
-  run_norm(s, w->x, layer->input_norm, n_tokens, format, s->model->norm);
-  run_linear(s, QTR_PROFILE_QKV, layer->qkv, QTR_EPILOGUE_STORE, w->qkv, n_tokens, hidden, qkv_width(c));
-
+  size_t n_tokens = (size_t)s->batch->n_tokens, heads = (size_t)c->n_heads * (size_t)c->head_dim;
   const struct qtr_rope_kv_args rope = {
       .qkv = w->qkv, .kv = s->kv, .layer = i, .n_heads = c->n_heads, .n_kv_heads = c->n_kv_heads, .head_dim = c->head_dim};
   s->b->ops->rope_kv_write(s->b, &rope);
@@ -242,6 +235,20 @@ static void run_layer(struct step *s, int32_t i) {
   s->b->ops->attention(s->b, &attention);
   mark(s, QTR_PROFILE_ATTENTION, s->n_keys * (double)s->kv_row + (double)(2 * n_tokens * heads * s->act_unit),
        4.0 * s->n_pairs * (double)heads);
+}
+
+static void run_layer(struct step *s, int32_t i) {
+  const struct qtr_config *c = &s->model->config;
+  const struct qtr_layer *layer = &s->model->layer[i];
+  struct qtr_workspace *w = s->w;
+  enum qtr_linear_format format = s->model->format;
+  size_t n_tokens = (size_t)s->batch->n_tokens, hidden = (size_t)c->hidden_size;
+  size_t heads = (size_t)c->n_heads * (size_t)c->head_dim, inner = (size_t)c->intermediate_size;
+
+  look(s, QTR_TAP_LAYER_IN, i, w->x, hidden);
+  run_norm(s, w->x, layer->input_norm, n_tokens, format, s->model->norm);
+  run_linear(s, QTR_PROFILE_QKV, layer->qkv, QTR_EPILOGUE_STORE, w->qkv, n_tokens, hidden, qkv_width(c));
+  run_attention(s, i);
 
   look(s, QTR_TAP_ATTENTION, i, w->attn, heads);
   run_quant(s, w->attn, heads);
@@ -318,6 +325,25 @@ enum qtr_status qtr_model_run_layers(struct qtr_model *model, struct qtr_kv *kv,
   for (int32_t i = first; i < first + n; i++) run_layer(&s, i);
   status = b->ops->end_step(b, err);
   if (!status) memcpy(x, w->x, n_bytes);
+  return status;
+}
+
+enum qtr_status qtr_model_attend(struct qtr_model *model, struct qtr_kv *kv, struct qtr_workspace *w,
+                                 const struct qtr_batch *batch, int32_t layer, const float *qkv, float *out,
+                                 struct qtr_error *err) {
+  struct qtr_backend *b = model->backend;
+  const struct qtr_config *c = &model->config;
+  size_t n_tokens = (size_t)batch->n_tokens;
+  if (w->act_unit != sizeof *qkv) {
+    return qtr_fail(err, QTR_ERR_UNSUPPORTED, "backend %s does not run single layers; choose --device cpu", b->ops->name);
+  }
+  struct step s;
+  enum qtr_status status = open_step(&s, model, kv, w, batch, err);
+  if (status) return status;
+  memcpy(w->qkv, qkv, n_tokens * qkv_width(c) * sizeof *qkv);
+  run_attention(&s, layer);
+  status = b->ops->end_step(b, err);
+  if (!status) memcpy(out, w->attn, n_tokens * (size_t)c->n_heads * (size_t)c->head_dim * sizeof *out);
   return status;
 }
 

@@ -97,4 +97,10 @@ enum qtr_status qtr_model_run_layers(struct qtr_model *model, struct qtr_kv *kv,
                                      const struct qtr_batch *batch, int32_t first, int32_t n, float *x,
                                      struct qtr_error *err);
 
+/* RoPE by batch.position, the cache and attention of one layer alone. qkv: host (batch.n_tokens, (n_heads + 2 n_kv_heads) *
+ * head_dim); out: host (batch.n_tokens, n_heads * head_dim), the input of o_proj. On the same backends. */
+enum qtr_status qtr_model_attend(struct qtr_model *model, struct qtr_kv *kv, struct qtr_workspace *workspace,
+                                 const struct qtr_batch *batch, int32_t layer, const float *qkv, float *out,
+                                 struct qtr_error *err);
+
 #endif

@@ -5,6 +5,7 @@
 #include "base/file.h"
 #include "base/status.h"
 #include "quant/calibration.h"
+#include "quant/clip.h"
 #include "quant/correct.h"
 #include "quant/gptq.h"
 #include "quant/smooth.h"

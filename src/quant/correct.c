@@ -146,7 +146,8 @@ static enum qtr_status move(const struct qtr_corrector *c, enum qtr_site site, f
   }
   double mean = 0;
   for (size_t i = 0; i < n; i++) mean += (double)hessian[i * n + i] / (double)n;
-  bool memory, ok = qtr_matrix_solve(hessian, QTR_MAX((double)damp * mean, 1e-12), n, b, m->n_out, &memory);
+  bool memory,
+      ok = qtr_matrix_solve(c->observed->team, hessian, QTR_MAX((double)damp * mean, 1e-12), n, b, m->n_out, &memory);
   for (size_t i = 0; i < m->n_out * n && ok; i++) m->w[i] += b[i];
   free(b);
   if (ok) return QTR_OK;

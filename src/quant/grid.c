@@ -58,33 +58,47 @@ void qtr_grid_free(struct qtr_grid *grid) {
   *grid = (struct qtr_grid){0};
 }
 
-/* Smallest and largest of n values and 0. False when one is not finite: x - x is 0 but for NaN and infinities. */
-static bool range(const float *w, size_t n, float *low, float *high) {
-  float a = 0, b = 0, poison = 0;
+struct qtr_range qtr_cell_range(const float *w, size_t n) {
+  float low = 0, high = 0;
   for (size_t i = 0; i < n; i++) {
-    a = w[i] < a ? w[i] : a;
-    b = w[i] > b ? w[i] : b;
-    poison += w[i] - w[i];
+    low = w[i] < low ? w[i] : low;
+    high = w[i] > high ? w[i] : high;
   }
-  *low = a;
-  *high = b;
+  return (struct qtr_range){low, high};
+}
+
+/* x - x is 0 but for NaN and infinities. */
+static bool all_finite(const float *w, size_t n) {
+  float poison = 0;
+  for (size_t i = 0; i < n; i++) poison += w[i] - w[i];
   return poison == 0;
 }
 
-enum qtr_rtn_status qtr_grid_fit_row(struct qtr_grid *grid, size_t r, const float *w, const float *ratio) {
-  struct qtr_cell *cell = grid->cell + r * grid->n_groups;
-  float low, high, factor;
-  if (!range(w, grid->n_in, &low, &high)) return QTR_RTN_NOT_FINITE;
-  float p = ratio ? ratio[0] : 1;
-  if (grid->format == QTR_LINEAR_W4A8) return qtr_cell_w4(p * low, p * high, cell);
-  if (grid->format == QTR_LINEAR_W8A8) return qtr_cell_w8(p * QTR_MAX(high, -low), cell);
-  enum qtr_rtn_status status = qtr_group_factor(QTR_MAX(high, -low), &factor);
-  if (status) return status;
-  for (size_t g = 0; g < grid->n_groups; g++) {
-    (void)range(w + g * QTR_GROUP, QTR_GROUP, &low, &high);
-    p = ratio ? ratio[g] : 1;
-    qtr_cell_group(qtr_clamp(p * low / factor, -QTR_RTN_PROTECT, 0), qtr_clamp(p * high / factor, 0, QTR_RTN_PROTECT),
-                   factor, &cell[g]); /* rounding the factor down may leave P by a hair */
-  }
+enum qtr_rtn_status qtr_row_factor(enum qtr_linear_format format, const float *w, size_t n_in, float *factor) {
+  *factor = 1;
+  if (!all_finite(w, n_in)) return QTR_RTN_NOT_FINITE;
+  if (format != QTR_LINEAR_W4A8_G128) return QTR_RTN_OK;
+  struct qtr_range row = qtr_cell_range(w, n_in);
+  return qtr_group_factor(QTR_MAX(row.high, -row.low), factor);
+}
+
+enum qtr_rtn_status qtr_cell_fit(enum qtr_linear_format format, struct qtr_range range, float factor, float ratio,
+                                 struct qtr_cell *cell) {
+  float low = ratio * range.low, high = ratio * range.high;
+  if (format == QTR_LINEAR_W4A8) return qtr_cell_w4(low, high, cell);
+  if (format == QTR_LINEAR_W8A8) return qtr_cell_w8(QTR_MAX(high, -low), cell);
+  /* Rounding the factor down may leave P by a hair. */
+  qtr_cell_group(qtr_clamp(low / factor, -QTR_RTN_PROTECT, 0), qtr_clamp(high / factor, 0, QTR_RTN_PROTECT), factor, cell);
   return QTR_RTN_OK;
+}
+
+enum qtr_rtn_status qtr_grid_fit_row(struct qtr_grid *grid, size_t r, const float *w, const float *ratio) {
+  size_t width = qtr_grid_cell_width(grid);
+  float factor;
+  enum qtr_rtn_status status = qtr_row_factor(grid->format, w, grid->n_in, &factor);
+  for (size_t g = 0; g < grid->n_groups && !status; g++) {
+    status = qtr_cell_fit(grid->format, qtr_cell_range(w + g * width, width), factor, ratio ? ratio[g] : 1,
+                          &grid->cell[r * grid->n_groups + g]);
+  }
+  return status;
 }

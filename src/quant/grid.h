@@ -52,9 +52,21 @@ void qtr_grid_free(struct qtr_grid *grid);
 /* Cells of row r from its values, each cell's range shrunk by ratio[cell] (NULL: 1, the whole range). w: (n_in) */
 enum qtr_rtn_status qtr_grid_fit_row(struct qtr_grid *grid, size_t r, const float *w, const float *ratio);
 
+/* The same in parts, for those who try many ratios: the first level of a row (1 where there is none), the range of the
+ * values of a cell, and the cell that they give with a ratio. */
+struct qtr_range {
+  float low, high; /* low <= 0 <= high */
+};
+enum qtr_rtn_status qtr_row_factor(enum qtr_linear_format format, const float *w, size_t n_in, float *factor);
+struct qtr_range qtr_cell_range(const float *w, size_t n);
+enum qtr_rtn_status qtr_cell_fit(enum qtr_linear_format format, struct qtr_range range, float factor, float ratio,
+                                 struct qtr_cell *cell);
+
 static inline const struct qtr_cell *qtr_grid_cell(const struct qtr_grid *grid, size_t r, size_t column) {
   return &grid->cell[r * grid->n_groups + (grid->n_groups > 1 ? column / QTR_GROUP : 0)];
 }
+
+static inline size_t qtr_grid_cell_width(const struct qtr_grid *grid) { return grid->n_groups > 1 ? QTR_GROUP : grid->n_in; }
 
 /* What the code at (r, column) stands for. */
 static inline float qtr_grid_value(const struct qtr_grid *grid, size_t r, size_t column) {

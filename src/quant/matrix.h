@@ -9,6 +9,8 @@
  * qtr_matrix_mirror completes them. */
 void qtr_matrix_add_gram(struct qtr_threads *team, const float *x, const float *y, size_t n_rows, size_t m, size_t n,
                          float *h);
+/* The blocks of width on the diagonal of xᵀx. x: (n_rows, n), out: (n / width, width, width) */
+void qtr_matrix_block_grams(struct qtr_threads *team, const float *x, size_t n_rows, size_t n, size_t width, float *out);
 void qtr_matrix_mirror(float *h, size_t n); /* the lower triangle to the upper */
 
 /* out = a bᵀ on the caller's thread. a: (m, k) rows lda apart, b: (n, k), out: (m, n). */
@@ -23,11 +25,13 @@ void qtr_matrix_product(struct qtr_threads *team, const float *a, const float *b
                         size_t n, size_t k);
 
 /* The upper triangular U with H⁻¹ = Uᵀ U, which GPTQ walks along (spec F.8), out of a symmetric positive definite H: with
- * H = R Rᵀ, R upper triangular, U is R⁻¹, so no inverse is formed. h: (n, n), u: (n, n) with zeros below the diagonal.
- * False when H is not positive definite or memory is short (*memory says which). */
-bool qtr_matrix_inverse_factor(const float *h, double damp, size_t n, float *u, bool *memory);
+ * H = R Rᵀ, R upper triangular, U is R⁻¹, so no inverse is formed. H is h with its rows and columns in the order of `order`
+ * (NULL: as they are), where a 0 on the diagonal counts as 1, and damp added to the diagonal. h: (n, n), u: (n, n) with
+ * zeros below the diagonal. False when H is not positive definite or memory is short (*memory says which). */
+bool qtr_matrix_inverse_factor(struct qtr_threads *team, const float *h, const size_t *order, double damp, size_t n,
+                               float *u, bool *memory);
 
-/* Solves X H = B for X, H symmetric positive definite: b (m, n) becomes X. Same return. */
-bool qtr_matrix_solve(const float *h, double damp, size_t n, float *b, size_t m, bool *memory);
+/* Solves X H = B for X, H as above without order: b (m, n) becomes X. Same return. */
+bool qtr_matrix_solve(struct qtr_threads *team, const float *h, double damp, size_t n, float *b, size_t m, bool *memory);
 
 #endif

@@ -34,9 +34,9 @@ enum qtr_status qtr_runner_open(const struct qtr_config *config, enum qtr_kv_for
   if (!status) status = qtr_workspace_create(r->model, length, 1, &r->workspace, err);
   if (status) return status;
   r->position = malloc(length * sizeof *r->position);
-  r->tokens = calloc(length, sizeof *r->tokens);
+  r->zero = calloc(length, sizeof *r->zero);
   r->page = malloc(n_pages * sizeof *r->page);
-  if (!r->position || !r->tokens || !r->page) return qtr_fail_memory(err, "a calibration batch", length * sizeof(int32_t));
+  if (!r->position || !r->zero || !r->page) return qtr_fail_memory(err, "a calibration batch", length * sizeof(int32_t));
   for (size_t i = 0; i < length; i++) r->position[i] = (int32_t)i;
   for (size_t i = 0; i < n_pages; i++) r->page[i] = (int32_t)i;
   return QTR_OK;
@@ -63,7 +63,7 @@ void qtr_runner_close(struct qtr_runner *r) {
   qtr_model_free(r->model);
   if (r->backend) r->backend->ops->close(r->backend);
   free(r->position);
-  free(r->tokens);
+  free(r->zero);
   free(r->page);
   *r = (struct qtr_runner){0};
 }
@@ -135,18 +135,30 @@ static void look(void *user, enum qtr_tap_point point, int32_t index, const floa
   }
 }
 
+/* A batch of one whole sample, and what it points to. */
+struct one_sample {
+  struct qtr_batch batch;
+  int32_t q_start[2], kv_len[1];
+};
+
+static void batch_of(const struct qtr_runner *r, const int32_t *position, struct one_sample *one) {
+  one->q_start[0] = one->kv_len[0] = 0;
+  one->q_start[1] = (int32_t)r->length;
+  one->batch = (struct qtr_batch){.n_tokens = (int32_t)r->length,
+                                  .n_seqs = 1,
+                                  .max_blocks = (int32_t)qtr_ceil_div(r->length, QTR_PAGE_TOKENS),
+                                  .token = r->zero,
+                                  .position = position,
+                                  .q_start = one->q_start,
+                                  .kv_len = one->kv_len,
+                                  .block_table = r->page};
+}
+
 enum qtr_status qtr_runner_run(struct qtr_runner *r, const struct qtr_float_layer *layer, float *x, qtr_runner_see see,
                                void *user, struct qtr_error *err) {
   size_t n = r->length;
-  const int32_t q_start[2] = {0, (int32_t)n}, kv_len[1] = {0};
-  const struct qtr_batch batch = {.n_tokens = (int32_t)n,
-                                  .n_seqs = 1,
-                                  .max_blocks = (int32_t)qtr_ceil_div(n, QTR_PAGE_TOKENS),
-                                  .token = r->tokens,
-                                  .position = r->position,
-                                  .q_start = q_start,
-                                  .kv_len = kv_len,
-                                  .block_table = r->page};
+  struct one_sample one;
+  batch_of(r, r->position, &one);
   struct looking looking = {.layer = layer, .see = see, .user = user};
   const struct qtr_tap tap = {.see = look, .user = &looking};
   if (see) {
@@ -154,8 +166,14 @@ enum qtr_status qtr_runner_run(struct qtr_runner *r, const struct qtr_float_laye
     if (!looking.normed) return qtr_fail_memory(err, "a layer's input", n * sizeof(float));
     r->model->tap = &tap;
   }
-  enum qtr_status status = qtr_model_run_layers(r->model, r->kv, r->workspace, &batch, 0, 1, x, err);
+  enum qtr_status status = qtr_model_run_layers(r->model, r->kv, r->workspace, &one.batch, 0, 1, x, err);
   r->model->tap = NULL;
   free(looking.normed);
   return status;
+}
+
+enum qtr_status qtr_runner_attend(struct qtr_runner *r, const float *qkv, float *out, struct qtr_error *err) {
+  struct one_sample one;
+  batch_of(r, r->zero, &one); /* they are rotated already: at position 0 RoPE does nothing */
+  return qtr_model_attend(r->model, r->kv, r->workspace, &one.batch, 0, qkv, out, err);
 }

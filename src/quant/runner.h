@@ -23,8 +23,8 @@ struct qtr_runner {
   struct qtr_model *model; /* one layer */
   struct qtr_kv *kv;
   struct qtr_workspace *workspace;
-  size_t length;                     /* tokens of a sample */
-  int32_t *position, *page, *tokens; /* (length), (pages), (length) zeros */
+  size_t length;                   /* tokens of a sample */
+  int32_t *position, *page, *zero; /* (length), (pages), (length) zeros */
 };
 
 /* kv: what the layer's keys and values are stored as. Close also what failed to open. */
@@ -40,6 +40,10 @@ enum qtr_status qtr_runner_set(struct qtr_runner *runner, const struct qtr_float
 typedef void (*qtr_runner_see)(void *user, enum qtr_site site, const float *x, size_t n_tokens, size_t n_in);
 enum qtr_status qtr_runner_run(struct qtr_runner *runner, const struct qtr_float_layer *layer, float *x, qtr_runner_see see,
                                void *user, struct qtr_error *err);
+
+/* Attention alone, by way of the cache. qkv: (length, (n_heads + 2 n_kv_heads) * head_dim), q and k after RoPE; out:
+ * (length, n_heads * head_dim). No layer need be set. */
+enum qtr_status qtr_runner_attend(struct qtr_runner *runner, const float *qkv, float *out, struct qtr_error *err);
 
 /* What a matrix sees behind a norm: out = x / rms(x) * gain. x, out: (n_tokens, dim) */
 void qtr_normalise(const float *x, const float *gain, float eps, size_t n_tokens, size_t dim, float *out);

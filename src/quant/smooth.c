@@ -4,6 +4,7 @@
 #include "base/checked.h"
 #include "base/half.h"
 #include "base/status.h"
+#include "quant/clip.h"
 #include "quant/gptq.h"
 #include "quant/matrix.h"
 
@@ -48,33 +49,66 @@ static bool option_point(const struct qtr_smooth_options *o, int32_t n, int32_t 
 
 /* ---- keys ---------------------------------------------------------------------------------------- */
 
-/* The outputs of attention, remembered or compared with what is remembered. */
+/* What goes into attention on some samples, and what comes out of it in floats. */
 struct attention {
-  float *out; /* (n_samples, length, heads) */
-  size_t at;
-  bool compare;
-  double error;
+  size_t length, width, heads, n_seen;
+  float *qkv;   /* (n_samples, length, width) q and k after RoPE, v */
+  float *out;   /* (n_samples, length, heads) */
+  float *trial; /* (length, width) */
+  float *got;   /* (length, heads) */
 };
 
 static void see_attention(void *user, enum qtr_site site, const float *x, size_t n_tokens, size_t n_in) {
   struct attention *a = user;
-  if (site != QTR_SITE_O) return;
-  float *out = a->out + a->at;
   size_t n = n_tokens * n_in;
-  for (size_t i = 0; i < n && a->compare; i++) a->error += ((double)x[i] - (double)out[i]) * ((double)x[i] - (double)out[i]);
-  if (!a->compare) memcpy(out, x, n * sizeof *x);
-  a->at += n;
+  if (site == QTR_SEE_ROPE) memcpy(a->qkv + a->n_seen * n, x, n * sizeof *x);
+  if (site == QTR_SITE_O) memcpy(a->out + a->n_seen++ * n, x, n * sizeof *x);
 }
 
-static enum qtr_status run_samples(struct qtr_runner *runner, const struct qtr_float_layer *layer, const float *x,
-                                   size_t n_samples, float *scratch, struct attention *a, struct qtr_error *err) {
-  size_t n = runner->length * (size_t)layer->config->hidden_size;
-  a->at = 0;
-  a->error = 0;
-  enum qtr_status status = qtr_runner_set(runner, layer, err);
+/* Runs the samples x (n_samples, length, hidden) through the layer in floats. Free with free_attention, also on failure. */
+static enum qtr_status watch_attention(struct qtr_runner *runner, const struct qtr_float_layer *layer, const float *x,
+                                       size_t n_samples, struct attention *a, struct qtr_error *err) {
+  const struct qtr_config *c = layer->config;
+  size_t n_x = runner->length * (size_t)c->hidden_size;
+  float *scratch = malloc(n_x * sizeof *scratch);
+  *a = (struct attention){.length = runner->length,
+                          .width = (size_t)(c->n_heads + 2 * c->n_kv_heads) * (size_t)c->head_dim,
+                          .heads = (size_t)c->n_heads * (size_t)c->head_dim};
+  bool ok = scratch && (a->qkv = malloc(n_samples * a->length * a->width * sizeof(float))) &&
+            (a->out = malloc(n_samples * a->length * a->heads * sizeof(float))) &&
+            (a->trial = malloc(a->length * a->width * sizeof(float))) &&
+            (a->got = malloc(a->length * a->heads * sizeof(float)));
+  enum qtr_status status = ok ? qtr_runner_set(runner, layer, err)
+                              : qtr_fail_memory(err, "the attention of a grid search",
+                                                n_samples * a->length * (a->width + a->heads) * sizeof(float));
   for (size_t i = 0; i < n_samples && !status; i++) {
-    memcpy(scratch, x + i * n, n * sizeof *x);
+    memcpy(scratch, x + i * n_x, n_x * sizeof *x);
     status = qtr_runner_run(runner, layer, scratch, see_attention, a, err);
+  }
+  free(scratch);
+  return status;
+}
+
+static void free_attention(struct attention *a) {
+  free(a->qkv);
+  free(a->out);
+  free(a->trial);
+  free(a->got);
+}
+
+/* How far the cache's format takes the outputs away, with queries times and keys divided by s: ‖out - got‖² over the
+ * samples. RoPE commutes with s, which is the same for both channels of its pairs. wide: (width) 1 where nothing is to be
+ * done */
+static enum qtr_status try_keys(struct attention *a, struct qtr_runner *quantised, const float *wide, double *error,
+                                struct qtr_error *err) {
+  enum qtr_status status = QTR_OK;
+  *error = 0;
+  for (size_t i = 0; i < a->n_seen && !status; i++) {
+    const float *qkv = a->qkv + i * a->length * a->width, *out = a->out + i * a->length * a->heads;
+    for (size_t k = 0; k < a->length * a->width; k++) a->trial[k] = qkv[k] * wide[k % a->width];
+    status = qtr_runner_attend(quantised, a->trial, a->got, err);
+    for (size_t k = 0; k < a->length * a->heads && !status; k++)
+      *error += ((double)a->got[k] - (double)out[k]) * ((double)a->got[k] - (double)out[k]);
   }
   return status;
 }
@@ -85,27 +119,11 @@ enum qtr_status qtr_smooth_keys(const struct qtr_smooth_options *options, int32_
                                 float *s, float *alpha, float *beta, struct qtr_error *err) {
   const struct qtr_config *c = layer->config;
   size_t d = (size_t)c->head_dim, kv = (size_t)c->n_kv_heads * d, q = (size_t)c->n_heads * d;
-  size_t group = (size_t)(c->n_heads / c->n_kv_heads), n_x = runner->length * (size_t)c->hidden_size;
-  float *a = malloc(kv * sizeof *a), *b = calloc(kv, sizeof *b), *scratch = NULL;
-  struct attention attention = {.out = NULL};
-  struct qtr_float_layer trial = *layer; /* with its own q and k */
-  enum qtr_status status = QTR_OK;
+  size_t group = (size_t)(c->n_heads / c->n_kv_heads);
+  float *a = malloc(kv * sizeof *a), *b = calloc(kv, sizeof *b), *wide = malloc((q + 2 * kv) * sizeof *wide);
+  struct attention attention = {.length = 0};
   bool grid = options->mode == QTR_SMOOTH_GRID && quantised;
-  trial.m[QTR_Q].w = trial.m[QTR_K].w = trial.m[QTR_Q].bias = trial.m[QTR_K].bias = NULL;
-  if (grid) {
-    scratch = malloc(n_x * sizeof *scratch);
-    attention.out = malloc(n_samples * runner->length * q * sizeof(float));
-    bool ok = scratch && attention.out;
-    for (enum qtr_projection p = QTR_Q; p <= QTR_K && ok; p++) {
-      const struct qtr_float_matrix *m = &layer->m[p];
-      ok = (trial.m[p].w = malloc(m->n_out * m->n_in * sizeof(float))) &&
-           (!m->bias || (trial.m[p].bias = malloc(m->n_out * sizeof(float))));
-    }
-    if (!ok)
-      status =
-          qtr_fail_memory(err, "the attention outputs of a grid search", n_samples * runner->length * q * sizeof(float));
-  }
-  if (!a || !b) status = qtr_fail_memory(err, "smoothing factors", kv * sizeof *a);
+  enum qtr_status status = a && b && wide ? QTR_OK : qtr_fail_memory(err, "smoothing factors", kv * sizeof *a);
   if (status) goto done;
   memcpy(a, observed->max_k, kv * sizeof *a);
   for (size_t i = 0; i < q; i++) {
@@ -114,38 +132,24 @@ enum qtr_status qtr_smooth_keys(const struct qtr_smooth_options *options, int32_
   }
   qtr_smooth_tie_pairs(a, (size_t)c->n_kv_heads, d);
   qtr_smooth_tie_pairs(b, (size_t)c->n_kv_heads, d);
-  if (!grid) {
-    *alpha = options->alpha;
-    *beta = QTR_MAX(options->beta, 0);
-    qtr_smooth_factors(a, b, *alpha, *beta, kv, s);
-    goto done;
-  }
-  if ((status = run_samples(runner, layer, x, n_samples, scratch, &attention, err))) goto done;
-  attention.compare = true;
-  double best = INFINITY;
+  *alpha = options->alpha;
+  *beta = QTR_MAX(options->beta, 0);
+  if (grid) status = watch_attention(runner, layer, x, n_samples, &attention, err);
+  double best = INFINITY, error;
   float point[2];
-  for (int32_t i = 0; option_point(options, n_grid, i, &point[0], &point[1]) && !status; i++) {
-    for (enum qtr_projection p = QTR_Q; p <= QTR_K; p++) {
-      const struct qtr_float_matrix *m = &layer->m[p];
-      memcpy(trial.m[p].w, m->w, m->n_out * m->n_in * sizeof(float));
-      if (m->bias) memcpy(trial.m[p].bias, m->bias, m->n_out * sizeof(float));
-    }
+  for (int32_t i = 0; grid && !status && option_point(options, n_grid, i, &point[0], &point[1]); i++) {
     qtr_smooth_factors(a, b, point[0], point[1], kv, s);
-    qtr_layer_smooth_keys(&trial, s);
-    status = run_samples(quantised, &trial, x, n_samples, scratch, &attention, err);
-    if (status || attention.error > best) continue;
-    best = attention.error;
+    for (size_t k = 0; k < q + 2 * kv; k++) wide[k] = k < q ? s[qtr_kv_channel(k, d, group)] : k < q + kv ? 1 / s[k - q] : 1;
+    status = try_keys(&attention, quantised, wide, &error, err);
+    if (status || error > best) continue;
+    best = error;
     *alpha = point[0];
     *beta = point[1];
   }
   qtr_smooth_factors(a, b, *alpha, *beta, kv, s);
 done:
-  for (enum qtr_projection p = QTR_Q; p <= QTR_K; p++) {
-    free(trial.m[p].w);
-    free(trial.m[p].bias);
-  }
-  free(attention.out);
-  free(scratch);
+  free_attention(&attention);
+  free(wide);
   free(a);
   free(b);
   return status;

@@ -1,9 +1,10 @@
-/* quant_fixture.h - small random models for the tests of the quantiser: a directory with config.json, F32 safetensors and
- * the demo model's tokenizer. */
+/* quant_fixture.h - random models for the tests of the quantiser: a directory with config.json, safetensors (F32 unless
+ * said) and the demo model's tokenizer. */
 #ifndef QTR_TESTS_QUANT_FIXTURE_H
 #define QTR_TESTS_QUANT_FIXTURE_H
 
 #include "base/file.h"
+#include "base/half.h"
 #include "base/random.h"
 #include "checkpoint/safetensors_write.h"
 
@@ -14,7 +15,7 @@
 
 struct fixture_shape {
   size_t hidden, inner, n_layers, n_heads, n_kv_heads, head_dim;
-  bool tied, qkv_bias;
+  bool tied, qkv_bias, bf16;
   uint64_t seed;
 };
 enum { FIXTURE_VOCAB = 8192 }; /* of the demo tokenizer */
@@ -46,16 +47,23 @@ static inline bool fixture_copy(const char *from, const char *dir, const char *n
   return ok;
 }
 
+static inline bool fixture_write_tokenizer(const char *dir) {
+  return fixture_copy(QTR_SOURCE_DIR "/models/demo", dir, "tokenizer.json") &&
+         fixture_copy(QTR_SOURCE_DIR "/models/demo", dir, "tokenizer_config.json");
+}
+
 /* One tensor more: name, shape, and how large its values are; gains lie around 1, with some large ones. */
+enum { FIXTURE_TENSORS = 1024 };
 struct fixture_tensors {
-  struct qtr_st_entry entry[256];
-  float scale[256], centre[256];
+  struct qtr_st_entry entry[FIXTURE_TENSORS];
+  float scale[FIXTURE_TENSORS], centre[FIXTURE_TENSORS];
+  enum qtr_dtype dtype;
   size_t n;
 };
 static inline void fixture_add(struct fixture_tensors *t, int layer, const char *name, size_t d0, size_t d1, double scale,
                                double centre) {
   struct qtr_st_entry *e = &t->entry[t->n];
-  *e = (struct qtr_st_entry){.dtype = QTR_DTYPE_F32, .n_dims = d1 ? 2 : 1, .shape = {d0, d1}};
+  *e = (struct qtr_st_entry){.dtype = t->dtype, .n_dims = d1 ? 2 : 1, .shape = {d0, d1}};
   if (layer >= 0)
     (void)snprintf(e->name, sizeof e->name, "model.layers.%d.%s", layer, name);
   else
@@ -64,22 +72,14 @@ static inline void fixture_add(struct fixture_tensors *t, int layer, const char 
   t->centre[t->n++] = (float)centre;
 }
 
-static inline bool fixture_write_model(const struct fixture_shape *s, const char *dir) {
-  char config[1024];
-  (void)snprintf(config, sizeof config,
-                 "{\"architectures\": [\"%s\"], \"hidden_size\": %zu, \"intermediate_size\": %zu, \"num_hidden_layers\": "
-                 "%zu, \"num_attention_heads\": %zu, \"num_key_value_heads\": %zu, \"head_dim\": %zu, \"vocab_size\": %d, "
-                 "\"max_position_embeddings\": 512, \"rms_norm_eps\": 1e-05, \"rope_theta\": 10000.0, "
-                 "\"tie_word_embeddings\": %s, \"bos_token_id\": 0, \"eos_token_id\": 1}",
-                 s->qkv_bias ? "Qwen2ForCausalLM" : "LlamaForCausalLM", s->hidden, s->inner, s->n_layers, s->n_heads,
-                 s->n_kv_heads, s->head_dim, (int)FIXTURE_VOCAB, s->tied ? "true" : "false");
-  char *path = qtr_path_join(dir, "config.json");
-  bool ok = path && qtr_file_write(path, config, strlen(config), NULL) == QTR_OK &&
-            fixture_copy(QTR_SOURCE_DIR "/models/demo", dir, "tokenizer.json") &&
-            fixture_copy(QTR_SOURCE_DIR "/models/demo", dir, "tokenizer_config.json");
-  free(path);
+/* model.safetensors of the shape. */
+static inline bool fixture_write_tensors(const struct fixture_shape *s, const char *dir) {
   struct fixture_tensors *t = calloc(1, sizeof *t);
-  if (!ok || !t) return false;
+  if (!t || s->n_layers > (FIXTURE_TENSORS - 3) / 12) {
+    free(t);
+    return false;
+  }
+  t->dtype = s->bf16 ? QTR_DTYPE_BF16 : QTR_DTYPE_F32;
   size_t q = s->n_heads * s->head_dim, kv = s->n_kv_heads * s->head_dim, h = s->hidden, inner = s->inner;
   double of_hidden = 1.7 / sqrt((double)h), of_heads = 1.7 / sqrt((double)q), of_inner = 3 / sqrt((double)inner);
   fixture_add(t, -1, "model.embed_tokens.weight", FIXTURE_VOCAB, h, 1, 0);
@@ -101,23 +101,44 @@ static inline bool fixture_write_model(const struct fixture_shape *s, const char
   }
   fixture_add(t, -1, "model.norm.weight", h, 0, 0.5, 1);
   if (!s->tied) fixture_add(t, -1, "lm_head.weight", FIXTURE_VOCAB, h, of_hidden, 0);
-  path = qtr_path_join(dir, "model.safetensors");
+  char *path = qtr_path_join(dir, "model.safetensors");
   struct qtr_st_writer *writer = NULL;
   uint64_t random = s->seed;
-  ok = path && qtr_st_create(path, t->entry, t->n, NULL, &writer, NULL) == QTR_OK;
+  bool ok = path && qtr_st_create(path, t->entry, t->n, NULL, &writer, NULL) == QTR_OK;
   for (size_t i = 0; i < t->n && ok; i++) {
     size_t n = t->entry[i].shape[0] * (t->entry[i].n_dims == 2 ? t->entry[i].shape[1] : 1);
     float *x = malloc(n * sizeof *x);
-    for (size_t k = 0; k < n && x; k++) {
+    uint16_t *half = malloc(n * sizeof *half);
+    ok = x && half;
+    for (size_t k = 0; k < n && ok; k++) {
       x[k] = t->centre[i] + t->scale[i] * fixture_uniform(&random);
       if (t->centre[i] > 0 && k % 29 == 5) x[k] *= 6;
+      half[k] = qtr_bf16_from_f32(x[k]);
     }
-    ok = x && qtr_st_write(writer, x, n * sizeof *x, NULL) == QTR_OK;
+    ok = ok && qtr_st_write(writer, s->bf16 ? (const void *)half : x, n * qtr_dtype_bytes(t->dtype), NULL) == QTR_OK;
+    free(half);
     free(x);
   }
   ok = ok && qtr_st_finish(writer, NULL) == QTR_OK;
   free(path);
   free(t);
+  return ok;
+}
+
+/* The whole directory. */
+static inline bool fixture_write_model(const struct fixture_shape *s, const char *dir) {
+  char config[1024];
+  (void)snprintf(config, sizeof config,
+                 "{\"architectures\": [\"%s\"], \"hidden_size\": %zu, \"intermediate_size\": %zu, \"num_hidden_layers\": "
+                 "%zu, \"num_attention_heads\": %zu, \"num_key_value_heads\": %zu, \"head_dim\": %zu, \"vocab_size\": %d, "
+                 "\"max_position_embeddings\": 512, \"rms_norm_eps\": 1e-05, \"rope_theta\": 10000.0, "
+                 "\"tie_word_embeddings\": %s, \"bos_token_id\": 0, \"eos_token_id\": 1}",
+                 s->qkv_bias ? "Qwen2ForCausalLM" : "LlamaForCausalLM", s->hidden, s->inner, s->n_layers, s->n_heads,
+                 s->n_kv_heads, s->head_dim, (int)FIXTURE_VOCAB, s->tied ? "true" : "false");
+  char *path = qtr_path_join(dir, "config.json");
+  bool ok = path && qtr_file_write(path, config, strlen(config), NULL) == QTR_OK && fixture_write_tokenizer(dir) &&
+            fixture_write_tensors(s, dir);
+  free(path);
   return ok;
 }
 

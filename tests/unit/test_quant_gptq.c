@@ -2,6 +2,7 @@
  * Gauss-Jordan, and the search of ratios by brute force. */
 #include "base/checked.h"
 #include "base/random.h"
+#include "quant/clip.h"
 #include "quant/gptq.h"
 #include "quant/matrix.h"
 
@@ -272,7 +273,7 @@ static void test_threads(void **state) {
   for (int i = 0; i < 2; i++) {
     struct qtr_threads *team = team_of(i ? 5 : 1);
     assert_int_equal(qtr_grid_create(QTR_LINEAR_W4A8_G128, p.n_out, p.n_in, &grid[i], NULL), QTR_OK);
-    assert_int_equal(qtr_clip(team, p.w, p.x, 100, &clip, &grid[i], what, NULL), QTR_OK);
+    assert_int_equal(qtr_clip(team, p.w, p.x, 200, &clip, &grid[i], what, NULL), QTR_OK);
     assert_int_equal(qtr_gptq(team, p.w, p.h, &usual, &grid[i], what, NULL), QTR_OK);
     assert_int_equal(qtr_output_error(team, p.w, &grid[i], p.x, 100, &error[i][0], &error[i][1], NULL), QTR_OK);
     qtr_threads_free(team);
@@ -380,31 +381,32 @@ static double clip_error(const struct problem *p, struct qtr_grid *trial, size_t
 
 static void test_clip(void **state) {
   (void)state;
-  enum { STEPS = 16, SAMPLES = 60 };
+  enum { STEPS = 18 };
   const struct qtr_clip_options options = {.n_steps = STEPS, .max_shrink = 0.8f};
   struct qtr_threads *team = team_of(2);
-  for (size_t s = 0; s < N_SHAPES; s++) {
+  for (size_t i = 0; i < (size_t)2 * N_SHAPES; i++) { /* fewer samples than a cell has columns, and more */
+    size_t s = i / 2, n_samples = i % 2 ? shapes[s].n_in + 50 : 60;
     struct problem p;
     struct qtr_grid grid, trial;
     make_problem(&p, shapes[s].n_out, shapes[s].n_in, 50 + s);
     for (size_t r = 0; r < p.n_out; r++) p.w[r * p.n_in + r % p.n_in] *= 4; /* something to clip */
     assert_int_equal(qtr_grid_create(shapes[s].format, p.n_out, p.n_in, &grid, NULL), QTR_OK);
     assert_int_equal(qtr_grid_create(shapes[s].format, p.n_out, p.n_in, &trial, NULL), QTR_OK);
-    assert_int_equal(qtr_clip(team, p.w, p.x, SAMPLES, &options, &grid, what, NULL), QTR_OK);
+    assert_int_equal(qtr_clip(team, p.w, p.x, n_samples, &options, &grid, what, NULL), QTR_OK);
     size_t cells = grid.n_groups, n_clipped = 0;
     for (size_t r = 0; r < p.n_out; r++) {
       for (size_t g = 0; g < cells; g++) {
         double best = INFINITY, chosen = INFINITY;
         bool whole = false;
-        for (int i = 0; i < STEPS; i++) {
+        for (int step = 0; step < STEPS; step++) {
           float ratio[2];
-          ratio[0] = ratio[1] = 1 - (float)i / STEPS * options.max_shrink;
+          ratio[0] = ratio[1] = 1 - (float)step / STEPS * options.max_shrink;
           assert_int_equal(qtr_grid_fit_row(&trial, r, p.w + r * p.n_in, ratio), QTR_RTN_OK);
-          double error = clip_error(&p, &trial, r, g, SAMPLES);
+          double error = clip_error(&p, &trial, r, g, n_samples);
           best = fmin(best, error);
           if (memcmp(&trial.cell[r * cells + g], &grid.cell[r * cells + g], sizeof *grid.cell)) continue;
           chosen = fmin(chosen, error);
-          whole |= i == 0;
+          whole |= step == 0;
         }
         if (!(chosen <= best * (1 + 1e-4)))
           fail_msg("shape %zu row %zu group %zu: %g, the best is %g", s, r, g, chosen, best);

@@ -1,7 +1,7 @@
 /* The transformations of spec F.3 - F.5 leave what a layer computes as it is: one layer with grouped heads, a head_dim that
  * is not hidden/heads, biases everywhere and uneven norms is run by qtr_runner before and after each. */
 #include "base/checked.h"
-#include "quant/runner.h"
+#include "quant/smooth.h"
 
 #include <math.h>
 #include <setjmp.h>
@@ -284,8 +284,96 @@ static void test_seen(void **state) {
   free(x);
 }
 
+/* ---- the grid of the keys -------------------------------------------------------------------------- */
+
+enum { POINTS = 5, SAMPLES = 2 };
+
+struct outputs {
+  float *out; /* (SAMPLES, LENGTH, HEADS * DIM) */
+  size_t n;
+};
+
+static void keep_outputs(void *user, enum qtr_site site, const float *x, size_t n_tokens, size_t n_in) {
+  struct outputs *o = user;
+  if (site != QTR_SITE_O) return;
+  memcpy(o->out + o->n, x, n_tokens * n_in * sizeof *x);
+  o->n += n_tokens * n_in;
+}
+
+/* What attention gives on the samples x in that runner. */
+static void attend(struct qtr_runner *runner, const struct qtr_float_layer *layer, const float *x, float *out) {
+  struct qtr_error err;
+  struct outputs o = {.out = out};
+  float *scratch = malloc(LENGTH * HIDDEN * sizeof *scratch);
+  assert_non_null(scratch);
+  must(qtr_runner_set(runner, layer, &err), &err);
+  for (size_t i = 0; i < SAMPLES; i++) {
+    memcpy(scratch, x + i * LENGTH * HIDDEN, LENGTH * HIDDEN * sizeof *x);
+    must(qtr_runner_run(runner, layer, scratch, keep_outputs, &o, &err), &err);
+  }
+  free(scratch);
+}
+
+/* The point that the grid of SmoothAttention chooses is the best when layers with smoothed weights are run as a whole. */
+static void test_key_grid(void **state) {
+  struct bench *b = *state;
+  struct qtr_error err;
+  struct qtr_runner quantised;
+  struct qtr_observed observed;
+  enum { KV = KV_HEADS * DIM, N = SAMPLES * LENGTH * HEADS * DIM };
+  float *x = malloc(SAMPLES * LENGTH * HIDDEN * sizeof *x), *want = malloc(N * sizeof *want), *got = malloc(N * sizeof *got);
+  float s[KV], k_max[KV], q_max[KV] = {0}, uneven[KV], alpha, beta;
+  assert_true(x && want && got);
+  for (size_t i = 0; i < SAMPLES * LENGTH * HIDDEN; i++) x[i] = b->x[i % (LENGTH * HIDDEN)] * (i < LENGTH * HIDDEN ? 1 : -2);
+  for (size_t i = 0; i < KV; i++) uneven[i] = i % (DIM / 2) == 3 ? 1 / 16.0f : 1; /* outliers among the keys */
+  qtr_layer_smooth_keys(&b->layer, uneven);
+  must(qtr_runner_open(&b->config, QTR_KV_INT4, LENGTH, 2, &quantised, &err), &err);
+  must(qtr_observed_create(b->team, &b->config, false, SAMPLES, SAMPLES, &observed, &err), &err);
+  must(qtr_runner_set(&b->runner, &b->layer, &err), &err);
+  for (size_t i = 0; i < SAMPLES; i++) {
+    memcpy(got, x + i * LENGTH * HIDDEN, LENGTH * HIDDEN * sizeof *x);
+    must(qtr_runner_run(&b->runner, &b->layer, got, qtr_observed_see, &observed, &err), &err);
+  }
+  const struct qtr_smooth_options grid = {.mode = QTR_SMOOTH_GRID};
+  must(qtr_smooth_keys(&grid, POINTS, &observed, &b->layer, &b->runner, &quantised, x, SAMPLES, s, &alpha, &beta, &err),
+       &err);
+
+  attend(&b->runner, &b->layer, x, want);
+  memcpy(k_max, observed.max_k, sizeof k_max);
+  for (size_t i = 0; i < HEADS * DIM; i++) {
+    float *at = &q_max[i / DIM / (HEADS / KV_HEADS) * DIM + i % DIM];
+    *at = fmaxf(*at, observed.max_q[i]);
+  }
+  qtr_smooth_tie_pairs(k_max, KV_HEADS, DIM);
+  qtr_smooth_tie_pairs(q_max, KV_HEADS, DIM);
+  double best = INFINITY, plain = 0, chosen = INFINITY;
+  for (int i = 0; i < 2 * POINTS - 1; i++) {
+    float f[KV], back[KV], a = (float)((i + 1) / 2) / POINTS, c = i > 0 && i % 2 == 0 ? 1 - a : 0;
+    qtr_smooth_factors(k_max, q_max, a, c, KV, f);
+    for (size_t k = 0; k < KV; k++) back[k] = 1 / f[k];
+    qtr_layer_smooth_keys(&b->layer, f);
+    attend(&quantised, &b->layer, x, got);
+    qtr_layer_smooth_keys(&b->layer, back);
+    double error = 0;
+    for (size_t k = 0; k < N; k++) error += ((double)got[k] - (double)want[k]) * ((double)got[k] - (double)want[k]);
+    best = fmin(best, error);
+    if (i == 0) plain = error;
+    if (fabsf(a - alpha) > 1e-6f || fabsf(c - beta) > 1e-6f) continue;
+    chosen = error;
+    assert_memory_equal(s, f, sizeof f);
+  }
+  print_message("alpha %g, beta %g: %.3f of the error without\n", (double)alpha, (double)beta, chosen / plain);
+  assert_true(chosen <= best * 1.01 && chosen < 0.5 * plain);
+  qtr_observed_free(&observed);
+  qtr_runner_close(&quantised);
+  free(x);
+  free(want);
+  free(got);
+}
+
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test_setup_teardown(test_fold, read_layer, drop_layer),
+  const struct CMUnitTest tests[] = {cmocka_unit_test_setup_teardown(test_key_grid, read_layer, drop_layer),
+                                     cmocka_unit_test_setup_teardown(test_fold, read_layer, drop_layer),
                                      cmocka_unit_test_setup_teardown(test_rotate, read_layer, drop_layer),
                                      cmocka_unit_test_setup_teardown(test_rotate_heads, read_layer, drop_layer),
                                      cmocka_unit_test_setup_teardown(test_smooth_keys, read_layer, drop_layer),

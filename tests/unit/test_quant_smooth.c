@@ -1,6 +1,7 @@
 /* Smoothing (spec F.5): factors by the formula, pairs of RoPE tied, and the grids choose what a search by hand chooses. */
 #include "base/checked.h"
 #include "base/half.h"
+#include "quant/clip.h"
 #include "quant/gptq.h"
 #include "quant/smooth.h"
 

@@ -1,12 +1,18 @@
-/* check_attention.c - RoPE, KV writes and attention of a device against the reference, on ragged batches over a cache whose
- * other slots hold large garbage.
+/* check_attention.c - RoPE, KV writes and attention, dense and sparse, of a device against the reference, on ragged batches
+ * over a cache whose other slots hold large garbage.
  *
  * KV: V is stored with the reference's bits. RoPE may contract a multiplication and an addition, so rotated values may
  * differ by 2^-23 of the terms; K must then be stored with the bits that the reference gives for the device's own rotated
  * values. Attention is compared over caches with the same bits (frequencies 0: RoPE is the identity). An error d(t) of a
  * score moves its weight p(t) by as much relatively, and so the result by p(t) d(t) |v(t) - result|: summed over t, that is
  * the tolerance, plus rounding of p and v. Each sequence must have the same bits alone, and when its tokens come in two
- * steps. */
+ * steps.
+ *
+ * Sparse: statistics and the pages chosen must be the reference's, and those that the definition gives (backend.h). Earlier
+ * choices are made as in an engine, by the query at which they were due. */
+#include <stdio.h>
+
+#include "backend/common/sparse.h"
 #include "ops.h"
 
 #define EPS 0x1p-23
@@ -17,9 +23,11 @@ struct cache {
   struct op_batch b;
   int32_t n_pages;
   struct qtr_kv *ref, *dev;
-  float *qkv;      /* (n_tokens, width) of the final step, before RoPE */
-  float *inv_freq; /* (head_dim / 2) */
-  float **history; /* (n_seqs) each (kv_len, width): what the earlier steps wrote */
+  float *qkv;         /* (n_tokens, width) of the final step, before RoPE */
+  float *inv_freq;    /* (head_dim / 2) */
+  float **history;    /* (n_seqs) each (kv_len, width): what the earlier steps wrote */
+  uint8_t *streaming; /* (N_LAYERS, n_kv_heads) */
+  struct qtr_kv_sparse sparse;
 };
 
 enum { N_LAYERS = 2, LAYER = 1 };
@@ -96,6 +104,13 @@ static void cache_make(struct op_check *c, const struct op_entry *e, enum qtr_kv
                                  .head_dim = e->head_dim,
                                  .n_pages = k->n_pages,
                                  .static_scale = static_scale};
+  k->streaming = op_malloc((size_t)(N_LAYERS * e->n_kv_heads), 1);
+  if (e->kind == OP_SPARSE) {
+    op_sparse_fill(e, N_LAYERS, k->b.batch.n_seqs, k->b.batch.max_blocks, k->streaming, &k->sparse);
+    op_batch_sparse(&c->rng, p, k->n_pages, &k->sparse, &k->b);
+    config.sparse = &k->sparse;
+    config.n_stream_pages = e->n_streaming > 0 ? k->n_pages : 0;
+  }
   struct qtr_error err = {0};
   op_must(c->ref.ops->kv_create(c->ref.b, &config, &k->ref, &err), &err);
   op_must(c->dev.ops->kv_create(c->dev.b, &config, &k->dev, &err), &err);
@@ -119,7 +134,7 @@ static void cache_make(struct op_check *c, const struct op_entry *e, enum qtr_kv
     int32_t n = batch->kv_len[s];
     if (n == 0) continue;
     struct op_batch b;
-    op_batch_single(batch->block_table + (size_t)s * (size_t)batch->max_blocks, batch->max_blocks, 0, n, &b);
+    op_batch_part(&k->b, s, 0, n, 0, &k->sparse, &b);
     k->history[s] = op_malloc((size_t)n * width, sizeof **k->history);
     fill_qkv(&c->rng, e, (size_t)n, 1, k->history[s]);
     step_write_both(c, k, LAYER, &b.batch, k->history[s]);
@@ -136,10 +151,15 @@ static void cache_free(const struct op_check *c, struct cache *k) {
   free(k->history);
   free(k->qkv);
   free(k->inv_freq);
+  free(k->streaming);
   op_batch_free(&k->b);
 }
 
-/* Every slot of every page of both layers. */
+static bool streams(const struct cache *k, int32_t layer, int32_t head) {
+  return k->streaming[layer * k->entry->n_kv_heads + head];
+}
+
+/* Every slot of every page of both layers; of a sparse cache one of eight. */
 static void compare_cache(const struct op_check *c, const struct cache *k, struct op_diff *diff) {
   size_t dim = (size_t)k->entry->head_dim;
   uint16_t *a = op_malloc(dim, sizeof *a), *b = op_malloc(dim, sizeof *b);
@@ -147,6 +167,7 @@ static void compare_cache(const struct op_check *c, const struct cache *k, struc
   for (int32_t i = 0; i < N_LAYERS * 2 * k->n_pages * QTR_PAGE_TOKENS; i++) {
     int32_t slot = i % QTR_PAGE_TOKENS, page = i / QTR_PAGE_TOKENS % k->n_pages, pool = i / QTR_PAGE_TOKENS / k->n_pages;
     for (int32_t h = 0; h < k->entry->n_kv_heads; h++) {
+      if (k->entry->kind == OP_SPARSE && (5 * slot + 3 * h + page) % 8) continue; /* kv_write checks the layout */
       c->ref.ops->kv_read(c->ref.b, k->ref, pool / 2, pool % 2, page, slot, h, a, &scale[0], &zero[0]);
       c->dev.ops->kv_read(c->dev.b, k->dev, pool / 2, pool % 2, page, slot, h, b, &scale[1], &zero[1]);
       diff->n += dim + 2;
@@ -229,6 +250,126 @@ static void step_attend(const struct op_device *d, struct qtr_kv *kv, const stru
   d->ops->free(d->b, result);
 }
 
+/* ---- sparse attention --------------------------------------------------------------------------------------------------
+ */
+
+static const float *row_of(const struct cache *k, int32_t s, int32_t position) {
+  int32_t kv_len = k->b.kv_len[s];
+  const float *from = position < kv_len ? k->history[s] + (size_t)position * width_of(k->entry)
+                                        : k->qkv + (size_t)(k->b.q_start[s] + position - kv_len) * width_of(k->entry);
+  return from;
+}
+
+/* The position whose query chose the pages that the query at `position` sees; -1: it sees all. */
+static int32_t choice_position(const struct cache *k, int32_t s, int32_t position) {
+  if (k->sparse.budget == 0 || position < k->b.decode_start[s] || position < k->sparse.budget) return -1;
+  int32_t first = QTR_MAX(k->b.decode_start[s], k->sparse.budget), at = position;
+  while (at > first && (at + 1) % k->sparse.interval) at--;
+  return at;
+}
+
+/* The choice of query head h at `position`, from the reference's statistics: complete for the pages before its own. */
+static struct qtr_selection *choose(const struct op_check *c, const struct cache *k, int32_t s, int32_t position,
+                                    int32_t h) {
+  const struct op_entry *e = k->entry;
+  const int32_t *table = k->b.block_table + (size_t)s * (size_t)k->b.batch.max_blocks;
+  int32_t tail = position / QTR_PAGE_TOKENS, group = e->n_heads / e->n_kv_heads, head = h / group, dim = e->head_dim,
+          from = k->sparse.each_head ? h : head * group, n = k->sparse.each_head ? 1 : group;
+  double *score = op_malloc((size_t)tail, sizeof *score);
+  int32_t *order = op_malloc((size_t)tail, sizeof *order);
+  float *max = op_malloc((size_t)dim, sizeof *max), *min = op_malloc((size_t)dim, sizeof *min);
+  for (int32_t page = 0; page < tail; page++) {
+    score[page] = -INFINITY;
+    for (int32_t i = 0; i < QTR_PAGE_TOKENS / k->sparse.logical_tokens; i++) {
+      c->ref.ops->stats_read(c->ref.b, k->ref, LAYER, table[page], i, head, max, min);
+      for (int32_t j = from; j < from + n; j++) {
+        const float *q = row_of(k, s, position) + (size_t)j * (size_t)dim;
+        double sum = 0;
+        for (int32_t x = 0; x < dim; x++) sum += fmax((double)q[x] * (double)max[x], (double)q[x] * (double)min[x]);
+        score[page] = fmax(score[page], sum);
+      }
+    }
+  }
+  struct qtr_selection *choice = op_malloc(qtr_sparse_selection_ints(&k->sparse), sizeof(int32_t));
+  qtr_sparse_choose(score, tail, qtr_sparse_limit(&k->sparse), order, choice);
+  free(score);
+  free(order);
+  free(max);
+  free(min);
+  return choice;
+}
+
+/* hidden (n): the keys before or at the query's position that head h does not see. */
+static void hide(const struct op_check *c, const struct cache *k, int32_t s, int32_t h, size_t n, bool *hidden) {
+  int32_t p = (int32_t)n - 1, head = h / (k->entry->n_heads / k->entry->n_kv_heads);
+  memset(hidden, 0, n * sizeof *hidden);
+  if (k->entry->kind != OP_SPARSE) return;
+  if (streams(k, LAYER, head)) {
+    const struct qtr_kv_window *w = p < k->b.decode_start[s] ? &k->sparse.context : &k->sparse.decode;
+    for (int32_t t = 0; t <= p; t++) hidden[t] = t >= w->sink && p - t >= w->local;
+    return;
+  }
+  int32_t at = choice_position(k, s, p);
+  if (at < 0) return;
+  struct qtr_selection *choice = choose(c, k, s, at, h);
+  for (int32_t t = 0; t < choice->tail * QTR_PAGE_TOKENS; t++) hidden[t] = true;
+  for (int32_t i = 0; i < choice->n; i++)
+    memset(hidden + (size_t)choice->page[i] * QTR_PAGE_TOKENS, 0, QTR_PAGE_TOKENS * sizeof *hidden);
+  free(choice);
+}
+
+/* Statistics of every page, and what each head of each sequence has chosen last; slots are the batch's. */
+static void compare_choices(const struct op_check *c, const struct cache *k, const char *what, struct op_diff *diff) {
+  const struct op_entry *e = k->entry;
+  if (k->sparse.budget == 0) return;
+  size_t dim = (size_t)e->head_dim, room = qtr_sparse_selection_ints(&k->sparse);
+  float *extremes = op_malloc(4 * dim, sizeof *extremes);
+  for (int32_t i = 0; i < N_LAYERS * e->n_kv_heads; i++) {
+    int32_t layer = i / e->n_kv_heads, head = i % e->n_kv_heads, per = QTR_PAGE_TOKENS / k->sparse.logical_tokens;
+    for (int32_t j = 0; j < k->n_pages * per && !streams(k, layer, head); j++) {
+      c->ref.ops->stats_read(c->ref.b, k->ref, layer, j / per, j % per, head, extremes, extremes + dim);
+      c->dev.ops->stats_read(c->dev.b, k->dev, layer, j / per, j % per, head, extremes + 2 * dim, extremes + 3 * dim);
+      for (size_t x = 0; x < 2 * dim; x++) {
+        if (extremes[x] == extremes[x + 2 * dim]) continue;
+        op_bad(diff, "%s: layer %d, KV head %d, page %d, logical page %d: %s of dim %zu is %.9g, expected %.9g", what, layer,
+               head, j / per, j % per, x < dim ? "maximum" : "minimum", x % dim, (double)extremes[x + 2 * dim],
+               (double)extremes[x]);
+      }
+      diff->n += 2 * dim;
+    }
+  }
+  int32_t *page = op_malloc(2 * room, sizeof *page), n[2], tail[2];
+  for (int32_t s = 0; s < k->b.batch.n_seqs; s++) {
+    int32_t at = choice_position(k, s, k->b.kv_len[s] + k->b.q_start[s + 1] - k->b.q_start[s] - 1);
+    for (int32_t h = 0; h < e->n_heads && at >= 0; h++) {
+      if (streams(k, LAYER, h / (e->n_heads / e->n_kv_heads))) continue;
+      c->ref.ops->selection_read(c->ref.b, k->ref, LAYER, h, k->b.slot[s], page, &n[0], &tail[0]);
+      c->dev.ops->selection_read(c->dev.b, k->dev, LAYER, h, k->b.slot[s], page + room, &n[1], &tail[1]);
+      struct qtr_selection *own = choose(c, k, s, at, h);
+      for (int i = 0; i < 2; i++) {
+        diff->n += (size_t)own->n;
+        if (n[i] == own->n && tail[i] == own->tail &&
+            memcmp(page + (size_t)i * room, own->page, (size_t)own->n * sizeof *page) == 0)
+          continue;
+        int32_t first = 0;
+        while (first < QTR_MIN(n[i], own->n) && page[(size_t)i * room + (size_t)first] == own->page[first]) first++;
+        op_bad(
+            diff,
+            "%s: %s: sequence %d, head %d, choice at %d: %d pages before page %d, expected %d before %d; number %d is %d, "
+            "expected %d",
+            what, i ? "device" : "reference", s, h, at, n[i], tail[i], own->n, own->tail, first,
+            first < n[i] ? page[(size_t)i * room + (size_t)first] : -1, first < own->n ? own->page[first] : -1);
+      }
+      free(own);
+    }
+  }
+  free(page);
+  free(extremes);
+}
+
+/* ---- attention -----------------------------------------------------------------------------------------------------------
+ */
+
 /* K and V of one head of a sequence as stored, over its first n tokens: k, v (n, dim), largest magnitudes of each row (n);
  * v_code: of what a GPU multiplies with weights in fp16, codes * scale (zero points outside). */
 struct head {
@@ -239,7 +380,8 @@ struct head {
 static struct head head_read(const struct op_check *c, const struct cache *k, enum qtr_kv_format format, int32_t s,
                              int32_t n, int32_t index) {
   const struct qtr_batch *batch = &k->b.batch;
-  const int32_t *table = batch->block_table + (size_t)s * (size_t)batch->max_blocks;
+  const int32_t *tables = streams(k, LAYER, index) ? k->b.stream_all : batch->block_table;
+  const int32_t *table = tables + (size_t)s * (size_t)batch->max_blocks;
   size_t dim = (size_t)k->entry->head_dim, rows = (size_t)n;
   struct head h = {.n = rows,
                    .dim = dim,
@@ -289,13 +431,17 @@ static void head_free(struct head *h) {
   free(h->error);
 }
 
-/* Softmax weights of a query over the first n tokens, and of each score the error fp32 (and a q with relative error `split`)
- * may make: 4 * 2^-23 of Σ|q| max|k| scale, whether codes are dequantised first or scale and zero are applied to the sum. */
-static double weigh(struct head *h, const float *q, size_t n, double scale, double split) {
+/* Softmax weights of a query over those of the first n tokens that are not hidden, and of each score the error fp32 (and a q
+ * with relative error `split`) may make: 4 * 2^-23 of Σ|q| max|k| scale, whether codes are dequantised first or scale and
+ * zero are applied to the sum. */
+static double weigh(struct head *h, const float *q, size_t n, const bool *hidden, double scale, double split) {
   double max = -INFINITY, total = 0, mean_error = 0, q_sum = 0;
   for (size_t i = 0; i < h->dim; i++) q_sum += fabs((double)q[i]);
   for (size_t t = 0; t < n; t++) {
     double dot = 0;
+    h->weight[t] = -INFINITY;
+    h->error[t] = 0;
+    if (hidden[t]) continue;
     for (size_t i = 0; i < h->dim; i++) dot += (double)q[i] * h->k[t * h->dim + i];
     h->weight[t] = dot * scale;
     h->error[t] = (4 * EPS + 2 * split) * q_sum * h->k_max[t] * scale;
@@ -319,6 +465,7 @@ static void compare_attention(const struct op_check *c, const struct cache *k, e
    */
   double weight16 = act > 0 ? 0x1p-11 : 0;
   double *tolerance = op_malloc(dim, sizeof *tolerance);
+  bool *hidden = op_malloc((size_t)batch->max_blocks * QTR_PAGE_TOKENS, sizeof *hidden);
   /* With AMX the cpu backend multiplies codes by q and weights that are split into two bf16 parts: 16 bits of each.
    * Codes times scale reach twice the largest value. */
   double split = format != QTR_KV_F16 && strstr(c->dev.caps.description, "AMX") ? 0x1p-17 : 0;
@@ -330,12 +477,13 @@ static void compare_attention(const struct op_check *c, const struct cache *k, e
       for (int32_t i = 0; i < (n_all - batch->kv_len[s]) * group; i++) {
         size_t token = (size_t)(batch->q_start[s] + i / group), h = (size_t)(index * group + i % group);
         size_t n = (size_t)(batch->kv_len[s] + i / group) + 1;
-        double mean_error = weigh(&head, k->qkv + token * width + h * dim, n, 1 / sqrt((double)dim), split), rounding = 0,
-               coded = 0;
+        hide(c, k, s, (int32_t)h, n, hidden);
+        double mean_error = weigh(&head, k->qkv + token * width + h * dim, n, hidden, 1 / sqrt((double)dim), split),
+               rounding = 0, coded = 0;
         const float *want = expected + token * row + h * dim;
         for (size_t t = 0; t < n; t++) {
           rounding += head.weight[t] * head.v_max[t];
-          coded += (head.weight[t] + 0x1p-21) * head.v_code[t];
+          coded += hidden[t] ? 0 : (head.weight[t] + 0x1p-21) * head.v_code[t];
         }
         for (size_t j = 0; j < dim; j++) {
           tolerance[j] = (EPS * (4 + (double)n / 4) + 2 * split) * rounding + 1e-20 * head.v_all +
@@ -353,6 +501,29 @@ static void compare_attention(const struct op_check *c, const struct cache *k, e
     }
   }
   free(tolerance);
+  free(hidden);
+}
+
+/* Lets sequence s choose in `slot` what it had chosen before the final step: the tokens since then once more. */
+static void choose_before(const struct op_device *d, struct qtr_kv *kv, const struct cache *k, int32_t s, int32_t slot) {
+  const struct op_entry *e = k->entry;
+  int32_t n = k->b.kv_len[s], at = e->kind == OP_SPARSE && n > 0 ? choice_position(k, s, n - 1) : -1;
+  if (at < 0) return;
+  struct op_batch b;
+  op_batch_part(&k->b, s, at, n - at, slot, &k->sparse, &b);
+  float *out = op_malloc((size_t)(n - at + 1) * (size_t)(e->n_heads * e->head_dim), sizeof *out);
+  step_attend(d, kv, k, &b.batch, row_of(k, s, at), out);
+  free(out);
+  op_batch_free(&b);
+}
+
+/* May a sequence's tokens be cut before token number `cut`? On GPUs single tokens take another kernel, so no piece has one
+ * given token; generated ones of a sparse cache are all the same to it. */
+static bool may_cut(const struct op_check *c, const struct cache *k, int32_t s, int32_t cut) {
+  int32_t n = k->b.q_start[s + 1] - k->b.q_start[s], given = n;
+  if (c->dev.caps.act_dtype == QTR_DTYPE_F32) return true;
+  if (k->entry->kind == OP_SPARSE) given = QTR_MAX(0, QTR_MIN(n, k->b.decode_start[s] - k->b.kv_len[s]));
+  return given != 1 && QTR_MIN(cut, given) != 1 && given - cut != 1;
 }
 
 /* Sequence s alone, its tokens in one step or two, must give the bits it had in the batch. */
@@ -360,17 +531,18 @@ static void check_alone(struct op_check *c, struct cache *k, int32_t s, const fl
                         struct op_diff *diff) {
   const struct qtr_batch *batch = &k->b.batch;
   const struct op_entry *e = k->entry;
-  const int32_t *table = batch->block_table + (size_t)s * (size_t)batch->max_blocks;
-  int32_t n = batch->q_start[s + 1] - batch->q_start[s];
+  int32_t n = batch->q_start[s + 1] - batch->q_start[s], cut = 0, slot = batch->n_seqs; /* one that nobody had */
   size_t row = (size_t)(e->n_heads * e->head_dim), first = (size_t)batch->q_start[s];
-  /* On GPUs a step's single tokens take another kernel: no piece of one token there. */
-  int32_t least = c->dev.caps.act_dtype == QTR_DTYPE_F32 ? 1 : 2;
-  int32_t cuts[2] = {0, n >= 2 * least ? least + (int32_t)op_rng_below(&c->rng, (size_t)(n - 2 * least) + 1) : 0};
-  for (int i = 0; i < (n >= 2 * least ? 2 : 1); i++) {
+  for (int i = 0; i < 20 && cut == 0 && n > 1; i++) {
+    int32_t at = 1 + (int32_t)op_rng_below(&c->rng, (size_t)n - 1);
+    if (may_cut(c, k, s, at)) cut = at;
+  }
+  for (int i = 0; i < (cut > 0 ? 2 : 1); i++) {
+    choose_before(&c->dev, k->dev, k, s, slot);
     for (int32_t from = 0; from < n;) {
-      int32_t to = cuts[i] > from ? cuts[i] : n;
+      int32_t to = i == 1 && from == 0 ? cut : n;
       struct op_batch b;
-      op_batch_single(table, batch->max_blocks, batch->kv_len[s] + from, to - from, &b);
+      op_batch_part(&k->b, s, batch->kv_len[s] + from, to - from, slot, &k->sparse, &b);
       size_t token = first + (size_t)from;
       step_attend(&c->dev, k->dev, k, &b.batch, k->qkv + token * width_of(e), out);
       diff->n++;
@@ -386,21 +558,28 @@ static void check_alone(struct op_check *c, struct cache *k, int32_t s, const fl
 
 void op_check_attention(struct op_check *c, const struct op_entry *e, enum qtr_kv_format format, struct op_diff *diff) {
   size_t row = (size_t)(e->n_heads * e->head_dim);
-  for (size_t i = 0; i < n_op_patterns; i++) {
-    if (!(op_patterns[i].use & OP_CHECK)) continue;
+  const struct op_pattern *pattern = e->kind == OP_SPARSE ? op_sparse_patterns : op_patterns;
+  size_t n_patterns = e->kind == OP_SPARSE ? n_op_sparse_patterns : n_op_patterns;
+  for (size_t i = 0; i < n_patterns; i++, pattern++) {
+    if (!(pattern->use & OP_CHECK)) continue;
     struct cache k;
-    cache_make(c, e, format, &op_patterns[i], false, &k);
+    cache_make(c, e, format, pattern, false, &k);
     size_t n = (size_t)k.b.batch.n_tokens;
     float *got = op_malloc((n + 1) * row, sizeof *got), *expected = op_malloc((n + 1) * row, sizeof *expected);
     float *alone = op_malloc((n + 1) * row, sizeof *alone);
     void *rounded = op_upload(&c->dev, k.qkv, n * width_of(e));
     op_download(&c->dev, rounded, c->dev.caps.act_dtype, n * width_of(e), k.qkv);
     c->dev.ops->free(c->dev.b, rounded);
+    for (int32_t s = 0; s < k.b.batch.n_seqs; s++) {
+      choose_before(&c->dev, k.dev, &k, s, k.b.batch.slot ? k.b.slot[s] : 0);
+      choose_before(&c->ref, k.ref, &k, s, k.b.batch.slot ? k.b.slot[s] : 0);
+    }
     step_attend(&c->dev, k.dev, &k, &k.b.batch, k.qkv, got);
     step_attend(&c->ref, k.ref, &k, &k.b.batch, k.qkv, expected);
     compare_cache(c, &k, diff);
-    compare_attention(c, &k, format, got, expected, op_patterns[i].name, diff);
-    if (!isnan(got[n * row])) op_bad(diff, "%s: wrote past the last row", op_patterns[i].name);
+    compare_attention(c, &k, format, got, expected, pattern->name, diff);
+    compare_choices(c, &k, pattern->name, diff);
+    if (!isnan(got[n * row])) op_bad(diff, "%s: wrote past the last row", pattern->name);
     for (int32_t s = 0; s < k.b.batch.n_seqs; s++) check_alone(c, &k, s, got, alone, diff);
     free(got);
     free(expected);

@@ -158,6 +158,18 @@ static void batch_alloc(struct op_batch *b, int32_t n_seqs, int32_t n_tokens, in
                                 .block_table = b->block_table};
 }
 
+/* The numbers 0 … n - 1 in random order. */
+static int32_t *permutation(struct op_rng *rng, int32_t n) {
+  int32_t *page = op_malloc((size_t)n, sizeof *page);
+  for (int32_t i = 0; i < n; i++) page[i] = i;
+  for (int32_t i = n - 1; i > 0; i--) {
+    int32_t j = (int32_t)op_rng_below(rng, (size_t)i + 1), t = page[i];
+    page[i] = page[j];
+    page[j] = t;
+  }
+  return page;
+}
+
 void op_batch_make(struct op_rng *rng, const struct op_pattern *p, int32_t *n_pages, struct op_batch *b) {
   int32_t n_seqs = p->n_copies * p->n_seqs, n_tokens = 0, max_blocks = 0, total = 0;
   for (int32_t s = 0; s < n_seqs; s++) {
@@ -168,14 +180,7 @@ void op_batch_make(struct op_rng *rng, const struct op_pattern *p, int32_t *n_pa
   }
   *n_pages = total + 2;
   batch_alloc(b, n_seqs, n_tokens, max_blocks);
-  int32_t *page = op_malloc((size_t)*n_pages, sizeof *page);
-  for (int32_t i = 0; i < *n_pages; i++) page[i] = i;
-  for (int32_t i = *n_pages - 1; i > 0; i--) {
-    int32_t j = (int32_t)op_rng_below(rng, (size_t)i + 1), t = page[i];
-    page[i] = page[j];
-    page[j] = t;
-  }
-  int32_t next = 0, token = 0;
+  int32_t *page = permutation(rng, *n_pages), next = 0, token = 0;
   for (int32_t s = 0; s < n_seqs; s++) {
     int32_t kv = p->seq[s % p->n_seqs].kv_len, q = p->seq[s % p->n_seqs].q_len;
     b->kv_len[s] = kv;
@@ -187,6 +192,75 @@ void op_batch_make(struct op_rng *rng, const struct op_pattern *p, int32_t *n_pa
   free(page);
 }
 
+static void sparse_alloc(struct op_batch *b) {
+  size_t n_seqs = (size_t)b->batch.n_seqs, n = n_seqs * (size_t)b->batch.max_blocks;
+  b->stream_all = op_malloc(n, sizeof(int32_t));
+  b->stream_table = op_malloc(n, sizeof(int32_t));
+  b->decode_start = op_malloc(n_seqs, sizeof(int32_t));
+  b->slot = op_malloc(n_seqs, sizeof(int32_t));
+  b->batch.stream_table = b->stream_table;
+  b->batch.decode_start = b->decode_start;
+  b->batch.slot = b->slot;
+}
+
+/* Does a query at one of the positions a … b - 1 see a key of the page that begins at `first`? */
+static bool sees_page(const struct qtr_kv_window *w, int32_t first, int32_t a, int32_t b) {
+  return a < b && first < b && (first < w->sink || QTR_MAX(a, first) - (first + QTR_PAGE_TOKENS - 1) < w->local);
+}
+
+/* stream_table: those of stream_all that a query of the step sees. */
+static void show_stream_pages(const struct qtr_kv_sparse *sparse, struct op_batch *b) {
+  for (int32_t s = 0; s < b->batch.n_seqs; s++) {
+    size_t row = (size_t)s * (size_t)b->batch.max_blocks;
+    int32_t from = b->kv_len[s], to = from + b->q_start[s + 1] - b->q_start[s];
+    int32_t start = QTR_MIN(QTR_MAX(b->decode_start[s], from), to);
+    for (int32_t i = 0; i < b->batch.max_blocks; i++) {
+      bool seen = sees_page(&sparse->context, i * QTR_PAGE_TOKENS, from, start) ||
+                  sees_page(&sparse->decode, i * QTR_PAGE_TOKENS, start, to);
+      b->stream_table[row + (size_t)i] = seen ? b->stream_all[row + (size_t)i] : -1;
+    }
+  }
+}
+
+void op_batch_sparse(struct op_rng *rng, const struct op_pattern *p, int32_t n_pages, const struct qtr_kv_sparse *sparse,
+                     struct op_batch *b) {
+  int32_t n_seqs = b->batch.n_seqs, *page = permutation(rng, n_pages), next = 0;
+  sparse_alloc(b);
+  for (int32_t i = 0; i < n_seqs * b->batch.max_blocks; i++) b->stream_all[i] = b->block_table[i] < 0 ? -1 : page[next++];
+  free(page);
+  int32_t *order = permutation(rng, n_seqs);
+  memcpy(b->slot, order, (size_t)n_seqs * sizeof *order);
+  free(order);
+  for (int32_t s = 0; s < n_seqs; s++) b->decode_start[s] = p->seq[s % p->n_seqs].decode_start;
+  show_stream_pages(sparse, b);
+}
+
+void op_batch_part(const struct op_batch *all, int32_t s, int32_t position, int32_t n, int32_t slot,
+                   const struct qtr_kv_sparse *sparse, struct op_batch *part) {
+  size_t max_blocks = (size_t)all->batch.max_blocks, row = (size_t)s * max_blocks;
+  op_batch_single(all->block_table + row, all->batch.max_blocks, position, n, part);
+  if (!all->stream_all) return;
+  sparse_alloc(part);
+  memcpy(part->stream_all, all->stream_all + row, max_blocks * sizeof(int32_t));
+  part->decode_start[0] = all->decode_start[s];
+  part->slot[0] = slot;
+  show_stream_pages(sparse, part);
+}
+
+void op_sparse_fill(const struct op_entry *e, int32_t n_layers, int32_t n_seqs, int32_t max_pages, uint8_t *streaming,
+                    struct qtr_kv_sparse *sparse) {
+  int32_t n = e->n_kv_heads;
+  *sparse = e->sparse;
+  for (int32_t i = 0; i < n_layers * n; i++) {
+    int32_t h = i / n % 2 ? i % n : n - 1 - i % n;
+    streaming[i] = h * e->n_streaming / n != (h + 1) * e->n_streaming / n;
+  }
+  sparse->streaming = e->n_streaming > 0 ? streaming : NULL;
+  sparse->group = e->n_heads / n;
+  sparse->n_slots = n_seqs + 1;
+  sparse->max_pages = max_pages;
+}
+
 void op_batch_single(const int32_t *table, int32_t max_blocks, int32_t kv_len, int32_t q_len, struct op_batch *b) {
   batch_alloc(b, 1, q_len, max_blocks);
   memcpy(b->block_table, table, (size_t)max_blocks * sizeof *table);
@@ -195,11 +269,21 @@ void op_batch_single(const int32_t *table, int32_t max_blocks, int32_t kv_len, i
   b->kv_len[0] = kv_len;
 }
 
+void op_batch_move(struct op_batch *b, int32_t tokens, const struct qtr_kv_sparse *sparse) {
+  for (int32_t s = 0; s < b->batch.n_seqs; s++) b->kv_len[s] += tokens;
+  for (int32_t i = 0; i < b->batch.n_tokens; i++) b->position[i] += tokens;
+  if (b->stream_all) show_stream_pages(sparse, b);
+}
+
 void op_batch_free(struct op_batch *b) {
   free(b->position);
   free(b->q_start);
   free(b->kv_len);
   free(b->block_table);
+  free(b->stream_all);
+  free(b->stream_table);
+  free(b->decode_start);
+  free(b->slot);
 }
 
 /* ---- devices ------------------------------------------------------------------------------------- */

@@ -98,7 +98,8 @@ static bool check(struct op_check *c, const struct op_entry *e, unsigned format,
     case OP_NORM: op_check_norm(c, e, (enum op_norm_format)format, &diff); break;
     case OP_LINEAR: op_check_linear(c, e, (enum qtr_linear_format)format, &diff); break;
     case OP_KV_WRITE: op_check_kv_write(c, e, (enum qtr_kv_format)format, &diff); break;
-    case OP_ATTENTION: op_check_attention(c, e, (enum qtr_kv_format)format, &diff); break;
+    case OP_ATTENTION:
+    case OP_SPARSE: op_check_attention(c, e, (enum qtr_kv_format)format, &diff); break;
     case OP_EMBED: op_check_embed(c, e, (enum qtr_dtype)format, &diff); break;
     default: op_check_gather(c, e, &diff); break;
   }

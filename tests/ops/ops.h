@@ -1,5 +1,5 @@
 /* ops.h - what the files of quattuor-ops share. table.c owns the one table of (operation, shape, formats); data.c random
- * matrices, batches and the devices; check*.c compare a device with the reference through the vtable; perf.c times the same
+ * matrices, batches and the devices; check*.c compare a device with the reference through the vtable; perf*.c time the same
  * entries; ceiling.c measures what the machine can do at best.
  *
  * This is a test program: when memory runs out or a backend refuses, it says so and exits with 2. */
@@ -16,7 +16,7 @@
 
 /* ---- the table ----------------------------------------------------------------------------------- */
 
-enum op_kind { OP_QUANT, OP_NORM, OP_LINEAR, OP_KV_WRITE, OP_ATTENTION, OP_EMBED, OP_GATHER, N_OP_KINDS };
+enum op_kind { OP_QUANT, OP_NORM, OP_LINEAR, OP_KV_WRITE, OP_ATTENTION, OP_SPARSE, OP_EMBED, OP_GATHER, N_OP_KINDS };
 enum op_use { OP_CHECK = 1, OP_PERF = 2, OP_PERF_GPU = 4 /* too large for a CPU */ };
 enum op_norm_format { OP_NORM_EXACT_FLOAT, OP_NORM_EXACT_INT8, OP_NORM_QSERVE_INT8, N_OP_NORM_FORMATS };
 
@@ -32,6 +32,8 @@ struct op_entry {
   bool wild;         /* LINEAR g128: any second-level bytes, also such that wrap around (spec B.3) */
   size_t max_tokens; /* most tokens of a check; the counts in op_check_tokens up to it are tried */
   int32_t n_heads, n_kv_heads, head_dim;
+  int32_t n_streaming;         /* SPARSE: so many of the KV heads */
+  struct qtr_kv_sparse sparse; /* SPARSE: windows and choice of pages; the rest is filled in (op_sparse_fill) */
 };
 extern const struct op_entry op_table[];
 extern const size_t n_op_table;
@@ -39,17 +41,17 @@ extern const size_t n_op_table;
 extern const size_t op_check_tokens[], n_op_check_tokens, op_perf_tokens[], n_op_perf_tokens,
     n_op_perf_tokens_host; /* the counts that a CPU is timed with come first */
 
-#define OP_MAX_SEQS 8
+#define OP_MAX_SEQS 12
 struct op_pattern { /* a ragged batch: n_copies times these sequences */
   const char *name;
   unsigned use;
   int32_t n_copies, n_seqs;
   struct {
-    int32_t kv_len, q_len;
+    int32_t kv_len, q_len, decode_start; /* the last only matters to SPARSE */
   } seq[OP_MAX_SEQS];
 };
-extern const struct op_pattern op_patterns[];
-extern const size_t n_op_patterns;
+extern const struct op_pattern op_patterns[], op_sparse_patterns[]; /* the latter for SPARSE */
+extern const size_t n_op_patterns, n_op_sparse_patterns;
 
 size_t op_n_parts(const struct op_entry *e);
 size_t op_n_out(const struct op_entry *e);                                    /* rows of all parts */
@@ -83,10 +85,24 @@ void op_matrix_free(struct op_matrix *m);
 struct op_batch {
   struct qtr_batch batch;
   int32_t *position, *q_start, *kv_len, *block_table;
+  int32_t *stream_all, *stream_table, *decode_start, *slot; /* of a sparse batch; stream_all: without entries hidden */
 };
 void op_batch_make(struct op_rng *rng, const struct op_pattern *p, int32_t *n_pages, struct op_batch *b);
+/* Makes it a batch for a sparse cache: pages of the streaming heads (other numbers), decode_start, slots 0 … n_seqs - 1 in
+ * another order. Entries that no query sees in its windows are -1 in the batch's stream_table. */
+void op_batch_sparse(struct op_rng *rng, const struct op_pattern *p, int32_t n_pages, const struct qtr_kv_sparse *sparse,
+                     struct op_batch *b);
+/* Of sequence s of a batch the tokens at `position` … position + n - 1; slot: of a sparse batch. */
+void op_batch_part(const struct op_batch *all, int32_t s, int32_t position, int32_t n, int32_t slot,
+                   const struct qtr_kv_sparse *sparse, struct op_batch *part);
+/* An entry's settings of a cache for a batch of n_seqs sequences and its heads: streaming (n_layers, n_kv_heads), kept; they
+ * are spread over the heads, otherwise in odd layers than in even ones. */
+void op_sparse_fill(const struct op_entry *e, int32_t n_layers, int32_t n_seqs, int32_t max_pages, uint8_t *streaming,
+                    struct qtr_kv_sparse *sparse);
 /* One sequence, tokens kv_len … kv_len + q_len - 1, with a given table. */
 void op_batch_single(const int32_t *table, int32_t max_blocks, int32_t kv_len, int32_t q_len, struct op_batch *b);
+/* The same sequences, all `tokens` further. */
+void op_batch_move(struct op_batch *b, int32_t tokens, const struct qtr_kv_sparse *sparse);
 void op_batch_free(struct op_batch *b);
 
 /* ---- devices ------------------------------------------------------------------------------------- */
@@ -147,6 +163,11 @@ struct op_ceiling {
   const char *int8_name;
 };
 void op_ceiling_measure(int threads, const char *isa, struct op_ceiling *ceiling);
+/* Prints one line. */
+void op_report(const struct op_ceiling *c, const char *name, const char *batch, double seconds, double bytes,
+               double operations, bool int8, bool json);
+void op_perf_sparse(const struct op_device *d, const struct op_ceiling *ceiling, const struct op_entry *e,
+                    enum qtr_kv_format format, const struct op_pattern *p, const char *name, bool json, struct op_rng *rng);
 void op_perf(const struct op_device *d, const struct op_ceiling *ceiling, const struct op_entry *e, unsigned format,
              bool json, struct op_rng *rng);
 

@@ -37,8 +37,8 @@ static double median_seconds(const struct op_device *d, timed_fn fn, void *arg) 
   return times[n / 2];
 }
 
-static void report(const struct op_ceiling *c, const char *name, const char *batch, double seconds, double bytes,
-                   double operations, bool int8, bool json) {
+void op_report(const struct op_ceiling *c, const char *name, const char *batch, double seconds, double bytes,
+               double operations, bool int8, bool json) {
   double gbs = bytes / seconds * 1e-9, gops = operations / seconds * 1e-9;
   double bytes_share = 100 * gbs / c->read_gbs, ops_share = int8 && c->int8_gops > 0 ? 100 * gops / c->int8_gops : 0;
   if (json) {
@@ -47,7 +47,7 @@ static void report(const struct op_ceiling *c, const char *name, const char *bat
         "\"read_percent\":%.1f,\"int8_percent\":%.1f}\n",
         name, batch, seconds * 1e6, bytes, operations, gbs, gops, bytes_share, ops_share);
   } else {
-    (void)printf("%-38s %-26s %11.1f us %8.2f GB/s %4.0f %% %9.1f GOP/s", name, batch, seconds * 1e6, gbs, bytes_share,
+    (void)printf("%-38s %-34s %11.1f us %8.2f GB/s %4.0f %% %9.1f GOP/s", name, batch, seconds * 1e6, gbs, bytes_share,
                  gops);
     if (int8 && c->int8_gops > 0) (void)printf(" %4.0f %%", ops_share);
     (void)printf("\n");
@@ -104,7 +104,7 @@ static void perf_rows(const struct op_device *d, const struct op_ceiling *c, con
     r.n_tokens = op_perf_tokens[i];
     (void)snprintf(batch, sizeof batch, "%zu tokens", r.n_tokens);
     double n = (double)(r.n_tokens * dim), bytes = n * ((double)d->act_bytes + (int8 ? 1 : (double)d->act_bytes));
-    report(c, name, batch, median_seconds(d, time_rows, &r), bytes, n * (e->kind == OP_QUANT ? 3 : 6), false, json);
+    op_report(c, name, batch, median_seconds(d, time_rows, &r), bytes, n * (e->kind == OP_QUANT ? 3 : 6), false, json);
   }
   free(x);
   d->ops->free(d->b, r.x);
@@ -159,7 +159,8 @@ static void perf_linear(const struct op_device *d, const struct op_ceiling *c, c
                       .x = device, .out = r.in, .quant = qtr_linear_quant(format), .n_tokens = r.n_tokens, .dim = dim});
     double n = (double)r.n_tokens,
            moved = (double)bytes + n * ((double)dim * (int8 ? 1 : 4) + (double)(width * d->act_bytes));
-    report(c, name, batch, median_seconds(d, time_linear, &r), moved, 2 * n * (double)dim * (double)op_n_out(e), int8, json);
+    op_report(c, name, batch, median_seconds(d, time_linear, &r), moved, 2 * n * (double)dim * (double)op_n_out(e), int8,
+              json);
   }
   for (size_t i = 0; i < r.n_copies; i++) d->ops->linear_free(d->b, r.copy[i]);
   op_matrix_free(&m);
@@ -262,11 +263,11 @@ static void perf_kv(const struct op_device *d, const struct op_ceiling *c, const
   }
   double rows = (double)n * (double)d->act_bytes * (double)dim;
   if (e->kind == OP_ATTENTION) {
-    report(c, name, p->name, median_seconds(d, time_attention, &r), context * token_bytes + 2 * rows * e->n_heads,
-           4 * pairs * (double)dim * e->n_heads, false, json);
+    op_report(c, name, p->name, median_seconds(d, time_attention, &r), context * token_bytes + 2 * rows * e->n_heads,
+              4 * pairs * (double)dim * e->n_heads, false, json);
   } else {
-    report(c, name, p->name, median_seconds(d, time_kv_write, &r),
-           (double)n * token_bytes + rows * (2 * (e->n_heads + e->n_kv_heads) + e->n_kv_heads), 0, false, json);
+    op_report(c, name, p->name, median_seconds(d, time_kv_write, &r),
+              (double)n * token_bytes + rows * (2 * (e->n_heads + e->n_kv_heads) + e->n_kv_heads), 0, false, json);
   }
   op_must(d->ops->end_step(d->b, &err), &err);
   d->ops->kv_free(d->b, r.kv);
@@ -290,6 +291,12 @@ void op_perf(const struct op_device *d, const struct op_ceiling *ceiling, const 
       for (size_t i = 0; i < n_op_patterns; i++) {
         if (!(op_patterns[i].use & (d->ops->wait ? OP_PERF | OP_PERF_GPU : OP_PERF))) continue;
         perf_kv(d, ceiling, e, (enum qtr_kv_format)format, &op_patterns[i], name, json, rng);
+      }
+      break;
+    case OP_SPARSE:
+      for (size_t i = 0; i < n_op_sparse_patterns; i++) {
+        if (!(op_sparse_patterns[i].use & (d->ops->wait ? OP_PERF | OP_PERF_GPU : OP_PERF))) continue;
+        op_perf_sparse(d, ceiling, e, (enum qtr_kv_format)format, &op_sparse_patterns[i], name, json, rng);
       }
       break;
     default: break;

@@ -33,6 +33,21 @@
 #define HEADS(op, name, use_, heads, kv_heads, dim) \
   { .kind = op, .shape = name, .use = use_, .formats = KVS, .n_heads = heads, .n_kv_heads = kv_heads, .head_dim = dim }
 
+/* KV heads that stream, their windows in prompts and in generation; ..: budget, interval, logical pages, who chooses */
+#define SPARSE(name, use_, formats_, heads, kv_heads, dim, n, context_, decode_, ...)                             \
+  {                                                                                                               \
+    .kind = OP_SPARSE, .shape = name, .use = use_, .formats = formats_, .n_heads = heads, .n_kv_heads = kv_heads, \
+    .head_dim = dim, .n_streaming = n, .sparse = {                                                                \
+      .context = context_,                                                                                        \
+      .decode = decode_,                                                                                          \
+      __VA_ARGS__                                                                                                 \
+    }                                                                                                             \
+  }
+#define WINDOW(sink, local) \
+  { sink, local }
+#define PAGES(budget_, interval_, logical, each) \
+  .budget = budget_, .interval = interval_, .logical_tokens = logical, .each_head = each
+
 #define STORE QTR_EPILOGUE_STORE
 #define ADD QTR_EPILOGUE_ADD
 #define SILU QTR_EPILOGUE_SILU_MUL
@@ -107,6 +122,27 @@ const struct op_entry op_table[] = {
     HEADS(OP_ATTENTION, "llama-8b-32/8x128", OP_PERF, 32, 8, 128),
     HEADS(OP_ATTENTION, "llama2-4/4x128", OP_CHECK, 4, 4, 128),
 
+    SPARSE("tiny-3/1x8.choice", OP_CHECK, KVS, 3, 1, 8, 0, WINDOW(0, 1), WINDOW(0, 1), PAGES(192, 4, 16, false)),
+    SPARSE("odd-8/1x80.choice", OP_CHECK, BIT(QTR_KV_F16) | BIT(QTR_KV_INT4), 8, 1, 80, 0, WINDOW(0, 1), WINDOW(0, 1),
+           PAGES(256, 3, 32, false)),
+    SPARSE("odd-4/4x80.each", OP_CHECK, BIT(QTR_KV_INT8) | BIT(QTR_KV_INT8_STATIC), 4, 4, 80, 3, WINDOW(70, 90),
+           WINDOW(3, 33), PAGES(192, 4, 16, true)),
+    SPARSE("llama-1b-32/8x64.half", OP_CHECK, KVS, 32, 8, 64, 4, WINDOW(128, 100), WINDOW(64, 128),
+           PAGES(192, 4, 16, false)),
+    SPARSE("mpt-16/2x64.half-each", OP_CHECK, BIT(QTR_KV_F16) | BIT(QTR_KV_INT4), 16, 2, 64, 1, WINDOW(0, 64), WINDOW(0, 65),
+           PAGES(320, 1, 64, true)),
+    SPARSE("phi-4/4x64.all-stream", OP_CHECK, BIT(QTR_KV_INT8) | BIT(QTR_KV_INT4), 4, 4, 64, 4, WINDOW(1, 1),
+           WINDOW(130, 63), PAGES(0, 0, 0, false)),
+    SPARSE("demo-8/4x128.half", OP_CHECK, KVS, 8, 4, 128, 2, WINDOW(64, 256), WINDOW(128, 64), PAGES(256, 4, 16, false)),
+    SPARSE("llama2-4/4x128.choice-each", OP_CHECK, BIT(QTR_KV_F16) | BIT(QTR_KV_INT8), 4, 4, 128, 0, WINDOW(0, 1),
+           WINDOW(0, 1), PAGES(192, 5, 32, true)),
+    SPARSE("mpt-8/1x128.choice", OP_CHECK, BIT(QTR_KV_INT4) | BIT(QTR_KV_INT8_STATIC), 8, 1, 128, 0, WINDOW(0, 1),
+           WINDOW(0, 1), PAGES(64, 2, 16, false)),
+    SPARSE("demo-8/4x128.dense-prompts", OP_CHECK, BIT(QTR_KV_INT4) | BIT(QTR_KV_INT8), 8, 4, 128, 1,
+           WINDOW(0, QTR_ALL_TOKENS), WINDOW(5, 300), PAGES(0, 0, 0, false)),
+    SPARSE("llama-8b-32/8x128.half", OP_PERF, BIT(QTR_KV_INT4), 32, 8, 128, 4, WINDOW(128, 256), WINDOW(128, 256),
+           PAGES(4096, 4, 16, false)),
+
     ROWS(OP_EMBED, "demo-512", OP_CHECK, BIT(QTR_DTYPE_F32) | BIT(QTR_DTYPE_F16) | BIT(QTR_DTYPE_BF16) | BIT(QTR_DTYPE_I8),
          512, 33),
     ROWS(OP_EMBED, "odd-7", OP_CHECK, BIT(QTR_DTYPE_F32) | BIT(QTR_DTYPE_F16) | BIT(QTR_DTYPE_BF16) | BIT(QTR_DTYPE_I8), 7,
@@ -122,26 +158,82 @@ const size_t op_perf_tokens[] = {1, 2, 3, 4, 5, 7, 8, 16, 17, 31, 32, 33, 64, 10
 const size_t n_op_perf_tokens_host = 16;
 const size_t n_op_perf_tokens = sizeof op_perf_tokens / sizeof op_perf_tokens[0];
 
+#define ALL QTR_ALL_TOKENS /* given tokens only */
 const struct op_pattern op_patterns[] = {
-    {"decode", OP_CHECK, 1, 7, {{0, 1}, {1, 1}, {63, 1}, {64, 1}, {65, 1}, {200, 1}, {1000, 1}}},
-    {"prefill", OP_CHECK, 1, 5, {{0, 1}, {0, 63}, {0, 64}, {0, 65}, {0, 100}}},
-    {"chunks", OP_CHECK, 1, 6, {{1, 5}, {63, 2}, {64, 33}, {65, 64}, {200, 17}, {1000, 3}}},
-    {"mixed", OP_CHECK, 1, 7, {{0, 17}, {1000, 1}, {65, 2}, {200, 31}, {63, 1}, {0, 1}, {64, 100}}},
-    {"decode 1 x 1024", OP_PERF, 1, 1, {{1023, 1}}},
-    {"decode 1 x 4096", OP_PERF, 1, 1, {{4095, 1}}},
-    {"decode 8 x 1024", OP_PERF, 8, 1, {{1023, 1}}},
-    {"decode 32 x 192", OP_PERF, 32, 1, {{191, 1}}},
-    {"decode 32 x 1024", OP_PERF, 32, 1, {{1023, 1}}},
-    {"decode 256 x 1124", OP_PERF_GPU, 256, 1, {{1123, 1}}},
-    {"decode 64 x 4096", OP_PERF_GPU, 64, 1, {{4095, 1}}},
-    {"decode 1 x 131072", OP_PERF_GPU, 1, 1, {{131071, 1}}},
-    {"prefill 8 x 1024", OP_PERF_GPU, 8, 1, {{0, 1024}}},
-    {"prefill 2 x 8192", OP_PERF_GPU, 2, 1, {{0, 8192}}},
-    {"prefill 512", OP_PERF, 1, 1, {{0, 512}}},
-    {"prefill 512 after 3584", OP_PERF, 1, 1, {{3584, 512}}},
-    {"prefill 224 + decode 1024", OP_PERF, 1, 2, {{0, 224}, {1023, 1}}},
+    {"decode",
+     OP_CHECK,
+     1,
+     7,
+     {{0, 1, ALL}, {1, 1, ALL}, {63, 1, ALL}, {64, 1, ALL}, {65, 1, ALL}, {200, 1, ALL}, {1000, 1, ALL}}},
+    {"prefill", OP_CHECK, 1, 5, {{0, 1, ALL}, {0, 63, ALL}, {0, 64, ALL}, {0, 65, ALL}, {0, 100, ALL}}},
+    {"chunks", OP_CHECK, 1, 6, {{1, 5, ALL}, {63, 2, ALL}, {64, 33, ALL}, {65, 64, ALL}, {200, 17, ALL}, {1000, 3, ALL}}},
+    {"mixed",
+     OP_CHECK,
+     1,
+     7,
+     {{0, 17, ALL}, {1000, 1, ALL}, {65, 2, ALL}, {200, 31, ALL}, {63, 1, ALL}, {0, 1, ALL}, {64, 100, ALL}}},
+    {"decode 1 x 1024", OP_PERF, 1, 1, {{1023, 1, ALL}}},
+    {"decode 1 x 4096", OP_PERF, 1, 1, {{4095, 1, ALL}}},
+    {"decode 8 x 1024", OP_PERF, 8, 1, {{1023, 1, ALL}}},
+    {"decode 32 x 192", OP_PERF, 32, 1, {{191, 1, ALL}}},
+    {"decode 32 x 1024", OP_PERF, 32, 1, {{1023, 1, ALL}}},
+    {"decode 256 x 1124", OP_PERF_GPU, 256, 1, {{1123, 1, ALL}}},
+    {"decode 64 x 4096", OP_PERF_GPU, 64, 1, {{4095, 1, ALL}}},
+    {"decode 1 x 131072", OP_PERF_GPU, 1, 1, {{131071, 1, ALL}}},
+    {"prefill 8 x 1024", OP_PERF_GPU, 8, 1, {{0, 1024, ALL}}},
+    {"prefill 2 x 8192", OP_PERF_GPU, 2, 1, {{0, 8192, ALL}}},
+    {"prefill 512", OP_PERF, 1, 1, {{0, 512, ALL}}},
+    {"prefill 512 after 3584", OP_PERF, 1, 1, {{3584, 512, ALL}}},
+    {"prefill 224 + decode 1024", OP_PERF, 1, 2, {{0, 224, ALL}, {1023, 1, ALL}}},
 };
 const size_t n_op_patterns = sizeof op_patterns / sizeof op_patterns[0];
+
+/* Checks: given tokens, generated ones, and both in a chunk, around pages and budgets. Times: the last tokens of one
+ * context, or of several; a token of decode has a choice of pages if its position + 1 is a multiple of the interval. */
+const struct op_pattern op_sparse_patterns[] = {
+    {"decode",
+     OP_CHECK,
+     1,
+     11,
+     {{0, 1, ALL},
+      {1, 1, 1},
+      {63, 1, 60},
+      {64, 1, 64},
+      {191, 1, 190},
+      {192, 1, 100},
+      {193, 1, 190},
+      {255, 1, 0},
+      {1000, 1, 1000},
+      {1000, 1, 997},
+      {766, 1, 500}}},
+    {"prefill", OP_CHECK, 1, 4, {{0, 63, ALL}, {0, 64, 64}, {0, 65, ALL}, {0, 300, ALL}}},
+    {"chunks", OP_CHECK, 1, 6, {{1, 5, ALL}, {63, 2, 65}, {64, 33, ALL}, {200, 64, ALL}, {500, 40, 540}, {900, 3, ALL}}},
+    {"replay", OP_CHECK, 1, 5, {{1, 4, 1}, {185, 20, 90}, {300, 33, 300}, {637, 6, 500}, {60, 10, 60}}},
+    {"mixed",
+     OP_CHECK,
+     1,
+     8,
+     {{0, 100, 50},
+      {250, 20, 257},
+      {300, 33, 310},
+      {900, 1, ALL},
+      {640, 1, 300},
+      {0, 17, ALL},
+      {60, 10, 64},
+      {310, 13, 320}}},
+    {"decode 1 x 8192", OP_PERF, 1, 1, {{8191, 1, 8000}}},
+    {"decode 1 x 16384", OP_PERF, 1, 1, {{16383, 1, 16000}}},
+    {"decode 1 x 32768", OP_PERF_GPU, 1, 1, {{32767, 1, 32000}}},
+    {"decode 1 x 65536", OP_PERF_GPU, 1, 1, {{65535, 1, 65000}}},
+    {"decode 1 x 131072", OP_PERF_GPU, 1, 1, {{131071, 1, 131000}}},
+    {"decode 1 x 262144", OP_PERF_GPU, 1, 1, {{262143, 1, 262000}}},
+    {"decode 1 x 524288", OP_PERF_GPU, 1, 1, {{524287, 1, 524000}}},
+    {"decode 16 x 65536", OP_PERF_GPU, 16, 1, {{65535, 1, 65000}}},
+    {"prefill 512 after 3584", OP_PERF, 1, 1, {{3584, 512, ALL}}},
+    {"prefill 8192 after 24576", OP_PERF_GPU, 1, 1, {{24576, 8192, ALL}}},
+    {"prefill 8192 after 122880", OP_PERF_GPU, 1, 1, {{122880, 8192, ALL}}},
+};
+const size_t n_op_sparse_patterns = sizeof op_sparse_patterns / sizeof op_sparse_patterns[0];
 
 size_t op_n_parts(const struct op_entry *e) {
   size_t n = 0;
@@ -154,7 +246,8 @@ size_t op_n_out(const struct op_entry *e) { return e->rows[0] + e->rows[1] + e->
 size_t op_out_width(const struct op_entry *e) { return op_n_out(e) / (e->epilogue == QTR_EPILOGUE_SILU_MUL ? 2 : 1); }
 
 void op_name(const struct op_entry *e, unsigned format, char *out, size_t n) {
-  static const char *const kinds[N_OP_KINDS] = {"quant", "norm", "linear", "kv_write", "attention", "embed", "gather"};
+  static const char *const kinds[N_OP_KINDS] = {"quant",     "norm",   "linear", "kv_write",
+                                                "attention", "sparse", "embed",  "gather"};
   static const char *const norms[N_OP_NORM_FORMATS] = {"exact-float", "exact-int8", "qserve-int8"};
   const char *name = "f32";
   switch (e->kind) {
@@ -162,7 +255,8 @@ void op_name(const struct op_entry *e, unsigned format, char *out, size_t n) {
     case OP_NORM: name = norms[format]; break;
     case OP_LINEAR: name = qtr_linear_format_name((enum qtr_linear_format)format); break;
     case OP_KV_WRITE:
-    case OP_ATTENTION: name = qtr_kv_format_name((enum qtr_kv_format)format); break;
+    case OP_ATTENTION:
+    case OP_SPARSE: name = qtr_kv_format_name((enum qtr_kv_format)format); break;
     case OP_EMBED: name = qtr_dtype_name((enum qtr_dtype)format); break;
     default: break;
   }

@@ -32,6 +32,7 @@ struct qtr_checkpoint {
   void **owned; /* (n_owned) names and copies */
   size_t n_owned, owned_capacity;
   enum qtr_s2_order s2_order;
+  bool nested;
 };
 
 /* ---- the table ----------------------------------------------------------------------------------- */
@@ -296,7 +297,7 @@ static enum qtr_status fix_s2_order(struct qtr_checkpoint *c, size_t first, stru
 }
 
 static enum qtr_status read_content(struct qtr_checkpoint *c, const uint8_t *data, size_t n, struct qtr_error *err) {
-  if (n >= 4 && memcmp(data, "PK\3\4", 4) == 0) return qtr_torch_read(c, data, n, err);
+  if (n >= 4 && memcmp(data, "PK\3\4", 4) == 0) return qtr_torch_read(c, data, n, c->nested, err);
   if (n >= 19 && memcmp(data, "version https://git", 19) == 0) {
     return qtr_fail(err, QTR_ERR_FORMAT, "this is a Git LFS pointer, not the file itself: run `git lfs pull`");
   }
@@ -354,8 +355,9 @@ static void free_names(char **names, size_t n) {
 enum glob_kind { GLOB_SAFETENSORS, GLOB_TORCH };
 
 static bool matches(enum glob_kind kind, const char *name) {
-  static const char *const not_weights[] = {"training_args.bin", "optimizer.bin", "optimizer.pt",
-                                            "scheduler.pt",      "scaler.pt",     "scale.pt"};
+  static const char *const not_weights[] = {"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt",
+                                            "scaler.pt",         "scale.pt",      "acts.pt",      "rotation.pt",
+                                            "reorder.pt",        "smooth.pt",     "wgts.pt"};
   if (name[0] == '.') return false;
   if (kind == GLOB_SAFETENSORS) return has_suffix(name, ".safetensors");
   for (size_t i = 0; i < sizeof not_weights / sizeof *not_weights; i++) {
@@ -485,42 +487,62 @@ enum qtr_status qtr_checkpoint_open(const char *path, struct qtr_checkpoint **ch
   return qtr_checkpoint_open_ordered(path, QTR_S2_BY_NAME, checkpoint, err);
 }
 
+/* An empty checkpoint, and its end: closed after a failure, else handed out. */
+static enum qtr_status create(enum qtr_s2_order order, bool nested, struct qtr_checkpoint **c, struct qtr_error *err) {
+  *c = calloc(1, sizeof **c);
+  if (!*c) return qtr_fail_memory(err, "a checkpoint", sizeof **c);
+  (*c)->s2_order = order;
+  (*c)->nested = nested;
+  return QTR_OK;
+}
+static enum qtr_status hand_out(enum qtr_status status, struct qtr_checkpoint **c) {
+  if (!status) return QTR_OK;
+  qtr_checkpoint_close(*c);
+  *c = NULL;
+  return status;
+}
+
+/* One file, whatever its kind. */
+static enum qtr_status open_file(struct qtr_checkpoint *c, const char *path, struct qtr_error *err) {
+  enum qtr_status status = add_file(c, NULL, path, err);
+  if (!status && (status = index_names(c, err))) (void)qtr_error_prefix(err, "%s", path);
+  return status;
+}
+
 enum qtr_status qtr_checkpoint_open_ordered(const char *path, enum qtr_s2_order order, struct qtr_checkpoint **checkpoint,
                                             struct qtr_error *err) {
-  *checkpoint = NULL;
-  struct qtr_checkpoint *c = calloc(1, sizeof *c);
-  if (!c) return qtr_fail_memory(err, "a checkpoint", sizeof *c);
-  c->s2_order = order;
-  enum qtr_status status;
-  if (qtr_dir_exists(path)) {
-    status = add_directory(c, path, err);
-    if (!status && !c->by_name) status = index_names(c, err);
-    if (status) (void)qtr_error_prefix(err, "%s", path);
-  } else {
-    status = add_file(c, NULL, path, err);
-    if (!status && (status = index_names(c, err))) (void)qtr_error_prefix(err, "%s", path);
-  }
-  if (status) {
-    qtr_checkpoint_close(c);
-  } else {
-    *checkpoint = c;
-  }
-  return status;
+  enum qtr_status status = create(order, false, checkpoint, err);
+  struct qtr_checkpoint *c = *checkpoint;
+  if (status) return status;
+  if (!qtr_dir_exists(path)) return hand_out(open_file(c, path, err), checkpoint);
+  status = add_directory(c, path, err);
+  if (!status && !c->by_name) status = index_names(c, err);
+  if (status) (void)qtr_error_prefix(err, "%s", path);
+  return hand_out(status, checkpoint);
+}
+
+enum qtr_status qtr_checkpoint_open_nested(const char *file, struct qtr_checkpoint **checkpoint, struct qtr_error *err) {
+  enum qtr_status status = create(QTR_S2_QSERVE, true, checkpoint, err);
+  return status ? status : hand_out(open_file(*checkpoint, file, err), checkpoint);
+}
+
+static enum qtr_status open_memory(const void *data, size_t n_bytes, bool nested, struct qtr_checkpoint **checkpoint,
+                                   struct qtr_error *err) {
+  enum qtr_status status = create(QTR_S2_BY_NAME, nested, checkpoint, err);
+  if (status) return status;
+  status = read_content(*checkpoint, data, n_bytes, err);
+  if (!status) status = index_names(*checkpoint, err);
+  return hand_out(status, checkpoint);
 }
 
 enum qtr_status qtr_checkpoint_open_memory(const void *data, size_t n_bytes, struct qtr_checkpoint **checkpoint,
                                            struct qtr_error *err) {
-  *checkpoint = NULL;
-  struct qtr_checkpoint *c = calloc(1, sizeof *c);
-  if (!c) return qtr_fail_memory(err, "a checkpoint", sizeof *c);
-  enum qtr_status status = read_content(c, data, n_bytes, err);
-  if (!status) status = index_names(c, err);
-  if (status) {
-    qtr_checkpoint_close(c);
-  } else {
-    *checkpoint = c;
-  }
-  return status;
+  return open_memory(data, n_bytes, false, checkpoint, err);
+}
+
+enum qtr_status qtr_checkpoint_open_nested_memory(const void *data, size_t n_bytes, struct qtr_checkpoint **checkpoint,
+                                                  struct qtr_error *err) {
+  return open_memory(data, n_bytes, true, checkpoint, err);
 }
 
 void qtr_checkpoint_forget(const struct qtr_checkpoint *c) {

@@ -31,6 +31,9 @@ enum qtr_s2_order {
 };
 enum qtr_status qtr_checkpoint_open_ordered(const char *path, enum qtr_s2_order order, struct qtr_checkpoint **checkpoint,
                                             struct qtr_error *err);
+/* One torch file whose dictionaries, lists and tuples lie in each other: its tensors and numbers (F64, no dimensions) by the
+ * way there, {"a": [{"max": x}]} as a.0.max. */
+enum qtr_status qtr_checkpoint_open_nested(const char *file, struct qtr_checkpoint **checkpoint, struct qtr_error *err);
 void qtr_checkpoint_close(struct qtr_checkpoint *checkpoint);
 /* Lets what is mapped leave the resident set. What is read again comes back from the file. */
 void qtr_checkpoint_forget(const struct qtr_checkpoint *checkpoint);

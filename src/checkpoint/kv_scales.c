@@ -207,7 +207,8 @@ static enum qtr_status read_binaries(const char *dir, const struct qtr_config *c
       if (!path) return qtr_fail_memory(err, "a path", strlen(dir));
       bool exists = qtr_file_exists(path);
       if (!exists && rank == 0) {
-        status = qtr_fail(err, QTR_ERR_NOT_FOUND, "%s: neither kv_cache_scales*.json nor %s is there", dir, name);
+        status =
+            qtr_fail(err, QTR_ERR_NOT_FOUND, "%s: neither kv_cache_scales*.json nor acts.pt nor %s is there", dir, name);
       } else if (exists && !(status = qtr_file_read(path, 64, &data, &n, err))) {
         float x[4] = {0};
         memcpy(x, data, QTR_MIN(n, sizeof x));
@@ -228,16 +229,72 @@ static enum qtr_status read_binaries(const char *dir, const struct qtr_config *c
   return status;
 }
 
+/* Raises *most to the largest magnitude in a tensor, if it is there; to infinity where a value is not finite. */
+static enum qtr_status raise_to(float *most, const struct qtr_checkpoint *acts, const char *name, struct qtr_error *err) {
+  const struct qtr_tensor *t = qtr_checkpoint_find(acts, name);
+  if (!t) return QTR_OK;
+  size_t n = t->n_bytes / qtr_dtype_bytes(t->dtype);
+  float *x = malloc(QTR_MAX(n, 1) * sizeof *x);
+  if (!x) return qtr_fail_memory(err, name, n * sizeof *x);
+  enum qtr_status status = qtr_tensor_to_floats(t, x, n, err);
+  for (size_t i = 0; i < n && !status; i++) *most = isfinite(x[i]) ? fmaxf(*most, fabsf(x[i])) : INFINITY;
+  free(x);
+  return status;
+}
+
+/* The range of one activation over 127. DeepCompressor keeps it at ["dynamic_range"][0]["max"], or without the list, LMQuant
+ * at ["dynamic_range.0.max"], which is the same way through the file; ranges of two ends have a "min" as well. */
+static enum qtr_status read_range(const struct qtr_checkpoint *acts, int32_t layer, const char *activation, float *scale,
+                                  struct qtr_error *err) {
+  static const char *const ends[] = {"0.max", "0.min", "max", "min"};
+  char name[160];
+  float most = 0;
+  for (size_t i = 0; i < sizeof ends / sizeof *ends; i++) {
+    (void)snprintf(name, sizeof name, "model.layers.%d.self_attn.%s.output.dynamic_range.%s", (int)layer, activation,
+                   ends[i]);
+    enum qtr_status status = raise_to(&most, acts, name, err);
+    if (status) return status;
+  }
+  *scale = most / 127;
+  if (usable((double)*scale)) return QTR_OK;
+  return qtr_fail(err, QTR_ERR_FORMAT, "model.layers.%d.self_attn.%s.output has %s", (int)layer, activation,
+                  most == 0 ? "no dynamic_range: it is there when keys and values were quantised statically"
+                            : "a dynamic_range that makes no scale which fp16 holds");
+}
+
+/* DeepCompressor's and LMQuant's acts.pt (A.2.5). */
+static enum qtr_status read_acts(const char *path, const struct qtr_config *config, struct qtr_kv_scales *s,
+                                 struct qtr_error *err) {
+  struct qtr_checkpoint *acts = NULL;
+  enum qtr_status status = qtr_checkpoint_open_nested(path, &acts, err);
+  if (status) return status;
+  status = create(config, 1, s, err);
+  for (int32_t i = 0; i < config->n_layers && !status; i++) {
+    status = read_range(acts, i, "k_rotary_emb", at(s, i, 0), err);
+    if (!status) status = read_range(acts, i, "v_proj", at(s, i, 1), err);
+  }
+  if (status) (void)qtr_error_prefix(err, "%s", path);
+  if (status) qtr_kv_scales_free(s);
+  qtr_checkpoint_close(acts);
+  return status;
+}
+
+static enum qtr_status read_file(const char *path, const struct qtr_config *config, struct qtr_kv_scales *s,
+                                 struct qtr_error *err) {
+  size_t n = strlen(path);
+  return (n > 3 && strcmp(path + n - 3, ".pt") == 0 ? read_acts : read_json)(path, config, s, err);
+}
+
 enum qtr_status qtr_kv_scales_read(const char *path, const struct qtr_config *config, struct qtr_kv_scales *s,
                                    struct qtr_error *err) {
-  static const char *const names[] = {"kv_cache_scales_layer_level.json", "kv_cache_scales.json"};
+  static const char *const names[] = {"kv_cache_scales_layer_level.json", "kv_cache_scales.json", "acts.pt"};
   *s = (struct qtr_kv_scales){0};
   enum qtr_status status = QTR_OK;
-  if (!qtr_dir_exists(path)) return read_json(path, config, s, err);
+  if (!qtr_dir_exists(path)) return read_file(path, config, s, err);
   for (size_t i = 0; i < sizeof names / sizeof *names && !s->scale && !status; i++) {
     char *inside = qtr_path_join(path, names[i]);
     if (!inside) return qtr_fail_memory(err, "a path", strlen(path));
-    if (qtr_file_exists(inside)) status = read_json(inside, config, s, err);
+    if (qtr_file_exists(inside)) status = read_file(inside, config, s, err);
     free(inside);
   }
   if (!status && !s->scale) status = read_binaries(path, config, s, err);

@@ -1,5 +1,5 @@
-/* kv_scales.h - files of static KV8 scales: the JSON of vLLM's --kv-quant-params-path and --quantization-param-path, and
- * LMDeploy's binary ones. Untrusted.
+/* kv_scales.h - files of static KV8 scales: the JSON of vLLM's --kv-quant-params-path and --quantization-param-path,
+ * LMDeploy's binary ones, and acts.pt of DeepCompressor and LMQuant. Untrusted.
  *
  *   {"model_type": "llama", "kv_cache": {"dtype": "int8", "scaling_factor": {
  *      "k_scale": {"0": S, "1": S, …}, "v_scale": {"0": S, …}}}}                                       one S a layer
@@ -8,9 +8,10 @@
  *
  * S is a number, an array, or an object {"0": x, "1": y, …}: one value for the layer, or one (or several) for each KV head.
  * Zero points (k_zero_point, v_zero_point of the same shape) must be 0. fp8 scales serve K and V alike and are brought from
- * the largest fp8 number to 127; several ranks give the largest. A directory is searched for
- * kv_cache_scales_layer_level.json, kv_cache_scales.json and layers.N.past_kv_scale.R.weight (fp32 k, v or k, k_zero, v,
- * v_zero). */
+ * the largest fp8 number to 127; several ranks give the largest. A file whose name ends in .pt is
+ * acts.pt (A.2.5): of each layer the largest magnitudes of model.layers.N.self_attn.k_rotary_emb.output and v_proj.output,
+ * over 127. A directory is searched for kv_cache_scales_layer_level.json, kv_cache_scales.json, acts.pt and
+ * layers.N.past_kv_scale.R.weight (fp32 k, v or k, k_zero, v, v_zero). */
 #ifndef QTR_CHECKPOINT_KV_SCALES_H
 #define QTR_CHECKPOINT_KV_SCALES_H
 

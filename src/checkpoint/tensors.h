@@ -23,11 +23,15 @@ enum qtr_status qtr_tensor_measure(size_t n_dims, const size_t *shape, enum qtr_
 /* data: the whole file, which outlives the checkpoint or belongs to it. Messages do not name the file: the caller does. */
 enum qtr_status qtr_safetensors_read(struct qtr_checkpoint *checkpoint, const uint8_t *data, size_t n_bytes,
                                      struct qtr_error *err);
-enum qtr_status qtr_torch_read(struct qtr_checkpoint *checkpoint, const uint8_t *data, size_t n_bytes,
+/* nested: as qtr_checkpoint_open_nested says; else the tensors of one dictionary. */
+enum qtr_status qtr_torch_read(struct qtr_checkpoint *checkpoint, const uint8_t *data, size_t n_bytes, bool nested,
                                struct qtr_error *err);
 
-/* One file that lies in memory, borrowed until close. The kind is found from the content. */
+/* One file that lies in memory, borrowed until close. The kind is found from the content; nested: as
+ * qtr_checkpoint_open_nested. */
 enum qtr_status qtr_checkpoint_open_memory(const void *data, size_t n_bytes, struct qtr_checkpoint **checkpoint,
                                            struct qtr_error *err);
+enum qtr_status qtr_checkpoint_open_nested_memory(const void *data, size_t n_bytes, struct qtr_checkpoint **checkpoint,
+                                                  struct qtr_error *err);
 
 #endif

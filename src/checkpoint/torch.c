@@ -122,7 +122,76 @@ static const struct qtr_pickle_value *find_state(const struct qtr_pickle_value *
   return dict;
 }
 
-enum qtr_status qtr_torch_read(struct qtr_checkpoint *checkpoint, const uint8_t *data, size_t n_bytes,
+/* ---- dictionaries in each other ------------------------------------------------------------------ */
+
+enum { MAX_DEPTH = 6, MAX_VISITED = 1 << 20 };
+
+/* A value that may hold others. It may also hold itself, or share what it holds a million times over, so the walk is bounded
+ * in depth and in length. */
+struct nested {
+  struct reader *reader;
+  size_t n_left;                  /* values that may still be visited */
+  char name[QTR_MAX_TENSOR_NAME]; /* (len) "a.b.0.": the way there */
+};
+
+static enum qtr_status add_number(struct reader *r, const char *name, size_t name_len, double x, struct qtr_error *err) {
+  double *copy = qtr_checkpoint_own(r->checkpoint, sizeof *copy);
+  if (!copy) return qtr_fail_memory(err, "a number", sizeof *copy);
+  *copy = x;
+  const struct qtr_tensor t = {.dtype = QTR_DTYPE_F64, .data = copy, .n_bytes = sizeof *copy};
+  return qtr_checkpoint_add(r->checkpoint, name, name_len, &t, err);
+}
+
+static enum qtr_status add_nested(struct nested *w, const struct qtr_pickle_value *v, size_t len, int depth,
+                                  struct qtr_error *err);
+
+/* One value that v holds, by the name it has there. */
+static enum qtr_status add_inner(struct nested *w, const char *key, size_t key_len, const struct qtr_pickle_value *v,
+                                 size_t len, int depth, struct qtr_error *err) {
+  if (key_len + 1 >= sizeof w->name - len) {
+    return qtr_fail(err, QTR_ERR_LIMIT, "a name in it is longer than %zu bytes", sizeof w->name);
+  }
+  memcpy(w->name + len, key, key_len);
+  w->name[len + key_len] = '.';
+  return add_nested(w, v, len + key_len + 1, depth + 1, err);
+}
+
+static enum qtr_status add_nested(struct nested *w, const struct qtr_pickle_value *v, size_t len, int depth,
+                                  struct qtr_error *err) {
+  const struct qtr_pickle_value name = {.kind = QTR_PICKLE_STRING, .u.string = {w->name, len ? len - 1 : 0}};
+  enum qtr_status status = QTR_OK;
+  if (w->n_left == 0 || depth > MAX_DEPTH) {
+    return qtr_fail(err, QTR_ERR_LIMIT,
+                    "the dictionaries in it hold more than %d values, or lie more than %d deep in each other", MAX_VISITED,
+                    MAX_DEPTH);
+  }
+  w->n_left--;
+  switch (v->kind) {
+    case QTR_PICKLE_TENSOR: return add_tensor(w->reader, &name, v, err);
+    case QTR_PICKLE_INT: return add_number(w->reader, w->name, name.u.string.len, (double)v->u.integer, err);
+    case QTR_PICKLE_FLOAT: return add_number(w->reader, w->name, name.u.string.len, v->u.real, err);
+    case QTR_PICKLE_DICT:
+      for (size_t i = 0; i + 1 < v->u.list.n && !status; i += 2) {
+        const struct qtr_pickle_value *key = v->u.list.item[i];
+        if (key->kind != QTR_PICKLE_STRING) continue;
+        status = add_inner(w, key->u.string.text, key->u.string.len, v->u.list.item[i + 1], len, depth, err);
+      }
+      return status;
+    case QTR_PICKLE_LIST:
+    case QTR_PICKLE_TUPLE:
+      for (size_t i = 0; i < v->u.list.n && !status; i++) {
+        char key[24];
+        int n = snprintf(key, sizeof key, "%zu", i);
+        status = add_inner(w, key, (size_t)n, v->u.list.item[i], len, depth, err);
+      }
+      return status;
+    default: return QTR_OK;
+  }
+}
+
+/* ---- archives ------------------------------------------------------------------------------------ */
+
+enum qtr_status qtr_torch_read(struct qtr_checkpoint *checkpoint, const uint8_t *data, size_t n_bytes, bool nested,
                                struct qtr_error *err) {
   struct reader r = {.checkpoint = checkpoint, .copy_limit = n_bytes};
   const struct qtr_zip_entry *entry = NULL;
@@ -135,6 +204,11 @@ enum qtr_status qtr_torch_read(struct qtr_checkpoint *checkpoint, const uint8_t 
   }
   if (dict->kind != QTR_PICKLE_DICT) {
     status = qtr_fail(err, QTR_ERR_UNSUPPORTED, "the pickle holds no dictionary of tensors");
+    goto done;
+  }
+  if (nested) {
+    struct nested w = {.reader = &r, .n_left = MAX_VISITED};
+    status = add_nested(&w, dict, 0, 0, err);
     goto done;
   }
   dict = find_state(dict);

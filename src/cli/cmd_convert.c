@@ -64,7 +64,9 @@ static const struct qtr_option own_options[] = {
      .argument = "FILE",
      .kind = QTR_OPTION_STRING,
      .offset = AT(kv_scales),
-     .help = "Static KV8 scales to put in: the JSON of vLLM, or a directory with it."},
+     .help =
+         "Static KV8 scales to put in: the JSON of vLLM, acts.pt of DeepCompressor or LMQuant, or a directory with one of "
+         "them. Of scales for each head the largest of a layer is taken."},
     {.name = "overwrite",
      .kind = QTR_OPTION_FLAG,
      .offset = AT(overwrite),
@@ -109,6 +111,8 @@ static bool print_summary(const struct flags *flags, const struct qtr_convert_su
         o, json_pack("{s:I, s:I, s:I, s:I, s:I, s:I}", "exact", (json_int_t)s->n_exact, "moved", (json_int_t)s->n_moved,
                      "rounded", (json_int_t)s->n_rounded, "groups_rounded", (json_int_t)s->n_groups_rounded, "groups_moved",
                      (json_int_t)s->n_groups_moved, "reordered_layers", (json_int_t)s->n_reordered));
+    if (s->kv_scales_per_layer)
+      json_object_set_new(o, "kv_scales_per_layer", json_integer((json_int_t)s->kv_scales_per_layer));
     return qtr_print_json("convert", o);
   }
   char in[32], out[32];
@@ -123,6 +127,11 @@ static bool print_summary(const struct flags *flags, const struct qtr_convert_su
     if (s->n_rounded) printf(", %zu rounded anew", s->n_rounded);
     if (s->n_reordered) printf("; inner channels of %zu layers reordered", s->n_reordered);
     printf("\n");
+  }
+  if (s->kv_scales_per_layer == 1) printf("static KV scales put in\n");
+  if (s->kv_scales_per_layer > 1) {
+    printf("static KV scales put in: of the %d heads of each layer the largest, as the format has one scale a layer\n",
+           (int)s->kv_scales_per_layer);
   }
   return qtr_finish_output("convert");
 }

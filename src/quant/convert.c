@@ -416,6 +416,7 @@ enum qtr_status qtr_convert(const struct qtr_convert_options *o, void (*found)(e
       qtr_threads_create(o->threads > 0 ? QTR_MIN(o->threads, 1024) : qtr_threads_available(), &c.team, err);
   if (status || (status = qtr_config_read_foreign(c.config_dir, &c.config, err))) goto done;
   if (o->kv_scales && (status = qtr_kv_scales_read(o->kv_scales, &c.config, &c.kv, err))) goto done;
+  c.summary->kv_scales_per_layer = c.kv.scale ? c.kv.n_heads : 0;
   if ((status = recognise(&c))) goto done;
   c.summary->kind = c.kind;
   if (found) found(c.kind, user);

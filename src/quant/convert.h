@@ -38,6 +38,7 @@ struct qtr_convert_summary {
   size_t n_exact, n_moved, n_rounded;      /* matrices: integers as they were; scales moved; rounded anew */
   size_t n_groups_moved, n_groups_rounded; /* groups whose scale moved; of these, whose codes had to change, too */
   size_t n_reordered;                      /* layers whose inner channels were reordered for GPTQ's desc_act */
+  int32_t kv_scales_per_layer; /* how many each layer had in options.kv_scales, K and V each; the largest is kept. 0: none */
 };
 
 /* found (may be NULL) is called once the kind is known, before the work; callback (may be NULL) after each matrix. Writes as

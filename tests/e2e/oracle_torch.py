@@ -44,3 +44,19 @@ with tempfile.TemporaryDirectory() as t:
                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         print(variant, end=": ", flush=True)
         make_import.check(new, out)
+    model = os.path.join(t, "lmquant-g128")
+    make_import.make(model, "lmquant-g128")
+    make_import.acts(os.path.join(t, "acts"))
+    for form in sorted(os.listdir(os.path.join(t, "acts"))):
+        if form == "scales.json":
+            continue
+        source, ranges = os.path.join(t, "acts", form, "acts.pt"), os.path.join(t, form + ".pt")
+        torch.save(torch.load(source, weights_only=True), ranges)
+        written = []
+        for path in (ranges, os.path.join(t, "acts", "scales.json")):
+            out = os.path.join(t, f"{form}.{len(written)}.out")
+            subprocess.run([sys.argv[1], "convert", "--model", model, "--output", out, "--kv-scales", path], check=True,
+                           stdout=subprocess.DEVNULL)
+            written.append(open(os.path.join(out, "model.safetensors"), "rb").read())
+        assert written[0] == written[1], f"acts.pt, {form}: other scales"
+        print(f"acts.pt, {form}: same scales")

@@ -66,6 +66,50 @@ run 0 convert --model "$T/float" --output "$T/o-rtn" --precision w4a8kv4
 run 0 quantize --model "$T/float" --output "$T/o-quantize" --precision w4a8kv4 --method rtn
 cmp "$T/o-rtn/model.safetensors" "$T/o-quantize/model.safetensors" || fail "convert rounds otherwise than quantize"
 
+# Static KV scales of acts.pt, in all forms, by file and by folder; the same as those of a JSON file.
+forms=$("$python" "$IMPORT" acts "$T/acts")
+run 0 convert --model "$T/postscale-g128" --output "$T/o-kv" --kv-scales "$T/acts/scales.json"
+says "$T/out" "^static KV scales put in$"
+for form in $forms; do
+  run 0 convert --model "$T/postscale-g128" --output "$T/o-$form" --kv-scales "$T/acts/$form/acts.pt" --json
+  same "$(tail -1 "$T/out" | field kv_scales_per_layer)" 1 "scales a layer"
+  cmp "$T/o-kv/model.safetensors" "$T/o-$form/model.safetensors" || fail "acts.pt of $form gives other scales"
+done
+cp "$T/acts/lmquant/acts.pt" "$T/postscale-g128/"
+run 0 convert --model "$T/postscale-g128" --output "$T/o-dir" --kv-scales "$T/postscale-g128"
+cmp "$T/o-kv/model.safetensors" "$T/o-dir/model.safetensors" || fail "acts.pt beside model.pt gives other scales"
+run 0 info --model "$T/o-dir" --export-kv-scales "$T/exported.json"
+rm "$T/postscale-g128/acts.pt"
+"$python" - "$T/acts" <<'P'
+import os, sys, zipfile
+folder = sys.argv[1]
+source = os.path.join(folder, "lmquant", "acts.pt")
+def rewrite(name, change=lambda n, b: (n, b), method=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(os.path.join(folder, name), "w", method) as new:
+        for entry in old.namelist():
+            new.writestr(*change(entry, old.read(entry)))
+rewrite("missing.pt", lambda n, b: (n, b.replace(b"layers.1.self_attn.v_proj", b"layers.1.self_attn.w_proj")))
+rewrite("zero.pt", lambda n, b: (n, bytes(4) if n == "archive/data/0" else b))
+rewrite("infinite.pt", lambda n, b: (n, b"\0\0\x80\x7f" if n == "archive/data/0" else b))
+rewrite("call.pt", lambda n, b: (n, b.replace(b"collections\nOrderedDict", b"subprocess\ngetoutput")))
+rewrite("absolute.pt", lambda n, b: (n.replace("archive/version", "/etc/version"), b))
+rewrite("bomb.pt", lambda n, b: (n, bytes(1 << 28) if n == "archive/data/0" else b), zipfile.ZIP_DEFLATED)
+P
+faults=(missing "layers.1.self_attn.v_proj.output has no dynamic_range" zero "layers.0.self_attn.k_rotary_emb.output has no dynamic_range"
+  infinite "k_rotary_emb.output has a dynamic_range that makes no scale" call "subprocess.getoutput" absolute "absolute name" bomb "compressed")
+for ((i = 0; i < ${#faults[@]}; i += 2)); do
+  run 1 convert --model "$T/postscale-g128" --output "$T/no" --kv-scales "$T/acts/${faults[i]}.pt"
+  says "$T/err" "acts/${faults[i]}.pt: .*${faults[i + 1]}"
+  [ -e "$T/no" ] && fail "${faults[i]}: something was left behind"
+done
+# The same archives as checkpoints.
+for archive in call absolute bomb; do
+  mkdir "$T/hostile-$archive" && cp "$T/postscale-g128/config.json" "$T/hostile-$archive/"
+  cp "$T/acts/$archive.pt" "$T/hostile-$archive/pytorch_model.bin"
+  run 1 convert --model "$T/hostile-$archive" --output "$T/no"
+  says "$T/err" "pytorch_model.bin: .*(subprocess.getoutput|absolute name|compressed)"
+done
+
 "$python" "$IMPORT" check "${pairs[@]}" >"$T/checked" 2>&1 || fail "$(tail -1 "$T/checked")"
 same "$(lines "$T/checked")" $((${#pairs[@]} / 2)) "outputs that the oracle saw"
 

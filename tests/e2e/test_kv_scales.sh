@@ -35,6 +35,9 @@ awk -v n="$layers" -v h="$heads" 'BEGIN {
   printf "{\"kv_cache\": {\"dtype\": \"int8\", \"scaling_factor\": {\"k_scale\": {%s}, \"v_scale\": {%s}}}}\n", a, b }' >"$T/heads.json"
 run 0 generate --model "$MODEL" "${ask[@]}" --kv-quant-params-path "$T/heads.json"
 same "$(text)" "$given" "per-head scales"
+run 0 convert --model "$MODEL" --output "$T/heads" --kv-scales "$T/heads.json"
+says "$T/out" "of the $heads heads of each layer the largest"
+cmp "$T/with/model.safetensors" "$T/heads/model.safetensors" || fail "per-head scales in a checkpoint"
 # quantize's own path keeps them, too
 if [ -f "$SHARED/models/demo-bf16/model.safetensors" ]; then
   run 0 convert --model "$SHARED/models/demo-bf16" --output "$T/float" --precision w8a8kv8 --kv-scales "$T/scales.json"

@@ -47,12 +47,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     qtr_pickle_free(pickle);
     return 0;
   }
-  struct qtr_checkpoint *c;
-  if (qtr_checkpoint_open_memory(data, size, &c, &err)) return 0;
-  for (size_t i = 0; i < qtr_checkpoint_count(c); i++) {
-    const struct qtr_tensor *t = qtr_checkpoint_at(c, i);
-    for (size_t b = 0; b < t->n_bytes; b++) sink ^= ((const uint8_t *)t->data)[b];
+  for (int nested = 0; nested < 2; nested++) {
+    struct qtr_checkpoint *c;
+    if ((nested ? qtr_checkpoint_open_nested_memory : qtr_checkpoint_open_memory)(data, size, &c, &err)) continue;
+    for (size_t i = 0; i < qtr_checkpoint_count(c); i++) {
+      const struct qtr_tensor *t = qtr_checkpoint_at(c, i);
+      for (size_t b = 0; b < t->n_bytes; b++) sink ^= ((const uint8_t *)t->data)[b];
+    }
+    qtr_checkpoint_close(c);
   }
-  qtr_checkpoint_close(c);
   return 0;
 }

@@ -6,6 +6,7 @@
                                        VARIANT:HOW makes DIR/VARIANT:HOW, with one fault of SPOILS
   make_import.py check DIR OUT …       OUT holds exactly that (pairs); where it cannot, the weights are as near as any choice of
                                        s1 and the old codes come
+  make_import.py acts DIR              DIR/FORM/acts.pt in each form that is known, DIR/scales.json: what each holds; prints the forms
   make_import.py list                  names of the variants
 
 Quantisation and the way back follow the text of the specification: F.6 (formulas), A.5.1 (files), A.2 - A.4 (the result). GPTQ
@@ -45,26 +46,33 @@ def write_safetensors(path, tensors):
 
 
 def write_torch(path, tensors):
-    """What torch.save makes of a dictionary: a zip of stored entries, a pickle in protocol 2 and raw storages. None stays None."""
+    """What torch.save makes of a dictionary: a zip of stored entries, a pickle in protocol 2 and raw storages. Values are arrays,
+    floats, None, and dictionaries, lists and tuples of these."""
     def integer(x):
         return b"J" + struct.pack("<i", x)
 
     def text(x):
         return b"X" + struct.pack("<I", len(x)) + x.encode()
 
-    out, blobs = [b"\x80\x02}"], []
-    for name, x in tensors.items():
-        out.append(text(name))
+    def value(x):
         if x is None:
-            out.append(b"Ns")
-            continue
+            return [b"N"]
+        if isinstance(x, float):
+            return [b"G", struct.pack(">d", x)]
+        if isinstance(x, dict):
+            return [b"}", *(part for k, v in x.items() for part in (text(k), *value(v), b"s"))]
+        if isinstance(x, (list, tuple)):
+            begin, end = (b"](", b"e") if isinstance(x, list) else (b"(", b"t")
+            return [begin, *(part for v in x for part in value(v)), end]
         strides = [int(np.prod(x.shape[i + 1:])) for i in range(x.ndim)]
-        out += [b"ctorch._utils\n_rebuild_tensor_v2\n((", text("storage"),
-                b"ctorch\n" + STORAGE[x.dtype.name].encode() + b"Storage\n", text(str(len(blobs))), text("cpu"), integer(x.size),
-                b"tQ", integer(0), b"("] + [integer(n) for n in x.shape] + [b"t("] + [integer(n) for n in strides] + \
-               [b"t\x89ccollections\nOrderedDict\n)RtRs"]
         blobs.append(np.ascontiguousarray(x).tobytes())
-    out.append(b".")
+        return [b"ctorch._utils\n_rebuild_tensor_v2\n((", text("storage"),
+                b"ctorch\n" + STORAGE[x.dtype.name].encode() + b"Storage\n", text(str(len(blobs) - 1)), text("cpu"), integer(x.size),
+                b"tQ", integer(0), b"(", *map(integer, x.shape), b"t(", *map(integer, strides),
+                b"t\x89ccollections\nOrderedDict\n)RtR"]
+
+    blobs = []
+    out = [b"\x80\x02", *value(tensors), b"."]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as z:
         z.writestr("archive/data.pkl", b"".join(out))
         z.writestr("archive/byteorder", "little")
@@ -500,6 +508,26 @@ def check(directory, out):
     print(f"{len(used)} tensors as expected" + (detail if moved else ""))
 
 
+def acts(folder):
+    """A.2.5: the ranges of keys and values as LMQuant and DeepCompressor keep them, beside those of other activations."""
+    rng = np.random.default_rng(5)
+    k, v = (rng.uniform(1, 60, LAYERS).astype(f32) for _ in range(2))
+    forms = {"lmquant": lambda x: {"dynamic_range.0.max": np.array([[x]], f32), "dynamic_range.0.min": None},
+             "deepcompressor": lambda x: {"dynamic_range": [{"min": None, "max": np.array(x, f32)}], "scale": None},
+             "tuple": lambda x: {"dynamic_range": ({"min": np.array(-x, f32), "max": np.array(x / 2, f32), "ratio": 1.0},)},
+             "single": lambda x: {"dynamic_range": {"max": float(x)}},
+             "channels": lambda x: {"dynamic_range": [{"max": np.array([[x / 3, x, x / 2]], f32)}]}}
+    for name, form in forms.items():
+        os.makedirs(os.path.join(folder, name))
+        ranges = {f"model.layers.{i}.{at}": form(x) for i in range(LAYERS) for at, x in (
+            ("self_attn.k_rotary_emb.output", k[i]), ("self_attn.v_proj.output", v[i]), ("mlp.down_proj.input", f32(7)))}
+        write_torch(os.path.join(folder, name, "acts.pt"), ranges)
+    scale = lambda x: {str(i): float(x[i] / f32(127)) for i in range(LAYERS)}
+    with open(os.path.join(folder, "scales.json"), "w") as f:
+        json.dump({"kv_cache": {"dtype": "int8", "scaling_factor": {"k_scale": scale(k), "v_scale": scale(v)}}}, f)
+    print(" ".join(forms))
+
+
 def vectors(path):
     rng, out = np.random.default_rng(11), {}
     for variant, quantise in FAKE.items():
@@ -533,5 +561,7 @@ if __name__ == "__main__":
         for source, result in zip(sys.argv[2::2], sys.argv[3::2]):
             print(os.path.basename(result), end=": ", flush=True)
             check(source, result)
+    elif sys.argv[1] == "acts":
+        acts(sys.argv[2])
     else:
         print("\n".join([*FAKE, *QSERVE, *INT4]))

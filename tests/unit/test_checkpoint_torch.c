@@ -462,11 +462,165 @@ static void test_hostile_pickles(void **state) {
   REFUSE("}q\0U\5modelh\0s.", QTR_ERR_FORMAT, "no tensors");
 }
 
+/* Every instruction there is: those that build dictionaries and tensors fail for want of a stack, all others by their
+ * number. */
+static void test_every_opcode(void **state) {
+  (void)state;
+  static const char known[] = "\x80\x95(012N\x88\x89KMJ\x8a\x8bGX\x8c\x8dUT}])tld\x85\x86\x87suaeqr\x94hjc\x93QRb.";
+  size_t n_refused = 0;
+  for (int op = 0; op < 256; op++) {
+    const char text[] = {(char)op, '\n', '\n', '.', 0};
+    char number[16];
+    struct bytes b;
+    struct qtr_checkpoint *c;
+    struct qtr_error err = {0};
+    uint8_t *copy;
+    make_archive(&b, text, 4, (struct zip_how){0});
+    enum qtr_status got = open_copy(&b, &c, &copy, &err);
+    free(copy);
+    if (got == QTR_OK) fail_msg("instruction 0x%02x made a checkpoint", (unsigned)op);
+    (void)snprintf(number, sizeof number, "0x%02x", (unsigned)op);
+    bool named = strstr(err.message, number) != NULL;
+    if (op != 0 && strchr(known, op)) {
+      assert_false(named);
+      continue;
+    }
+    if (got != QTR_ERR_UNSUPPORTED || !named) fail_msg("instruction %s: %s", number, err.message);
+    n_refused++;
+  }
+  assert_int_equal(n_refused, 256 - (sizeof known - 1));
+}
+
+/* Any class or function but those of tensors, by both ways of naming one, is refused by name before it is called. */
+static void test_globals(void **state) {
+  (void)state;
+  static const char *const names[][2] = {{"os", "system"},
+                                         {"posix", "system"},
+                                         {"nt", "system"},
+                                         {"subprocess", "Popen"},
+                                         {"builtins", "exec"},
+                                         {"__builtin__", "eval"},
+                                         {"builtins", "getattr"},
+                                         {"runpy", "_run_code"},
+                                         {"numpy.core.multiarray", "_reconstruct"},
+                                         {"torch", "load"},
+                                         {"torch", "Tensor"},
+                                         {"torch", "FloatStorage2"},
+                                         {"torch", "floatstorage"},
+                                         {"torch.storage", "_load_from_bytes"},
+                                         {"torch._utils", "_rebuild_tensor"},
+                                         {"torch.nn.modules.linear", "Linear"},
+                                         {"collections", "defaultdict"},
+                                         {"collections.", "OrderedDict"},
+                                         {"", "OrderedDict"},
+                                         {"collections", ""},
+                                         {"_codecs", "encode"}};
+  for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+    for (int stacked = 0; stacked < 2; stacked++) {
+      char whole[80];
+      struct bytes b, text = {.n = 0};
+      put(&text, stacked ? "}" : "}c", stacked ? 1 : 2);
+      for (size_t k = 0; k < 2; k++) {
+        size_t len = strlen(names[i][k]);
+        if (stacked) put(&text, "U", 1);
+        if (stacked) put_int(&text, len, 1);
+        put(&text, names[i][k], len);
+        if (!stacked) put(&text, "\n", 1);
+      }
+      put(&text, stacked ? "\x93." : ".", stacked ? 2 : 1);
+      make_archive(&b, (const char *)text.data, text.n, (struct zip_how){0});
+      (void)snprintf(whole, sizeof whole, "%s.%s", names[i][0], names[i][1]);
+      refuse(&b, QTR_ERR_UNSUPPORTED, whole);
+    }
+  }
+}
+
+/* ---- dictionaries in each other ------------------------------------------------------------------ */
+
+static enum qtr_status open_nested(const char *pickle, size_t n, struct qtr_checkpoint **c, uint8_t **copy,
+                                   struct qtr_error *err) {
+  struct bytes b;
+  make_archive(&b, pickle, n, (struct zip_how){0});
+  *copy = malloc(b.n);
+  assert_non_null(*copy);
+  memcpy(*copy, b.data, b.n);
+  return qtr_checkpoint_open_nested_memory(*copy, b.n, c, err);
+}
+
+static void expect_number(const struct qtr_checkpoint *c, const char *name, float want) {
+  const struct qtr_tensor *t = qtr_checkpoint_find(c, name);
+  float x;
+  if (!t) fail_msg("no %s", name);
+  assert_int_equal(t->n_dims, 0);
+  assert_int_equal(qtr_tensor_to_floats(t, &x, 1, NULL), QTR_OK);
+  assert_true(x == want);
+}
+
+/* {"a": {"list": [{"max": 7, "min": None}, 1.5], "t": (w,)}, 3: 4, "z": True} */
+static void test_nested(void **state) {
+  (void)state;
+  static const char text[] =
+      "\x80\2}(U\1a}(U\4list]}(U\3maxK\7U\3minNuaG\x3f\xf8\0\0\0\0\0\0aU\1t" GOOD "\x85uK\3K\4U\1z\x88u.";
+  struct qtr_checkpoint *c;
+  struct qtr_error err = {0};
+  uint8_t *copy;
+  if (open_nested(text, sizeof text - 1, &c, &copy, &err)) fail_msg("%s", err.message);
+  assert_int_equal(qtr_checkpoint_count(c), 3);
+  expect_number(c, "a.list.0.max", 7);
+  expect_number(c, "a.list.1", 1.5f);
+  const struct qtr_tensor *t = qtr_checkpoint_find(c, "a.t.0");
+  assert_non_null(t);
+  assert_memory_equal(t->data, "\1\2\3\4\5\6", 6);
+  qtr_checkpoint_close(c);
+  free(copy);
+}
+
+static void refuse_nested(const char *pickle, size_t n, enum qtr_status status, const char *word) {
+  struct qtr_checkpoint *c;
+  struct qtr_error err = {0};
+  uint8_t *copy;
+  enum qtr_status got = open_nested(pickle, n, &c, &copy, &err);
+  if (got != status || !strstr(err.message, word)) fail_msg("%s: \"%s\" (%s)", qtr_status_name(got), err.message, word);
+  free(copy);
+}
+
+static void test_hostile_nesting(void **state) {
+  (void)state;
+#define REFUSE_NESTED(text, status, word) refuse_nested(text, sizeof(text) - 1, status, word)
+  REFUSE_NESTED("}q\0U\1ah\0s.", QTR_ERR_LIMIT, "deep");                                  /* holds itself */
+  REFUSE_NESTED("}U\1a}U\1b}U\1c}U\1d}U\1e}U\1f}U\1gK\1sssssss.", QTR_ERR_LIMIT, "deep"); /* seven in each other */
+  REFUSE_NESTED("}.", QTR_ERR_FORMAT, "no tensors");
+  REFUSE_NESTED("]K\1a.", QTR_ERR_UNSUPPORTED, "no dictionary");
+  REFUSE_NESTED("}(U\3a.bK\1U\1a}U\1bK\2su.", QTR_ERR_FORMAT, "twice"); /* two ways with one name */
+  REFUSE_NESTED("}U\1acos\nsystem\ns.", QTR_ERR_UNSUPPORTED, "os.system");
+  /* five lists, each with 32 times the one before: 32 million values in 400 bytes */
+  struct bytes b = {.n = 0};
+  put(&b, "}U\1a]q\1(", 8);
+  for (size_t i = 0; i < 32; i++) put(&b, "N", 1);
+  for (uint8_t level = 1; level < 5; level++) {
+    put(&b, "e0]q", 4);
+    put_int(&b, level + 1u, 1);
+    put(&b, "(", 1);
+    for (size_t i = 0; i < 32; i++) put(&b, (const uint8_t[]){'h', level}, 2);
+  }
+  put(&b, "es.", 3);
+  refuse_nested((const char *)b.data, b.n, QTR_ERR_LIMIT, "values");
+  /* two names of 260 letters make a longer one than a tensor may have */
+  b.n = 0;
+  for (size_t i = 0; i < 2; i++) {
+    put(&b, "}X\4\1\0\0", 6);
+    for (size_t k = 0; k < 260; k++) put(&b, "n", 1);
+  }
+  put(&b, "K\1ss.", 5);
+  refuse_nested((const char *)b.data, b.n, QTR_ERR_LIMIT, "longer");
+}
+
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_files_of_torch),  cmocka_unit_test(test_no_copies),    cmocka_unit_test(test_damage),
-      cmocka_unit_test(test_built_archive),   cmocka_unit_test(test_hostile_zips), cmocka_unit_test(test_hostile_tensors),
-      cmocka_unit_test(test_hostile_pickles),
+      cmocka_unit_test(test_every_opcode),    cmocka_unit_test(test_globals),         cmocka_unit_test(test_nested),
+      cmocka_unit_test(test_hostile_nesting), cmocka_unit_test(test_files_of_torch),  cmocka_unit_test(test_no_copies),
+      cmocka_unit_test(test_damage),          cmocka_unit_test(test_built_archive),   cmocka_unit_test(test_hostile_zips),
+      cmocka_unit_test(test_hostile_tensors), cmocka_unit_test(test_hostile_pickles),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

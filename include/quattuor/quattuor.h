@@ -229,7 +229,7 @@ struct qtr_stats {
   int32_t page_tokens;
   int32_t n_stream_pages_total, n_stream_pages_used, n_stream_pages_cached; /* the same of the streaming heads' pool */
   int32_t n_streaming_heads;                                                /* KV heads of all layers that are */
-  size_t weight_bytes, kv_pool_bytes;                                       /* both pools */
+  size_t weight_bytes, kv_pool_bytes;                                       /* both pools, and the lists of chosen pages */
   size_t kv_bytes_per_token; /* what a context costs for each token: without streaming heads, whose cost is fixed, … */
   size_t stream_page_bytes;  /* … n_stream_pages of this */
   double step_seconds, model_seconds;              /* summed over all steps */

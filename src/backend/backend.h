@@ -159,8 +159,12 @@ struct qtr_kv_config {
 size_t qtr_kv_page_bytes(const struct qtr_kv_config *config);
 /* The same of a page of the streaming heads; 0 without such heads. */
 size_t qtr_kv_stream_page_bytes(const struct qtr_kv_config *config);
+/* What a cache costs besides its pages: the lists of chosen pages, of all slots. 0 without a selection, SIZE_MAX on
+ * overflow. */
+size_t qtr_kv_selection_bytes(const struct qtr_kv_config *config);
 
-struct qtr_kv; /* the pages of all layers */
+struct qtr_kv;       /* the pages of all layers */
+struct qtr_kv_heads; /* where each head's pages are, common/sparse.h */
 
 /* ---- batch --------------------------------------------------------------------------------------- */
 
@@ -337,6 +341,7 @@ struct qtr_backend_ops {
                                struct qtr_error *err);
   void (*kv_free)(struct qtr_backend *b, struct qtr_kv *kv);
   enum qtr_kv_format (*kv_format)(const struct qtr_kv *kv);
+  const struct qtr_kv_heads *(*kv_heads)(const struct qtr_kv *kv); /* for profiles; NULL: every cache counts as dense */
 
   /* inv_freq: (head_dim/2) host floats, RoPE frequencies with any scaling already in them. */
   enum qtr_status (*begin_step)(struct qtr_backend *b, const struct qtr_batch *batch, const float *inv_freq, size_t half_dim,

@@ -64,6 +64,12 @@ static void describe(struct qtr_long_result *r, struct qtr_engine *engine) {
   r->weight_bytes = stats.weight_bytes;
 }
 
+/* A device that has failed does not come back: another one, should there be a next round. */
+static void drop_model(struct run *run) {
+  qtr_bench_model_free(run->model);
+  run->model = NULL;
+}
+
 /* One round of one side, with an engine opened and closed for it. */
 static enum qtr_status run_round(struct run *run, int side, size_t length, int32_t gen_len, int32_t number,
                                  struct qtr_bench_round *round, size_t *pool_bytes, struct qtr_error *err) {
@@ -73,6 +79,7 @@ static enum qtr_status run_round(struct run *run, int side, size_t length, int32
   enum qtr_status status = side_options(run, side, length, &options, err);
   if (!status) status = ensure_model(run, &options, err);
   if (!status) status = qtr_engine_open_model(run->model, NULL, NULL, &options, &engine, err);
+  if (status == QTR_ERR_BACKEND) drop_model(run);
   if (status) return status;
   describe(&run->result, engine);
   qtr_engine_stats(engine, &stats);
@@ -84,10 +91,7 @@ static enum qtr_status run_round(struct run *run, int side, size_t length, int32
                                           .seed = run->flags->seed + (uint64_t)number};
   status = qtr_bench_round_run(engine, &bench, round, err);
   run->model = qtr_engine_close_keep_model(engine);
-  if (status) { /* a device that has failed does not come back: another model, should there be a next round */
-    qtr_bench_model_free(run->model);
-    run->model = NULL;
-  }
+  if (status) drop_model(run);
   return status;
 }
 

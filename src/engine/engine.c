@@ -310,7 +310,8 @@ void qtr_engine_stats(struct qtr_engine *e, struct qtr_stats *stats) {
   if (b->ops->busy_read) b->ops->busy_read(b, &stats->device_busy_seconds, &stats->device_idle_seconds);
   stats->page_tokens = QTR_PAGE_TOKENS;
   stats->weight_bytes = e->model->weight_bytes;
-  stats->kv_pool_bytes = e->kv_page_bytes * (size_t)e->n_pages + e->stream_page_bytes * (size_t)e->n_stream_pages;
+  stats->kv_pool_bytes =
+      e->kv_page_bytes * (size_t)e->n_pages + e->stream_page_bytes * (size_t)e->n_stream_pages + e->selection_bytes;
   stats->kv_bytes_per_token = e->kv_page_bytes / QTR_PAGE_TOKENS;
 }
 

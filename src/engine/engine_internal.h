@@ -140,7 +140,7 @@ struct qtr_engine {
   int32_t max_rows; /* of logits in a step: one for each sequence, and what is left for the log-probabilities of prompts */
   int32_t eos_token[QTR_MAX_EOS];
   int32_t n_eos;
-  size_t kv_page_bytes, stream_page_bytes;
+  size_t kv_page_bytes, stream_page_bytes, selection_bytes;
   bool prefix_cache;
   /* Sparse attention: */
   struct qtr_kv_sparse sparse; /* as the cache has it, but streaming is NULL */

@@ -260,7 +260,7 @@ static size_t pages_in(const struct sizing *z, size_t n_bytes, size_t fixed_stre
 
 static struct sizing make_sizing(const struct qtr_engine *e, const struct qtr_caps *caps) {
   /* Mapped weights may not be resident yet and still count as free: what the machine has bounds the pool too. */
-  size_t fixed = e->model->weight_bytes + qtr_workspace_bytes(e->workspace);
+  size_t fixed = e->model->weight_bytes + qtr_workspace_bytes(e->workspace) + e->selection_bytes;
   struct sizing z = {.page = e->kv_page_bytes,
                      .stream_page = e->stream_page_bytes,
                      .whole = qtr_ceil_div((size_t)e->max_model_len, QTR_PAGE_TOKENS),
@@ -302,13 +302,13 @@ static enum qtr_status size_pool(struct qtr_engine *e, const struct qtr_engine_o
     n = (size_t)o->kv_pages;
     from = "kv_pages";
   } else if (o->kv_bytes > 0) {
-    n = pages_in(&z, o->kv_bytes, n_streams);
+    n = o->kv_bytes > e->selection_bytes ? pages_in(&z, o->kv_bytes - e->selection_bytes, n_streams) : 0;
     from = "kv_bytes";
   } else if (from_environment > 0) {
     n = (size_t)from_environment;
     from = "the environment";
   } else {
-    size_t room = QTR_MIN(z.most, caps.memory_free);
+    size_t room = QTR_MIN(z.most, caps.memory_free - QTR_MIN(caps.memory_free, e->selection_bytes));
     double share = caps.memory_share > 0 ? (double)caps.memory_share : MEMORY_SHARE;
     n = pages_in(&z, (size_t)(share * (double)room), n_streams);
     n = QTR_MIN(n, z.whole * (size_t)e->max_num_seqs);
@@ -539,7 +539,8 @@ enum qtr_status qtr_engine_open_model(struct qtr_model *model, struct qtr_tokeni
   if (e->streams || e->sparse.budget > 0) kv.sparse = &sparse;
   e->kv_page_bytes = qtr_kv_page_bytes(&kv);
   e->stream_page_bytes = qtr_kv_stream_page_bytes(&kv);
-  if (e->kv_page_bytes == SIZE_MAX || e->stream_page_bytes == SIZE_MAX) {
+  e->selection_bytes = qtr_kv_selection_bytes(&kv);
+  if (e->kv_page_bytes == SIZE_MAX || e->stream_page_bytes == SIZE_MAX || e->selection_bytes > SIZE_MAX / 4) {
     status = qtr_fail(err, QTR_ERR_LIMIT, "a KV page of this model would be larger than the address space");
     goto done;
   }

@@ -6,6 +6,7 @@
 #include "base/checked.h"
 #include "base/clock.h"
 #include "base/status.h"
+#include "model/attention_count.h"
 #include "model/model.h"
 
 #include <stdlib.h>
@@ -126,12 +127,10 @@ struct step {
   struct qtr_kv *kv;
   struct qtr_workspace *w;
   const struct qtr_batch *batch;
-  struct qtr_batch roomy; /* what the backend sees until end_step: the batch and the room of the buffers */
-  double t_mark;          /* end of the operation before, when profiling */
-  size_t act_unit;        /* bytes of an activation */
-  size_t kv_row;          /* bytes of one token's K and V of all heads of one layer, when profiling; 0 until known */
-  double n_pairs;         /* sum over sequences of query tokens x keys they see */
-  double n_keys;          /* sum over sequences of keys */
+  struct qtr_batch roomy;           /* what the backend sees until end_step: the batch and the room of the buffers */
+  double t_mark;                    /* end of the operation before, when profiling */
+  size_t act_unit;                  /* bytes of an activation */
+  struct qtr_attention_count count; /* when profiling */
 };
 
 static void book(struct qtr_profile *profile, enum qtr_profile_op op, double seconds, double bytes, double ops) {
@@ -233,8 +232,10 @@ static void run_attention(struct step *s, int32_t i) {
       .head_dim = c->head_dim,
   };
   s->b->ops->attention(s->b, &attention);
-  mark(s, QTR_PROFILE_ATTENTION, s->n_keys * (double)s->kv_row + (double)(2 * n_tokens * heads * s->act_unit),
-       4.0 * s->n_pairs * (double)heads);
+  if (!s->model->profile) return;
+  double bytes, ops;
+  qtr_attention_need(&s->count, i, &bytes, &ops);
+  mark(s, QTR_PROFILE_ATTENTION, bytes + (double)(2 * n_tokens * heads * s->act_unit), ops);
 }
 
 static void run_layer(struct step *s, int32_t i) {
@@ -273,19 +274,6 @@ static void keep_state(struct step *s, int32_t i) {
   s->b->ops->gather(s->b, &gather);
 }
 
-static void count_attention(struct step *s, enum qtr_kv_format format) {
-  const struct qtr_batch *batch = s->batch;
-  const struct qtr_config *c = &s->model->config;
-  const struct qtr_kv_config one = {
-      .format = format, .n_layers = 1, .n_kv_heads = c->n_kv_heads, .head_dim = c->head_dim, .n_pages = 1};
-  s->kv_row = qtr_kv_page_bytes(&one) / QTR_PAGE_TOKENS;
-  for (int32_t i = 0; i < batch->n_seqs; i++) {
-    double n_new = batch->q_start[i + 1] - batch->q_start[i], cached = batch->kv_len[i];
-    s->n_keys += cached + n_new;
-    s->n_pairs += n_new * cached + n_new * (n_new + 1) / 2;
-  }
-}
-
 /* Checks the batch and the tap, and opens the step on the backend. */
 static enum qtr_status open_step(struct step *s, struct qtr_model *model, struct qtr_kv *kv, struct qtr_workspace *w,
                                  const struct qtr_batch *batch, struct qtr_error *err) {
@@ -303,7 +291,11 @@ static enum qtr_status open_step(struct step *s, struct qtr_model *model, struct
   s->roomy.room_rows = (int32_t)w->max_rows;
   enum qtr_status status = b->ops->begin_step(b, &s->roomy, model->inv_freq, (size_t)model->config.head_dim / 2, err);
   if (status || !model->profile) return status;
-  count_attention(s, b->ops->kv_format(kv));
+  const struct qtr_kv_config one = {.format = b->ops->kv_format(kv),
+                                    .n_layers = 1,
+                                    .n_kv_heads = model->config.n_kv_heads,
+                                    .head_dim = model->config.head_dim};
+  qtr_attention_count(batch, &one, model->config.n_heads, b->ops->kv_heads ? b->ops->kv_heads(kv) : NULL, &s->count);
   w->n_marked = 0;
   if (b->ops->stamp) b->ops->stamp(b);
   s->t_mark = qtr_now();

@@ -1,6 +1,7 @@
 /* Sparse attention through a whole engine: whatever the chunks, the neighbours, the prefix cache, preemption and
  * cancellation do, a request gives the tokens and the log-probabilities - bit for bit - that it gives alone, and streaming
  * heads never hold more pages than their windows need. */
+#include "backend/cpu/kv.h"
 #include "base/file.h"
 #include "engine_fixture.h"
 
@@ -389,8 +390,10 @@ static void test_memory(void **state) {
   e = tiny_engine(make_model("cpu"), &o);
   qtr_engine_stats(e, &stats);
   assert_int_equal(e->kv_page_bytes, 12 * (head + 2 * 4 * 16 * 2));
-  assert_int_equal(stats.n_pages_total, 1000000 / e->kv_page_bytes);
+  size_t lists = 6 * 12 * (2 + 2) * sizeof(int32_t); /* slots, heads; two numbers and two pages each */
+  assert_int_equal(stats.n_pages_total, (1000000 - lists) / e->kv_page_bytes);
   assert_int_equal(stats.n_stream_pages_total, 0);
+  assert_int_equal(stats.kv_pool_bytes, (size_t)stats.n_pages_total * e->kv_page_bytes + lists);
   close_engine(e);
 
   sparse = settings[0];
@@ -403,6 +406,31 @@ static void test_memory(void **state) {
   assert_int_equal(stats.n_pages_total, (1000000 - 25 * 6 * head) / (6 * head));
   assert_true(stats.kv_pool_bytes <= 1000000);
   close_engine(e);
+}
+
+/* What an engine says its cache costs is what the backend has allocated, to the byte. */
+static void test_memory_is_exact(void **state) {
+  (void)state;
+  for (size_t i = 0; i < 2 * sizeof settings / sizeof settings[0]; i++) {
+    struct qtr_sparse_options sparse = settings[i / 2];
+    struct qtr_engine_options o = base_options(&sparse, i % 2 ? "w8a8kv4" : "w8a8kv16");
+    struct qtr_stats stats;
+    o.kv_bytes = 3000000;
+    struct qtr_engine *e = tiny_engine(make_model("cpu"), &o);
+    qtr_engine_stats(e, &stats);
+    assert_int_equal(stats.kv_pool_bytes, e->kv->n_bytes + e->kv->stats_bytes + e->kv->selection_bytes);
+    assert_true(stats.kv_pool_bytes <= 3000000 && (sparse.decode_mode == 0) == (e->kv->selection_bytes == 0));
+    close_engine(e);
+  }
+  struct qtr_engine_options o = base_options(&settings[3], "w8a8kv4");
+  struct qtr_error err = {0};
+  struct qtr_model *model = make_model("cpu");
+  struct qtr_engine *e = NULL;
+  o.kv_bytes = 500; /* less than the lists alone */
+  assert_int_equal(qtr_engine_open_model(model, NULL, NULL, &o, &e, &err), QTR_ERR_LIMIT);
+  struct qtr_backend *backend = model->backend;
+  qtr_model_free(model);
+  qtr_backend_close(backend);
 }
 
 /* Engines one after the other over one model, with other caches each; classes of heads from numbers instead of a file. */
@@ -475,8 +503,9 @@ static void test_bad_options(void **state) {
 }
 
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_settings),   cmocka_unit_test(test_conversation),
-                                     cmocka_unit_test(test_dense),      cmocka_unit_test(test_memory),
-                                     cmocka_unit_test(test_same_model), cmocka_unit_test(test_bad_options)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_settings),        cmocka_unit_test(test_conversation),
+                                     cmocka_unit_test(test_dense),           cmocka_unit_test(test_memory),
+                                     cmocka_unit_test(test_memory_is_exact), cmocka_unit_test(test_same_model),
+                                     cmocka_unit_test(test_bad_options)};
   return cmocka_run_group_tests(tests, write_heads, remove_heads);
 }

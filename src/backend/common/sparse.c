@@ -117,6 +117,13 @@ void qtr_kv_heads_free(struct qtr_kv_heads *heads) {
   *heads = (struct qtr_kv_heads){0};
 }
 
+size_t qtr_kv_selection_bytes(const struct qtr_kv_config *config) {
+  if (!config->sparse || config->sparse->budget == 0) return 0;
+  const struct qtr_kv_heads heads = {
+      .sparse = *config->sparse, .n_layers = config->n_layers, .n_kv_heads = config->n_kv_heads};
+  return qtr_sparse_selections_bytes(&heads);
+}
+
 size_t qtr_sparse_selections_bytes(const struct qtr_kv_heads *h) {
   const struct qtr_kv_sparse *s = &h->sparse;
   size_t n = qtr_sparse_selection_ints(s) * sizeof(int32_t);

@@ -24,6 +24,13 @@ static inline bool qtr_sparse_renews(const struct qtr_kv_sparse *s, int32_t posi
   return position == first || (position + 1) % s->interval == 0;
 }
 
+/* The position at which the pages that this one sees were chosen. */
+static inline int32_t qtr_sparse_chosen_at(const struct qtr_kv_sparse *s, int32_t position, int32_t decode_start) {
+  int32_t first = decode_start > s->budget ? decode_start : s->budget;
+  int32_t last = (int32_t)(((int64_t)position + 1) / s->interval * s->interval - 1);
+  return last > first ? last : first;
+}
+
 /* Most pages of a choice, the query's own among them. */
 static inline int32_t qtr_sparse_limit(const struct qtr_kv_sparse *s) {
   int32_t pages = s->budget / QTR_PAGE_TOKENS;

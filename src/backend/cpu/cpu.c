@@ -203,6 +203,7 @@ const struct qtr_backend_ops qtr_backend_cpu = {
     .kv_create = qtr_cpu_kv_create,
     .kv_free = qtr_cpu_kv_free,
     .kv_format = qtr_cpu_kv_format,
+    .kv_heads = qtr_cpu_kv_heads,
     .begin_step = begin_step,
     .end_step = end_step,
     .embed = qtr_cpu_embed,

@@ -64,6 +64,7 @@ enum qtr_status qtr_cpu_kv_create(struct qtr_backend *b, const struct qtr_kv_con
                                   struct qtr_error *err);
 void qtr_cpu_kv_free(struct qtr_backend *b, struct qtr_kv *kv);
 enum qtr_kv_format qtr_cpu_kv_format(const struct qtr_kv *kv);
+const struct qtr_kv_heads *qtr_cpu_kv_heads(const struct qtr_kv *kv);
 void qtr_cpu_rope_kv_write(struct qtr_backend *b, const struct qtr_rope_kv_args *args);
 void qtr_cpu_kv_read(struct qtr_backend *b, const struct qtr_kv *kv, int32_t layer, bool is_v, int32_t page, int32_t slot,
                      int32_t head, uint16_t *code, float *scale, float *zero);

@@ -127,6 +127,7 @@ void qtr_cpu_kv_free(struct qtr_backend *b, struct qtr_kv *kv) {
 }
 
 enum qtr_kv_format qtr_cpu_kv_format(const struct qtr_kv *kv) { return kv->config.format; }
+const struct qtr_kv_heads *qtr_cpu_kv_heads(const struct qtr_kv *kv) { return &kv->heads; }
 
 void qtr_cpu_kv_read(struct qtr_backend *b, const struct qtr_kv *kv, int32_t layer, bool is_v, int32_t page, int32_t slot,
                      int32_t head, uint16_t *code, float *scale, float *zero) {

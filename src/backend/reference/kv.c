@@ -95,6 +95,7 @@ done:
 }
 
 enum qtr_kv_format qtr_reference_kv_format(const struct qtr_kv *kv) { return kv->config.format; }
+const struct qtr_kv_heads *qtr_reference_kv_heads(const struct qtr_kv *kv) { return &kv->heads; }
 
 void qtr_reference_kv_free(struct qtr_backend *b, struct qtr_kv *kv) {
   (void)b;

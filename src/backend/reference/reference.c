@@ -169,6 +169,7 @@ const struct qtr_backend_ops qtr_backend_reference = {
     .kv_create = qtr_reference_kv_create,
     .kv_free = qtr_reference_kv_free,
     .kv_format = qtr_reference_kv_format,
+    .kv_heads = qtr_reference_kv_heads,
     .begin_step = reference_begin_step,
     .end_step = reference_end_step,
     .embed = qtr_reference_embed,

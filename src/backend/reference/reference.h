@@ -95,6 +95,7 @@ void qtr_reference_gather(struct qtr_backend *b, const struct qtr_gather_args *a
 enum qtr_status qtr_reference_kv_create(struct qtr_backend *b, const struct qtr_kv_config *config, struct qtr_kv **kv,
                                         struct qtr_error *err);
 enum qtr_kv_format qtr_reference_kv_format(const struct qtr_kv *kv);
+const struct qtr_kv_heads *qtr_reference_kv_heads(const struct qtr_kv *kv);
 void qtr_reference_kv_free(struct qtr_backend *b, struct qtr_kv *kv);
 void qtr_reference_rope_kv_write(struct qtr_backend *b, const struct qtr_rope_kv_args *args);
 void qtr_reference_kv_read(struct qtr_backend *b, const struct qtr_kv *kv, int32_t layer, bool is_v, int32_t page,

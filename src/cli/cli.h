@@ -52,6 +52,41 @@ enum qtr_status qtr_open_engine(const struct qtr_model_flags *flags, struct qtr_
 /* A positive whole number from the environment, 0 when the variable is absent or empty. */
 enum qtr_status qtr_env_int(const char *name, int32_t *value, struct qtr_error *err);
 
+/* ---- shared by some commands (shared_options.c) -------------------------------------------------- */
+
+/* --threads, for tables of their own. */
+#define QTR_THREADS_OPTION(at)                                                                         \
+  {                                                                                                    \
+    .name = "threads", .argument = "N", .kind = QTR_OPTION_INT, .offset = (at), .min = 1, .max = 1024, \
+    .help = "CPU threads. Default: all cores this process may use."                                    \
+  }
+/* --device, too. */
+#define QTR_DEVICE_CHOICES "auto|cpu|cuda|reference"
+/* What a checkpoint can be written as. */
+#define QTR_PRECISION_CHOICES "w4a8kv4|w4a8kv8|w4a8|w8a8kv4|w8a8kv8|w8a8|w16a16kv4|w16a16kv8|w16a16"
+
+struct qtr_checkpoint_flags { /* of a command that writes one */
+  const char *output;
+  int32_t threads;
+  bool overwrite;
+};
+extern const struct qtr_option qtr_checkpoint_options_table[];
+
+struct qtr_haystack_flags { /* the texts of generated questions */
+  const char *haystack, *lengths;
+  uint64_t seed;
+  bool has_seed;
+};
+extern const struct qtr_option qtr_haystack_options_table[];
+
+struct qtr_answer_flags { /* how they are asked, and where the answers go */
+  const char *prompt, *svg, *png, *answers;
+};
+extern const struct qtr_option qtr_answer_options_table[];
+
+extern const struct qtr_option qtr_text_option[];  /* base: a const char * */
+extern const struct qtr_option qtr_model_option[]; /* base: a const char * (groups.c) */
+
 struct qtr_sampling_flags {
   struct qtr_sampling sampling;
   int32_t max_tokens, logprobs, n;

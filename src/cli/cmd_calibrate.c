@@ -17,10 +17,10 @@
 
 struct flags {
   struct qtr_model_flags model;
-  const char *output, *haystack, *lengths;
+  struct qtr_haystack_flags text;
+  const char *output;
   int32_t prompts, sink, local, rounds;
-  uint64_t seed;
-  bool has_seed, json;
+  bool json;
 };
 
 #define AT(field) offsetof(struct flags, field)
@@ -30,16 +30,6 @@ static const struct qtr_option own_options[] = {
      .kind = QTR_OPTION_STRING,
      .offset = AT(output),
      .help = "Where full_attention_heads.tsv and config.json go; made when absent. Needed."},
-    {.name = "haystack",
-     .argument = "PATH",
-     .kind = QTR_OPTION_STRING,
-     .offset = AT(haystack),
-     .help = "Text around the needles: a file, or a directory of *.txt. Default: simple generated sentences."},
-    {.name = "lengths",
-     .argument = "LIST",
-     .kind = QTR_OPTION_STRING,
-     .offset = AT(lengths),
-     .help = "Tokens of the prompts, in turn. Default 1024."},
     {.name = "prompts",
      .argument = "N",
      .kind = QTR_OPTION_INT,
@@ -68,12 +58,6 @@ static const struct qtr_option own_options[] = {
      .min = 1,
      .max = 1 << 20,
      .help = "Heads are given up in that many steps; more are slower and better. Default 8."},
-    {.name = "seed",
-     .argument = "S",
-     .kind = QTR_OPTION_UINT64,
-     .offset = AT(seed),
-     .given = AT(has_seed),
-     .help = "Of needles and places. Default 0."},
     {.name = "json",
      .kind = QTR_OPTION_FLAG,
      .offset = AT(json),
@@ -99,9 +83,10 @@ static json_t *describe(const struct flags *flags, const char *model, const doub
   }
   return json_pack("{s:s, s:s, s:s, s:s, s:i, s:i, s:i, s:i, s:o, s:i, s:i, s:I}", "method", "quattuor calibrate heads",
                    "model_name", model, "dataset_format", "needle", "dataset_name",
-                   flags->haystack ? flags->haystack : "generated", "context_length_min", (int)least, "context_length_max",
-                   (int)most, "sink_size", (int)flags->sink, "recent_size", (int)flags->local, "threshold", json_real(0.5),
-                   "n_samples", (int)flags->prompts, "rounds", (int)flags->rounds, "seed", (json_int_t)flags->seed);
+                   flags->text.haystack ? flags->text.haystack : "generated", "context_length_min", (int)least,
+                   "context_length_max", (int)most, "sink_size", (int)flags->sink, "recent_size", (int)flags->local,
+                   "threshold", json_real(0.5), "n_samples", (int)flags->prompts, "rounds", (int)flags->rounds, "seed",
+                   (json_int_t)flags->text.seed);
 }
 
 static enum qtr_status write_output(const struct flags *flags, const char *model, const double *length, size_t n_lengths,
@@ -151,7 +136,7 @@ static int calibrate(struct flags *flags) {
   double *number = NULL;
   size_t *length = NULL, n_lengths = 0, longest = 0;
   int code = QTR_EXIT_FAILURE;
-  enum qtr_status status = qtr_eval_parse_numbers("lengths", flags->lengths, 64, 1 << 24, &number, &n_lengths, &err);
+  enum qtr_status status = qtr_eval_parse_numbers("lengths", flags->text.lengths, 64, 1 << 24, &number, &n_lengths, &err);
   if (!status && !(length = calloc(n_lengths, sizeof *length))) status = qtr_fail_memory(&err, "lengths", n_lengths);
   for (size_t i = 0; length && i < n_lengths; i++) {
     length[i] = (size_t)number[i];
@@ -165,14 +150,14 @@ static int calibrate(struct flags *flags) {
   struct qtr_engine_options options;
   qtr_engine_options_from_flags(&flags->model, dir, &options);
   status = qtr_engine_open(&options, &engine, &err);
-  if (!status) status = qtr_eval_open_haystack(engine, flags->haystack, flags->seed, 2 * longest, &haystack, &err);
+  if (!status) status = qtr_eval_open_haystack(engine, flags->text.haystack, flags->text.seed, 2 * longest, &haystack, &err);
   const struct qtr_calibrate_options o = {.length = length,
                                           .n_lengths = n_lengths,
                                           .n_prompts = (size_t)flags->prompts,
                                           .sink = flags->sink,
                                           .local = flags->local,
                                           .rounds = flags->rounds,
-                                          .seed = flags->seed};
+                                          .seed = flags->text.seed};
   if (!status) status = qtr_calibrate_heads(engine, &haystack, &o, &result, &err);
   if (status) goto done;
   size_t n_layers = (size_t)engine->model->config.n_layers;
@@ -190,10 +175,12 @@ done:
 }
 
 int qtr_cmd_calibrate(int argc, char **argv) {
-  struct flags flags = {.lengths = "1024", .prompts = 8, .sink = 128, .local = 256, .rounds = 8};
+  struct flags flags = {.text.lengths = "1024", .prompts = 8, .sink = 128, .local = 256, .rounds = 8};
   qtr_model_flags_init(&flags.model);
-  const struct qtr_option_group groups[] = {{"What is written, and from what", own_options, &flags},
-                                            {"Model and engine", qtr_model_options_table, &flags.model}};
+  const struct qtr_option_group groups[] = {
+      {"What is written, and from what (prompts of 1024 tokens unless --lengths is given)", own_options, &flags},
+      {NULL, qtr_haystack_options_table, &flags.text},
+      {"Model and engine", qtr_model_options_table, &flags.model}};
   struct qtr_command_line line = {
       .command = NAME,
       .usage = "calibrate heads --output DIR [--model DIR] [options]",
@@ -203,7 +190,7 @@ int qtr_cmd_calibrate(int argc, char **argv) {
           "see the first and last tokens only, those first that take the least from the log-probability of the model's own "
           "answers. The table serves --static-sparse-attn-load-dir at any --static-sparsity.",
       .group = groups,
-      .n_groups = 2};
+      .n_groups = sizeof groups / sizeof groups[0]};
   if (argc >= 2 && strcmp(argv[1], "heads") == 0) {
     argv++;
     argc--;

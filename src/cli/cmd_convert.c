@@ -8,9 +8,10 @@
 #include <string.h>
 
 struct flags {
-  const char *model, *config, *output, *precision, *s2_order, *dtype, *kv_scales;
-  int32_t group_size, threads;
-  bool strict, overwrite, json;
+  struct qtr_checkpoint_flags checkpoint;
+  const char *model, *config, *precision, *s2_order, *dtype, *kv_scales;
+  int32_t group_size;
+  bool strict, json;
 };
 
 #define AT(field) offsetof(struct flags, field)
@@ -20,11 +21,6 @@ static const struct qtr_option own_options[] = {
      .kind = QTR_OPTION_STRING,
      .offset = AT(model),
      .help = "What to import, a directory or one file; its kind is found and printed. Needed."},
-    {.name = "output",
-     .argument = "DIR",
-     .kind = QTR_OPTION_STRING,
-     .offset = AT(output),
-     .help = "Where the checkpoint goes, with config and tokenizer; made when absent. Needed."},
     {.name = "config",
      .argument = "DIR",
      .kind = QTR_OPTION_STRING,
@@ -37,7 +33,7 @@ static const struct qtr_option own_options[] = {
     {.name = "precision",
      .kind = QTR_OPTION_CHOICE,
      .offset = AT(precision),
-     .choices = "w4a8kv4|w4a8kv8|w4a8|w8a8kv4|w8a8kv8|w8a8|w16a16kv4|w16a16kv8|w16a16",
+     .choices = QTR_PRECISION_CHOICES,
      .help =
          "Float input: what to make of it, by round to nearest; default w16a16. Else the weights are those found, and only "
          "the KV width, the default of the new model, is free."},
@@ -67,17 +63,6 @@ static const struct qtr_option own_options[] = {
      .help =
          "Static KV8 scales to put in: the JSON of vLLM, acts.pt of DeepCompressor or LMQuant, or a directory with one of "
          "them. Of scales for each head the largest of a layer is taken."},
-    {.name = "overwrite",
-     .kind = QTR_OPTION_FLAG,
-     .offset = AT(overwrite),
-     .help = "Replace a model in the output directory."},
-    {.name = "threads",
-     .argument = "N",
-     .kind = QTR_OPTION_INT,
-     .offset = AT(threads),
-     .min = 1,
-     .max = 1024,
-     .help = "CPU threads. Default: all cores this process may use."},
     {.name = "json",
      .kind = QTR_OPTION_FLAG,
      .offset = AT(json),
@@ -102,7 +87,7 @@ static void on_found(enum qtr_convert_kind kind, void *user) {
 static bool print_summary(const struct flags *flags, const struct qtr_convert_summary *s) {
   const struct qtr_quantize_summary *q = &s->quantize;
   if (flags->json) {
-    json_t *o = json_pack("{s:s, s:s, s:s, s:i, s:i, s:I, s:I, s:I, s:o, s:o}", "output", flags->output, "kind",
+    json_t *o = json_pack("{s:s, s:s, s:s, s:i, s:i, s:I, s:I, s:I, s:o, s:o}", "output", flags->checkpoint.output, "kind",
                           kind_word(s->kind), "precision", q->precision, "group_size", (int)q->group_size, "n_layers",
                           (int)q->n_layers, "n_tensors", (json_int_t)q->n_tensors, "input_bytes", (json_int_t)q->input_bytes,
                           "output_bytes", (json_int_t)q->output_bytes, "relative_error",
@@ -116,7 +101,7 @@ static bool print_summary(const struct flags *flags, const struct qtr_convert_su
     return qtr_print_json("convert", o);
   }
   char in[32], out[32];
-  printf("%s: %s, group %d: %s -> %s in %.1f s, error %.3f %%\n", flags->output, q->precision, q->group_size,
+  printf("%s: %s, group %d: %s -> %s in %.1f s, error %.3f %%\n", flags->checkpoint.output, q->precision, q->group_size,
          qtr_show_bytes(q->input_bytes, in), qtr_show_bytes(q->output_bytes, out), q->seconds, q->relative_error * 100);
   if (s->kind != QTR_CONVERT_FLOAT) {
     printf("%zu matrices exact", s->n_exact);
@@ -144,7 +129,7 @@ static int convert(const struct flags *flags) {
   qtr_convert_options_init(&options);
   options.input = flags->model;
   options.config_dir = flags->config;
-  options.output_dir = flags->output;
+  options.output_dir = flags->checkpoint.output;
   options.precision = flags->precision;
   options.group_size = flags->group_size;
   options.bf16 = flags->dtype && strcmp(flags->dtype, "bf16") == 0;
@@ -152,8 +137,8 @@ static int convert(const struct flags *flags) {
   if (flags->s2_order && strcmp(flags->s2_order, "deepcompressor") == 0) options.s2_order = QTR_S2_DEEPCOMPRESSOR;
   options.kv_scales = flags->kv_scales;
   options.strict = flags->strict;
-  options.overwrite = flags->overwrite;
-  options.threads = flags->threads;
+  options.overwrite = flags->checkpoint.overwrite;
+  options.threads = flags->checkpoint.threads;
   if (qtr_convert(&options, on_found, qtr_layer_report_add, &layer, &summary, &err)) {
     qtr_layer_report_drop(&layer);
     return qtr_report("convert", &err);
@@ -164,7 +149,8 @@ static int convert(const struct flags *flags) {
 
 int qtr_cmd_convert(int argc, char **argv) {
   struct flags flags = {0};
-  const struct qtr_option_group groups[] = {{"Options", own_options, &flags}};
+  const struct qtr_option_group groups[] = {{"Input and method", own_options, &flags},
+                                            {"Output", qtr_checkpoint_options_table, &flags.checkpoint}};
   struct qtr_command_line line = {
       .command = "convert",
       .usage = "convert --model IN --output DIR [options]",
@@ -174,11 +160,11 @@ int qtr_cmd_convert(int argc, char **argv) {
           "or one a row, and float models. Says what it is, and how far each layer's weights moved: not at all where the "
           "formats allow.",
       .group = groups,
-      .n_groups = 1};
+      .n_groups = sizeof groups / sizeof groups[0]};
   int code = QTR_EXIT_USAGE;
   switch (qtr_options_parse(&line, argc, argv)) {
     case QTR_PARSE_OK:
-      if (!flags.model || !flags.output) {
+      if (!flags.model || !flags.checkpoint.output) {
         (void)fprintf(stderr, "quattuor convert: no %s: give --%s\n", flags.model ? "output" : "input",
                       flags.model ? "output DIR" : "model IN");
       } else if (flags.group_size != 0 && flags.group_size != -1 && flags.group_size != 128) {

@@ -19,15 +19,10 @@ struct flags {
 
 #define AT(field) offsetof(struct flags, field)
 static const struct qtr_option own_options[] = {
-    {.name = "model",
-     .argument = "DIR",
-     .kind = QTR_OPTION_STRING,
-     .offset = AT(model),
-     .help = "Hugging Face or QServe directory. Default: $QUATTUOR_MODEL, else the built-in demo model."},
     {.name = "device",
      .kind = QTR_OPTION_CHOICE,
      .offset = AT(device),
-     .choices = "auto|cpu|cuda|reference",
+     .choices = QTR_DEVICE_CHOICES,
      .help = "Whose memory counts. Default auto."},
     {.name = "export-kv-scales",
      .argument = "FILE",
@@ -210,7 +205,7 @@ static int show_info(const struct flags *flags) {
 
 int qtr_cmd_info(int argc, char **argv) {
   struct flags flags = {0};
-  const struct qtr_option_group groups[] = {{"Options", own_options, &flags}};
+  const struct qtr_option_group groups[] = {{"Options", qtr_model_option, &flags.model}, {NULL, own_options, &flags}};
   struct qtr_command_line line = {
       .command = "info",
       .usage = "info [--model DIR] [--device D] [--export-kv-scales FILE] [--json]",
@@ -219,7 +214,7 @@ int qtr_cmd_info(int argc, char **argv) {
           "each "
           "width, and the longest context that fits in free memory after the weights. The weights are not loaded.",
       .group = groups,
-      .n_groups = 1};
+      .n_groups = sizeof groups / sizeof groups[0]};
   int code = QTR_EXIT_USAGE;
   switch (qtr_options_parse(&line, argc, argv)) {
     case QTR_PARSE_OK: code = show_info(&flags); break;

@@ -11,12 +11,13 @@
 #include <string.h>
 
 struct flags {
-  const char *model, *output, *precision, *method, *head, *embed;
+  struct qtr_checkpoint_flags checkpoint;
+  const char *model, *precision, *method, *head, *embed;
   const char *calibration, *steps, *keys, *down, *out, *report;
-  int32_t group_size, threads, samples, length;
+  int32_t group_size, samples, length;
   uint64_t seed;
   float damp;
-  bool overwrite, json, seed_given, static_kv, fresh;
+  bool json, seed_given, static_kv, fresh;
 };
 
 #define AT(field) offsetof(struct flags, field)
@@ -26,15 +27,10 @@ static const struct qtr_option own_options[] = {
      .kind = QTR_OPTION_STRING,
      .offset = AT(model),
      .help = "Hugging Face directory with float weights. Needed."},
-    {.name = "output",
-     .argument = "DIR",
-     .kind = QTR_OPTION_STRING,
-     .offset = AT(output),
-     .help = "Where the checkpoint goes, with config and tokenizer; made when absent. Needed."},
     {.name = "precision",
      .kind = QTR_OPTION_CHOICE,
      .offset = AT(precision),
-     .choices = "w4a8kv4|w4a8kv8|w4a8|w8a8kv4|w8a8kv8|w8a8|w16a16kv4|w16a16kv8|w16a16",
+     .choices = QTR_PRECISION_CHOICES,
      .help = "Default w4a8kv4. The KV width is the default of the new model and can be changed at run time."},
     {.name = "group-size",
      .argument = "G",
@@ -121,17 +117,6 @@ static const struct qtr_option own_options[] = {
      .offset = AT(embed),
      .choices = "fp16|int8",
      .help = "The embedding. Default fp16; int8 is not read by other tools."},
-    {.name = "overwrite",
-     .kind = QTR_OPTION_FLAG,
-     .offset = AT(overwrite),
-     .help = "Replace a model in the output directory."},
-    {.name = "threads",
-     .argument = "N",
-     .kind = QTR_OPTION_INT,
-     .offset = AT(threads),
-     .min = 1,
-     .max = 1024,
-     .help = "CPU threads. Default: all cores this process may use."},
     {.name = "report",
      .argument = "FILE",
      .kind = QTR_OPTION_STRING,
@@ -193,13 +178,13 @@ static int quantize(const struct flags *flags) {
   enum qtr_status status = QTR_OK;
   if (flags->precision) status = qtr_precision_parse(flags->precision, &options.precision, &err);
   options.model_dir = flags->model;
-  options.output_dir = flags->output;
+  options.output_dir = flags->checkpoint.output;
   options.group_size = flags->group_size;
   options.method = flags->method;
   options.head_int8 = flags->head && strcmp(flags->head, "int8") == 0;
   options.embed_int8 = flags->embed && strcmp(flags->embed, "int8") == 0;
-  options.overwrite = flags->overwrite;
-  options.threads = flags->threads;
+  options.overwrite = flags->checkpoint.overwrite;
+  options.threads = flags->checkpoint.threads;
   struct qtr_qoq_options qoq;
   if (!status && options.method && strcmp(options.method, "qoq") == 0) status = read_qoq(flags, &options, &qoq, &err);
   struct qtr_quant_report page = {0};
@@ -217,7 +202,7 @@ static int quantize(const struct flags *flags) {
     layer.broken =
         !qtr_print_json(
             "quantize",
-            json_pack("{s:s, s:s, s:i, s:i, s:I, s:I, s:I, s:o, s:o}", "output", flags->output, "precision",
+            json_pack("{s:s, s:s, s:i, s:i, s:I, s:I, s:I, s:o, s:o}", "output", flags->checkpoint.output, "precision",
                       summary.precision, "group_size", (int)summary.group_size, "n_layers", (int)summary.n_layers,
                       "n_tensors", (json_int_t)summary.n_tensors, "input_bytes", (json_int_t)summary.input_bytes,
                       "output_bytes", (json_int_t)summary.output_bytes, "relative_error",
@@ -225,9 +210,9 @@ static int quantize(const struct flags *flags) {
         layer.broken;
   } else {
     char in[32], out[32];
-    printf("%s: %s, group %d: %s -> %s in %.1f s, error %.3f %%\n", flags->output, summary.precision, summary.group_size,
-           qtr_show_bytes(summary.input_bytes, in), qtr_show_bytes(summary.output_bytes, out), summary.seconds,
-           summary.relative_error * 100);
+    printf("%s: %s, group %d: %s -> %s in %.1f s, error %.3f %%\n", flags->checkpoint.output, summary.precision,
+           summary.group_size, qtr_show_bytes(summary.input_bytes, in), qtr_show_bytes(summary.output_bytes, out),
+           summary.seconds, summary.relative_error * 100);
     layer.broken = !qtr_finish_output("quantize") || layer.broken;
   }
   return layer.broken ? QTR_EXIT_FAILURE : QTR_EXIT_OK;
@@ -249,7 +234,8 @@ static const char *flag_of_qoq(const struct flags *f) {
 
 int qtr_cmd_quantize(int argc, char **argv) {
   struct flags flags = {0};
-  const struct qtr_option_group groups[] = {{"Options", own_options, &flags}};
+  const struct qtr_option_group groups[] = {{"Input and method", own_options, &flags},
+                                            {"Output", qtr_checkpoint_options_table, &flags.checkpoint}};
   struct qtr_command_line line = {.command = "quantize",
                                   .usage = "quantize --model DIR --output DIR [options]",
                                   .about =
@@ -257,13 +243,13 @@ int qtr_cmd_quantize(int argc, char **argv) {
                                       "Face model, tensor by tensor, and "
                                       "says for each layer how far the rounded weights are from the originals.",
                                   .group = groups,
-                                  .n_groups = 1};
+                                  .n_groups = sizeof groups / sizeof groups[0]};
   int code = QTR_EXIT_USAGE;
   const char *only_qoq;
   switch (qtr_options_parse(&line, argc, argv)) {
     case QTR_PARSE_OK:
       only_qoq = flag_of_qoq(&flags);
-      if (!flags.model || !flags.output) {
+      if (!flags.model || !flags.checkpoint.output) {
         (void)fprintf(stderr, "quattuor quantize: no %s: give --%s DIR\n", flags.model ? "output" : "model",
                       flags.model ? "output" : "model");
       } else if (flags.group_size != 0 && flags.group_size != -1 && flags.group_size != 128) {

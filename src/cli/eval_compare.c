@@ -34,11 +34,6 @@ static const struct qtr_option own_options[] = {
      .kind = QTR_OPTION_LIST,
      .offset = AT(precisions),
      .help = "Such as w4a8kv4; given twice: A's, then B's. Default: as the files say."},
-    {.name = "text",
-     .argument = "FILE",
-     .kind = QTR_OPTION_STRING,
-     .offset = AT(text),
-     .help = "The text, UTF-8; line ends may be LF or CR LF and count as LF. Needed."},
     {.name = "window",
      .argument = "N",
      .kind = QTR_OPTION_INT,
@@ -284,6 +279,7 @@ int qtr_eval_compare(int argc, char **argv) {
   qtr_model_flags_init(&flags.model);
   shared_options(shared);
   const struct qtr_option_group groups[] = {{"Models, text and windows", own_options, &flags},
+                                            {NULL, qtr_text_option, &flags.text},
                                             {"Both models and engines", shared, &flags.model}};
   struct qtr_command_line line = {
       .command = NAME,
@@ -294,7 +290,7 @@ int qtr_eval_compare(int argc, char **argv) {
           "places that differ most, and the error of the hidden states after each layer. Windows are cut as by eval "
           "ppl.",
       .group = groups,
-      .n_groups = 2};
+      .n_groups = sizeof groups / sizeof groups[0]};
   int code = QTR_EXIT_USAGE;
   switch (qtr_options_parse(&line, argc, argv)) {
     case QTR_PARSE_OK:

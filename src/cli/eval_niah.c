@@ -12,26 +12,15 @@
 
 struct flags {
   struct qtr_model_flags model;
-  const char *haystack, *lengths, *depths, *needle, *prompt, *svg, *png, *answers;
+  struct qtr_haystack_flags text;
+  struct qtr_answer_flags answer;
+  const char *depths, *needle;
   int32_t needles, max_tokens;
-  uint64_t seed;
-  bool has_seed, json;
+  bool json;
 };
 
 #define AT(field) offsetof(struct flags, field)
 static const struct qtr_option own_options[] = {
-    {.name = "haystack",
-     .argument = "PATH",
-     .kind = QTR_OPTION_STRING,
-     .offset = AT(haystack),
-     .help =
-         "A text file, or a directory whose *.txt files are taken in the order of their names. Default: simple generated "
-         "sentences."},
-    {.name = "lengths",
-     .argument = "LIST",
-     .kind = QTR_OPTION_STRING,
-     .offset = AT(lengths),
-     .help = "Tokens of a whole prompt, such as 1024,4096 (default)."},
     {.name = "depths",
      .argument = "N|LIST",
      .kind = QTR_OPTION_STRING,
@@ -50,13 +39,7 @@ static const struct qtr_option own_options[] = {
      .choices = "mixed|magic|special|san-francisco",
      .help =
          "What is hidden: a magic number, a special magic number, both in turn (default), or the usual sentence about San "
-         "Francisco."},
-    {.name = "prompt",
-     .kind = QTR_OPTION_CHOICE,
-     .offset = AT(prompt),
-     .choices = "auto|chat|plain",
-     .help = "chat: one user turn in the model's chat template; plain: the text alone, for San Francisco in the reference's "
-             "words. Default auto: chat where there is a template."},
+         "Francisco, which --prompt plain asks for in the reference's words."},
     {.name = "max-tokens",
      .argument = "N",
      .kind = QTR_OPTION_INT,
@@ -64,19 +47,6 @@ static const struct qtr_option own_options[] = {
      .min = 1,
      .max = 4096,
      .help = "Of an answer. Default 32, for San Francisco 128."},
-    {.name = "seed",
-     .argument = "S",
-     .kind = QTR_OPTION_UINT64,
-     .offset = AT(seed),
-     .given = AT(has_seed),
-     .help = "Of needles and places. Default 0."},
-    {.name = "svg", .argument = "FILE", .kind = QTR_OPTION_STRING, .offset = AT(svg), .help = "Writes a heat map."},
-    {.name = "png", .argument = "FILE", .kind = QTR_OPTION_STRING, .offset = AT(png), .help = "Writes a heat map."},
-    {.name = "answers",
-     .argument = "FILE",
-     .kind = QTR_OPTION_STRING,
-     .offset = AT(answers),
-     .help = "Writes every answer with its scores, a JSON object a line."},
     {.name = "json",
      .kind = QTR_OPTION_FLAG,
      .offset = AT(json),
@@ -92,7 +62,7 @@ struct plan {
 };
 
 static enum qtr_status make_plan(const struct flags *flags, struct plan *plan, struct qtr_error *err) {
-  enum qtr_status status = qtr_eval_parse_lengths(flags->lengths, &plan->length, &plan->n_lengths, err);
+  enum qtr_status status = qtr_eval_parse_lengths(flags->text.lengths, &plan->length, &plan->n_lengths, err);
   if (status) return status;
   for (size_t i = 0; i < plan->n_lengths; i++) plan->longest = QTR_MAX(plan->longest, plan->length[i]);
   if (strpbrk(flags->depths, ",%")) {
@@ -144,10 +114,10 @@ static bool print_as_json(const struct flags *flags, const struct plan *plan, co
   }
   json_t *settings =
       json_pack("{s:o, s:o, s:s, s:s, s:I, s:i, s:I, s:s, s:s, s:i, s:s, s:o}", "by_length", by_length, "cells", cells,
-                "needle", flags->needle, "haystack", flags->haystack ? flags->haystack : "generated", "haystack_tokens",
-                (json_int_t)haystack->n_tokens, "needles", (int)flags->needles, "seed", (json_int_t)flags->seed, "model",
-                info->model_dir, "precision", info->precision, "group_size", (int)info->group_size, "device", info->device,
-                "seconds", qtr_json_number(r->seconds, 5));
+                "needle", flags->needle, "haystack", flags->text.haystack ? flags->text.haystack : "generated",
+                "haystack_tokens", (json_int_t)haystack->n_tokens, "needles", (int)flags->needles, "seed",
+                (json_int_t)flags->text.seed, "model", info->model_dir, "precision", info->precision, "group_size",
+                (int)info->group_size, "device", info->device, "seconds", qtr_json_number(r->seconds, 5));
   if (object && settings) (void)json_object_update(object, settings);
   json_decref(settings);
   return qtr_print_json(NAME, object);
@@ -182,7 +152,7 @@ static void write_answers(struct qtr_eval_lines *lines, const struct plan *plan,
 /* Depths down, lengths across. */
 static enum qtr_status write_maps(const struct flags *flags, const struct plan *plan, const struct qtr_engine_info *info,
                                   const struct qtr_niah_result *r, struct qtr_error *err) {
-  if (!flags->svg && !flags->png) return QTR_OK;
+  if (!flags->answer.svg && !flags->answer.png) return QTR_OK;
   double *value = malloc(plan->n_depths * plan->n_lengths * sizeof *value),
          *x = malloc((plan->n_depths + plan->n_lengths) * sizeof *x);
   const char **row = NULL, **column = NULL;
@@ -210,7 +180,8 @@ static enum qtr_status write_maps(const struct flags *flags, const struct plan *
                                   .value = value,
                                   .n_rows = plan->n_depths,
                                   .n_columns = plan->n_lengths};
-  status = row && column ? qtr_eval_write_maps(flags->svg, flags->png, &map, err) : qtr_fail_memory(err, "a heat map", 0);
+  status = row && column ? qtr_eval_write_maps(flags->answer.svg, flags->answer.png, &map, err)
+                         : qtr_fail_memory(err, "a heat map", 0);
 done:
   free(row);
   free(column);
@@ -237,9 +208,10 @@ static int eval_niah(struct flags *flags) {
     code = QTR_EXIT_USAGE;
     goto done;
   }
-  status = qtr_eval_lines_open(flags->answers, &lines, &err);
+  status = qtr_eval_lines_open(flags->answer.answers, &lines, &err);
   if (!status) status = qtr_open_engine(&flags->model, &engine, &err);
-  if (!status) status = qtr_eval_open_haystack(engine, flags->haystack, flags->seed, plan.longest, &haystack, &err);
+  if (!status)
+    status = qtr_eval_open_haystack(engine, flags->text.haystack, flags->text.seed, plan.longest, &haystack, &err);
   if (!status) {
     const struct qtr_niah_options options = {.length = plan.length,
                                              .depth = plan.depth,
@@ -247,11 +219,11 @@ static int eval_niah(struct flags *flags) {
                                              .n_depths = plan.n_depths,
                                              .n_needles = (size_t)flags->needles,
                                              .needle = needle,
-                                             .style = qtr_eval_style(flags->prompt),
+                                             .style = qtr_eval_style(flags->answer.prompt),
                                              .max_tokens = flags->max_tokens                    ? flags->max_tokens
                                                            : needle == QTR_NEEDLE_SAN_FRANCISCO ? 128
                                                                                                 : 32,
-                                             .seed = flags->seed};
+                                             .seed = flags->text.seed};
     status = qtr_niah_run(engine, &haystack, &options, &result, &err);
   }
   if (!status) { /* first what cannot fail for a path */
@@ -274,9 +246,12 @@ done:
 }
 
 int qtr_eval_niah(int argc, char **argv) {
-  struct flags flags = {.lengths = "1024,4096", .depths = "5", .needle = "mixed", .prompt = "auto", .needles = 5};
+  struct flags flags = {
+      .text.lengths = "1024,4096", .depths = "5", .needle = "mixed", .answer.prompt = "auto", .needles = 5};
   qtr_model_flags_init(&flags.model);
-  const struct qtr_option_group groups[] = {{"Needles and haystack", own_options, &flags},
+  const struct qtr_option_group groups[] = {{"Needles and haystack (lengths 1024,4096 unless given)", own_options, &flags},
+                                            {NULL, qtr_haystack_options_table, &flags.text},
+                                            {NULL, qtr_answer_options_table, &flags.answer},
                                             {"Model and engine", qtr_model_options_table, &flags.model}};
   struct qtr_command_line line = {
       .command = NAME,
@@ -286,7 +261,7 @@ int qtr_eval_niah(int argc, char **argv) {
           "questions run at once. An answer is right when it holds the number (or the whole phrase); besides, ROUGE-1 "
           "against the needle and the reference's word overlap.",
       .group = groups,
-      .n_groups = 2};
+      .n_groups = sizeof groups / sizeof groups[0]};
   int code = QTR_EXIT_USAGE;
   switch (qtr_options_parse(&line, argc, argv)) {
     case QTR_PARSE_OK: code = eval_niah(&flags); break;

@@ -14,11 +14,6 @@ struct flags {
 
 #define AT(field) offsetof(struct flags, field)
 static const struct qtr_option own_options[] = {
-    {.name = "text",
-     .argument = "FILE",
-     .kind = QTR_OPTION_STRING,
-     .offset = AT(text),
-     .help = "The text, UTF-8; line ends may be LF or CR LF and count as LF. Needed."},
     {.name = "ctx",
      .argument = "N",
      .kind = QTR_OPTION_INT,
@@ -91,7 +86,8 @@ done:
 int qtr_eval_ppl(int argc, char **argv) {
   struct flags flags = {.ctx = 2048};
   qtr_model_flags_init(&flags.model);
-  const struct qtr_option_group groups[] = {{"Text and windows", own_options, &flags},
+  const struct qtr_option_group groups[] = {{"Text and windows", qtr_text_option, &flags.text},
+                                            {NULL, own_options, &flags},
                                             {"Model and engine", qtr_model_options_table, &flags.model}};
   struct qtr_command_line line = {.command = "eval ppl",
                                   .usage = "eval ppl --text FILE [--model DIR] [--ctx N] [options]",
@@ -102,7 +98,7 @@ int qtr_eval_ppl(int argc, char **argv) {
                                       "scored; what is left over at "
                                       "the end is dropped.",
                                   .group = groups,
-                                  .n_groups = 2};
+                                  .n_groups = sizeof groups / sizeof groups[0]};
   int code = QTR_EXIT_USAGE;
   switch (qtr_options_parse(&line, argc, argv)) {
     case QTR_PARSE_OK:

@@ -11,10 +11,11 @@
 
 struct flags {
   struct qtr_model_flags model;
-  const char *tasks, *haystack, *lengths, *prompt, *svg, *png, *answers;
+  struct qtr_haystack_flags text;
+  struct qtr_answer_flags answer;
+  const char *tasks;
   int32_t samples;
-  uint64_t seed;
-  bool has_seed, json;
+  bool json;
 };
 
 #define AT(field) offsetof(struct flags, field)
@@ -24,11 +25,6 @@ static const struct qtr_option own_options[] = {
      .kind = QTR_OPTION_STRING,
      .offset = AT(tasks),
      .help = "Of single, multikey, multivalue, multiquery, variables, common-words, frequent-words. Default: all."},
-    {.name = "lengths",
-     .argument = "LIST",
-     .kind = QTR_OPTION_STRING,
-     .offset = AT(lengths),
-     .help = "Tokens of a whole prompt, such as 1024,4096 (default)."},
     {.name = "samples",
      .argument = "N",
      .kind = QTR_OPTION_INT,
@@ -36,32 +32,6 @@ static const struct qtr_option own_options[] = {
      .min = 1,
      .max = 10000,
      .help = "Questions for each task and length. Default 10."},
-    {.name = "haystack",
-     .argument = "PATH",
-     .kind = QTR_OPTION_STRING,
-     .offset = AT(haystack),
-     .help =
-         "A text file, or a directory whose *.txt files are taken in the order of their names. Default: simple generated "
-         "sentences."},
-    {.name = "prompt",
-     .kind = QTR_OPTION_CHOICE,
-     .offset = AT(prompt),
-     .choices = "auto|chat|plain",
-     .help = "chat: one user turn in the model's chat template; plain: the text alone. Default auto: chat where there is a "
-             "template."},
-    {.name = "seed",
-     .argument = "S",
-     .kind = QTR_OPTION_UINT64,
-     .offset = AT(seed),
-     .given = AT(has_seed),
-     .help = "Of the questions. Default 0."},
-    {.name = "svg", .argument = "FILE", .kind = QTR_OPTION_STRING, .offset = AT(svg), .help = "Writes a heat map."},
-    {.name = "png", .argument = "FILE", .kind = QTR_OPTION_STRING, .offset = AT(png), .help = "Writes a heat map."},
-    {.name = "answers",
-     .argument = "FILE",
-     .kind = QTR_OPTION_STRING,
-     .offset = AT(answers),
-     .help = "Writes every answer with its score, a JSON object a line."},
     {.name = "json",
      .kind = QTR_OPTION_FLAG,
      .offset = AT(json),
@@ -144,9 +114,9 @@ static bool print_as_json(const struct flags *flags, const struct qtr_ruler_opti
   return qtr_print_json(
       NAME,
       json_pack("{s:o, s:o, s:o, s:s, s:i, s:I, s:s, s:s, s:i, s:s}", "score", qtr_json_number(mean_score(o, result), 7),
-                "tasks", entries, "cells", cells, "haystack", flags->haystack ? flags->haystack : "generated", "samples",
-                (int)flags->samples, "seed", (json_int_t)flags->seed, "model", info->model_dir, "precision", info->precision,
-                "group_size", (int)info->group_size, "device", info->device));
+                "tasks", entries, "cells", cells, "haystack", flags->text.haystack ? flags->text.haystack : "generated",
+                "samples", (int)flags->samples, "seed", (json_int_t)flags->text.seed, "model", info->model_dir, "precision",
+                info->precision, "group_size", (int)info->group_size, "device", info->device));
 }
 
 static bool print_as_text(const struct qtr_ruler_options *o, const struct qtr_engine_info *info,
@@ -166,7 +136,7 @@ static bool print_as_text(const struct qtr_ruler_options *o, const struct qtr_en
 static enum qtr_status write_maps(const struct flags *flags, const struct qtr_ruler_options *o,
                                   const struct qtr_engine_info *info, const struct qtr_ruler_result *result,
                                   struct qtr_error *err) {
-  if (!flags->svg && !flags->png) return QTR_OK;
+  if (!flags->answer.svg && !flags->answer.png) return QTR_OK;
   double *value = malloc((o->n_tasks + 1) * o->n_lengths * sizeof *value); /* the scores, then the lengths */
   const char *row[QTR_RULER_N_TASKS], **column = NULL;
   char subtitle[160];
@@ -189,7 +159,7 @@ static enum qtr_status write_maps(const struct flags *flags, const struct qtr_ru
                                     .value = value,
                                     .n_rows = o->n_tasks,
                                     .n_columns = o->n_lengths};
-    status = qtr_eval_write_maps(flags->svg, flags->png, &map, err);
+    status = qtr_eval_write_maps(flags->answer.svg, flags->answer.png, &map, err);
   } else {
     status = qtr_fail_memory(err, "a heat map", 0);
   }
@@ -209,10 +179,10 @@ static int eval_ruler(struct flags *flags) {
   struct qtr_engine_info info;
   size_t *length = NULL, longest = 0;
   struct qtr_ruler_options options = {
-      .n_samples = (size_t)flags->samples, .style = qtr_eval_style(flags->prompt), .seed = flags->seed};
+      .n_samples = (size_t)flags->samples, .style = qtr_eval_style(flags->answer.prompt), .seed = flags->text.seed};
   int code = QTR_EXIT_FAILURE;
   enum qtr_status status = choose_tasks(flags->tasks, &options, &err);
-  if (!status) status = qtr_eval_parse_lengths(flags->lengths, &length, &options.n_lengths, &err);
+  if (!status) status = qtr_eval_parse_lengths(flags->text.lengths, &length, &options.n_lengths, &err);
   if (status) {
     (void)qtr_report(NAME, &err);
     code = QTR_EXIT_USAGE;
@@ -222,9 +192,9 @@ static int eval_ruler(struct flags *flags) {
   for (size_t i = 0; i < options.n_lengths; i++) longest = QTR_MAX(longest, length[i]);
   result = calloc(options.n_tasks * options.n_lengths, sizeof *result);
   if (!result) status = qtr_fail_memory(&err, "results", options.n_tasks * options.n_lengths * sizeof *result);
-  if (!status) status = qtr_eval_lines_open(flags->answers, &lines, &err);
+  if (!status) status = qtr_eval_lines_open(flags->answer.answers, &lines, &err);
   if (!status) status = qtr_open_engine(&flags->model, &engine, &err);
-  if (!status) status = qtr_eval_open_haystack(engine, flags->haystack, flags->seed, longest, &haystack, &err);
+  if (!status) status = qtr_eval_open_haystack(engine, flags->text.haystack, flags->text.seed, longest, &haystack, &err);
   if (!status) {
     if (lines.file) {
       options.answered = write_answer;
@@ -250,9 +220,11 @@ done:
 }
 
 int qtr_eval_ruler(int argc, char **argv) {
-  struct flags flags = {.lengths = "1024,4096", .prompt = "auto", .samples = 10};
+  struct flags flags = {.text.lengths = "1024,4096", .answer.prompt = "auto", .samples = 10};
   qtr_model_flags_init(&flags.model);
-  const struct qtr_option_group groups[] = {{"Tasks", own_options, &flags},
+  const struct qtr_option_group groups[] = {{"Tasks (lengths 1024,4096 unless given)", own_options, &flags},
+                                            {NULL, qtr_haystack_options_table, &flags.text},
+                                            {NULL, qtr_answer_options_table, &flags.answer},
                                             {"Model and engine", qtr_model_options_table, &flags.model}};
   struct qtr_command_line line = {
       .command = NAME,
@@ -262,7 +234,7 @@ int qtr_eval_ruler(int argc, char **argv) {
           "are most frequent. Answers are greedy and all questions run at once; the score is the share of the numbers or "
           "words that the answer holds.",
       .group = groups,
-      .n_groups = 2};
+      .n_groups = sizeof groups / sizeof groups[0]};
   int code = QTR_EXIT_USAGE;
   switch (qtr_options_parse(&line, argc, argv)) {
     case QTR_PARSE_OK: code = eval_ruler(&flags); break;

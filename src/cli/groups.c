@@ -13,16 +13,16 @@
 #include <unistd.h>
 
 #define AT(field) offsetof(struct qtr_model_flags, field)
-#define MODEL_OPTION                                                                                    \
+#define MODEL_OPTION(at)                                                                                \
   {                                                                                                     \
-    .name = "model", .argument = "DIR", .kind = QTR_OPTION_STRING, .offset = AT(model),                 \
+    .name = "model", .argument = "DIR", .kind = QTR_OPTION_STRING, .offset = (at),                      \
     .help = "Hugging Face or QServe directory. Default: $QUATTUOR_MODEL, else the built-in demo model." \
   }
 #define DEVICE_OPTIONS                                                                                           \
   {.name = "device",                                                                                             \
    .kind = QTR_OPTION_CHOICE,                                                                                    \
    .offset = AT(device),                                                                                         \
-   .choices = "auto|cpu|cuda|reference",                                                                         \
+   .choices = QTR_DEVICE_CHOICES,                                                                                \
    .help = "Where the model runs; reference is the slow oracle. Default auto: the fastest there is."},           \
       {.name = "gpu",                                                                                            \
        .argument = "N",                                                                                          \
@@ -31,13 +31,7 @@
        .min = 0,                                                                                                 \
        .max = 1023,                                                                                              \
        .help = "Which GPU of several, counted from 0. Default 0."},                                              \
-      {.name = "threads",                                                                                        \
-       .argument = "N",                                                                                          \
-       .kind = QTR_OPTION_INT,                                                                                   \
-       .offset = AT(threads),                                                                                    \
-       .min = 1,                                                                                                 \
-       .max = 1024,                                                                                              \
-       .help = "CPU threads. Default: all cores this process may use."},                                         \
+      QTR_THREADS_OPTION(AT(threads)),                                                                           \
       {.name = "precision",                                                                                      \
        .argument = "P",                                                                                          \
        .kind = QTR_OPTION_STRING,                                                                                \
@@ -74,10 +68,12 @@
         "for. Saves nothing. On CPUs only."                                                                      \
   }
 
-const struct qtr_option qtr_device_options_table[] = {MODEL_OPTION, DEVICE_OPTIONS, {0}};
+const struct qtr_option qtr_model_option[] = {MODEL_OPTION(0), {0}};
+
+const struct qtr_option qtr_device_options_table[] = {MODEL_OPTION(AT(model)), DEVICE_OPTIONS, {0}};
 
 const struct qtr_option qtr_model_options_table[] = {
-    MODEL_OPTION,
+    MODEL_OPTION(AT(model)),
     DEVICE_OPTIONS,
     {.name = "kv-pages",
      .argument = "N",

@@ -201,7 +201,7 @@ static void print_help(const struct qtr_command_line *line) {
   printf("Usage: quattuor %s\n\n", line->usage);
   print_wrapped(line->about, 0, 0);
   for (size_t g = 0; g < line->n_groups; g++) {
-    printf("\n%s:\n", line->group[g].title);
+    if (line->group[g].title) printf("\n%s:\n", line->group[g].title);
     for (const struct qtr_option *o = line->group[g].option; o->name; o++) {
       if (!o->help) continue;
       int column = printf("  --%s", o->name);

@@ -38,7 +38,7 @@ struct qtr_option {
 
 /* A titled table and the struct its offsets count from, which holds the defaults before parsing. */
 struct qtr_option_group {
-  const char *title;
+  const char *title;               /* NULL: listed with the group before */
   const struct qtr_option *option; /* ends with name == NULL */
   void *base;
 };

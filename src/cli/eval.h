@@ -44,6 +44,9 @@ const char **qtr_eval_number_labels(const double *x, size_t n, const char *suffi
 /* "demo, w4a8kv4, 98.0 % of 100" in out, of a model's directory. */
 const char *qtr_eval_describe(const struct qtr_engine_info *info, double accuracy, size_t n, char out[160]);
 
+/* "Needles found, %" and in parentheses what is sparse: "(50 % streaming, budget 512)". */
+const char *qtr_eval_title(const char *what, const struct qtr_model_flags *model, char out[160]);
+
 /* Writes the heat map where paths are given. */
 enum qtr_status qtr_eval_write_maps(const char *svg, const char *png, const struct qtr_heatmap *map, struct qtr_error *err);
 

@@ -78,6 +78,18 @@ const char *qtr_eval_describe(const struct qtr_engine_info *info, double accurac
   return out;
 }
 
+const char *qtr_eval_title(const char *what, const struct qtr_model_flags *model, char out[160]) {
+  const struct qtr_sparse_options *s = &model->sparse;
+  bool chooses = model->sparse_decode_mode && model->sparse_decode_mode[0] == '1';
+  char streaming[48] = "", budget[48] = "";
+  if (s->static_sparsity > 0)
+    (void)snprintf(streaming, sizeof streaming, "%.3g %% streaming", 100 * (double)s->static_sparsity);
+  if (chooses) (void)snprintf(budget, sizeof budget, "%sbudget %d", streaming[0] ? ", " : "", s->token_budget);
+  bool any = streaming[0] || budget[0];
+  (void)snprintf(out, 160, "%.48s%s%s%s%s", what, any ? " (" : "", streaming, budget, any ? ")" : "");
+  return out;
+}
+
 static enum qtr_status write_map(const char *path, const struct qtr_heatmap *map,
                                  enum qtr_status (*draw)(const struct qtr_heatmap *, void **, size_t *, struct qtr_error *),
                                  struct qtr_error *err) {

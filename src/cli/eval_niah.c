@@ -156,7 +156,7 @@ static enum qtr_status write_maps(const struct flags *flags, const struct plan *
   double *value = malloc(plan->n_depths * plan->n_lengths * sizeof *value),
          *x = malloc((plan->n_depths + plan->n_lengths) * sizeof *x);
   const char **row = NULL, **column = NULL;
-  char subtitle[160];
+  char title[160], subtitle[160];
   enum qtr_status status = QTR_OK;
   if (!value || !x) {
     status = qtr_fail_memory(err, "a heat map", 0);
@@ -171,7 +171,7 @@ static enum qtr_status write_maps(const struct flags *flags, const struct plan *
   }
   row = qtr_eval_number_labels(x, plan->n_depths, " %");
   column = qtr_eval_number_labels(x + plan->n_depths, plan->n_lengths, "");
-  const struct qtr_heatmap map = {.title = "Needles found, %",
+  const struct qtr_heatmap map = {.title = qtr_eval_title("Needles found, %", &flags->model, title),
                                   .subtitle = qtr_eval_describe(info, r->total.accuracy, r->total.n, subtitle),
                                   .row_title = "depth",
                                   .column_title = "tokens",

@@ -139,7 +139,7 @@ static enum qtr_status write_maps(const struct flags *flags, const struct qtr_ru
   if (!flags->answer.svg && !flags->answer.png) return QTR_OK;
   double *value = malloc((o->n_tasks + 1) * o->n_lengths * sizeof *value); /* the scores, then the lengths */
   const char *row[QTR_RULER_N_TASKS], **column = NULL;
-  char subtitle[160];
+  char title[160], subtitle[160];
   size_t n_questions = 0;
   for (size_t t = 0; t < o->n_tasks; t++) row[t] = qtr_ruler_task_name(o->task[t]);
   for (size_t i = 0; value && i < o->n_tasks * o->n_lengths; i++) {
@@ -150,7 +150,7 @@ static enum qtr_status write_maps(const struct flags *flags, const struct qtr_ru
   if (value) column = qtr_eval_number_labels(value + o->n_tasks * o->n_lengths, o->n_lengths, "");
   enum qtr_status status;
   if (column) {
-    const struct qtr_heatmap map = {.title = "Synthetic tasks, %",
+    const struct qtr_heatmap map = {.title = qtr_eval_title("Synthetic tasks, %", &flags->model, title),
                                     .subtitle = qtr_eval_describe(info, mean_score(o, result), n_questions, subtitle),
                                     .row_title = "task",
                                     .column_title = "tokens",

@@ -58,8 +58,23 @@ void qtr_buffer_printf(struct qtr_buffer *b, const char *format, ...) {
   va_end(args);
 }
 
+static const char hex[] = "0123456789abcdef";
+
+/* printf takes several times as long, and streams write two numbers a token. */
+static void put_digits(struct qtr_buffer *b, uint64_t x, unsigned base, bool negative) {
+  char digits[21];
+  size_t at = sizeof digits;
+  do digits[--at] = hex[x % base];
+  while ((x /= base) > 0);
+  if (negative) digits[--at] = '-';
+  qtr_buffer_put(b, digits + at, sizeof digits - at);
+}
+
+void qtr_buffer_integer(struct qtr_buffer *b, int64_t x) { put_digits(b, x < 0 ? 0 - (uint64_t)x : (uint64_t)x, 10, x < 0); }
+
+void qtr_buffer_hex(struct qtr_buffer *b, uint64_t x) { put_digits(b, x, 16, false); }
+
 void qtr_buffer_string(struct qtr_buffer *b, const char *text, size_t len) {
-  static const char hex[] = "0123456789abcdef";
   qtr_buffer_put(b, "\"", 1);
   size_t from = 0;
   for (size_t i = 0; i < len; i++) {

@@ -17,6 +17,8 @@ void qtr_buffer_free(struct qtr_buffer *b); /* and clears it */
 void qtr_buffer_put(struct qtr_buffer *b, const void *data, size_t len);
 void qtr_buffer_puts(struct qtr_buffer *b, const char *text);
 void qtr_buffer_printf(struct qtr_buffer *b, const char *format, ...) __attribute__((format(printf, 2, 3)));
+void qtr_buffer_integer(struct qtr_buffer *b, int64_t x); /* decimal */
+void qtr_buffer_hex(struct qtr_buffer *b, uint64_t x);    /* lower case, no prefix */
 /* A JSON string with its quotes. `text` is UTF-8; control characters are escaped. */
 void qtr_buffer_string(struct qtr_buffer *b, const char *text, size_t len);
 /* The shortest of a few widths that reads back as the same float; infinities become the largest numbers, NaN null. */

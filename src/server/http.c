@@ -5,11 +5,16 @@
  *                                   -> LINGER -> freed  (our side is shut; what still comes is thrown away for a moment, so
  *                                                        that a client in the midst of sending gets to read the answer)
  *
- * Callbacks of bufferevents are deferred: nothing here is entered again from within itself. */
+ * Callbacks of bufferevents are deferred: nothing here is entered again from within itself.
+ *
+ * What is written in one turn of the loop is gathered and leaves at the turn's end: one system call for each connection and
+ * step of the engine, however many pieces of an answer the step made. Only what the socket does not take goes through the
+ * bufferevent, whose queue would cost two more calls each time (the descriptor watched for writing, and no more). */
 #include "server/http.h"
 
 #include "base/checked.h"
 #include "base/status.h"
+#include "server/buffer.h"
 #include "server/tls.h"
 
 #include <arpa/inet.h>
@@ -23,6 +28,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/queue.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -35,6 +41,7 @@ enum state { STATE_HEAD, STATE_BODY, STATE_ANSWER, STATE_FLUSH, STATE_LINGER };
 struct qtr_http_conn {
   struct qtr_http *http;
   struct qtr_http_conn *prev, *next;
+  LIST_ENTRY(qtr_http_conn) in_unsent;
   struct bufferevent *bev;
   struct event *timer;
   enum state state;
@@ -43,6 +50,8 @@ struct qtr_http_conn {
   char *body; /* (n_body) of body_capacity, with room for a NUL */
   size_t n_body, body_capacity;
   struct qtr_http_chunked chunked;
+  struct qtr_buffer out; /* of this turn; what of it waits for the socket is in the bufferevent */
+  bool unsent;           /* in the list of those that `send` has to look at */
   bool began, close_after, eof, streaming_chunked, is_head;
   void *user;
   char peer[64];
@@ -52,6 +61,8 @@ struct qtr_http {
   struct event_base *base;
   struct evconnlistener *listener;
   struct event *resume; /* accepts again after descriptors ran out */
+  struct event *send;   /* behind the callbacks of this turn */
+  LIST_HEAD(, qtr_http_conn) unsent;
   struct qtr_http_limits limits;
   struct qtr_http_handlers on;
   struct qtr_http_conn *first;
@@ -86,6 +97,7 @@ static void forget_request(struct qtr_http_conn *c) {
 
 static void conn_free(struct qtr_http_conn *c) {
   struct qtr_http *http = c->http;
+  if (c->unsent) LIST_REMOVE(c, in_unsent);
   if (c->prev)
     c->prev->next = c->next;
   else
@@ -93,6 +105,7 @@ static void conn_free(struct qtr_http_conn *c) {
   if (c->next) c->next->prev = c->prev;
   http->n_connections--;
   forget_request(c);
+  qtr_buffer_free(&c->out);
   if (c->timer) event_free(c->timer);
   if (c->bev) bufferevent_free(c->bev);
   free(c);
@@ -120,19 +133,30 @@ static void linger(struct qtr_http_conn *c) {
   set_timer(c, LINGER_SECONDS);
 }
 
+static size_t pending(const struct qtr_http_conn *c) {
+  return c->out.len + evbuffer_get_length(bufferevent_get_output(c->bev));
+}
+
+/* Sees to it that `send_turn` looks at this connection when the callbacks of this turn are through. */
+static void want_send(struct qtr_http_conn *c) {
+  struct qtr_http *http = c->http;
+  if (c->unsent) return;
+  if (LIST_EMPTY(&http->unsent)) event_active(http->send, EV_TIMEOUT, 0);
+  LIST_INSERT_HEAD(&http->unsent, c, in_unsent);
+  c->unsent = true;
+}
+
 /* The answer is complete; go on when its bytes are gone. */
 static void finish_answer(struct qtr_http_conn *c) {
   c->state = STATE_FLUSH;
   set_timer(c, 0);
-  /* The write callback comes for an output that drains; one that is empty already is handled by the same path. */
-  if (evbuffer_get_length(bufferevent_get_output(c->bev)) == 0)
-    bufferevent_trigger(c->bev, EV_WRITE, BEV_TRIG_DEFER_CALLBACKS);
+  want_send(c);
 }
 
 static void on_write(struct bufferevent *bev, void *arg) {
   struct qtr_http_conn *c = arg;
   (void)bev;
-  if (c->state != STATE_FLUSH || evbuffer_get_length(bufferevent_get_output(c->bev)) > 0) return;
+  if (c->state != STATE_FLUSH || pending(c) > 0) return;
   if (c->eof) {
     conn_free(c);
   } else if (c->close_after || c->http->draining) {
@@ -146,10 +170,39 @@ static void on_write(struct bufferevent *bev, void *arg) {
   }
 }
 
+/* Gives the socket what this turn wrote. An error is left to the bufferevent, which meets it again with the rest. */
+static void send_one(struct qtr_http_conn *c) {
+  struct evbuffer *queue = bufferevent_get_output(c->bev);
+  size_t sent = 0;
+  if (!c->http->limits.tls && c->out.len > 0 && evbuffer_get_length(queue) == 0) {
+    ssize_t n = send(bufferevent_getfd(c->bev), c->out.data, c->out.len, MSG_NOSIGNAL | MSG_DONTWAIT);
+    if (n > 0) sent = (size_t)n;
+  }
+  bool lost = c->out.failed; /* out of memory: a piece is missing */
+  if (sent < c->out.len && evbuffer_add(queue, c->out.data + sent, c->out.len - sent)) lost = true;
+  c->out.len = 0;
+  if (c->out.capacity > READ_AHEAD) qtr_buffer_free(&c->out); /* a large answer's; a stream's is used again */
+  if (lost)
+    conn_gone(c);
+  else
+    on_write(c->bev, c);
+}
+
+static void send_turn(evutil_socket_t fd, short what, void *arg) {
+  struct qtr_http *http = arg;
+  (void)fd;
+  (void)what;
+  for (struct qtr_http_conn *c; (c = LIST_FIRST(&http->unsent)) != NULL;) {
+    LIST_REMOVE(c, in_unsent);
+    c->unsent = false;
+    send_one(c);
+  }
+}
+
 static void on_event(struct bufferevent *bev, short what, void *arg) {
   struct qtr_http_conn *c = arg;
   if (what & BEV_EVENT_CONNECTED) return; /* a TLS handshake is done: what follows is HTTP */
-  if ((what & BEV_EVENT_EOF) && c->state == STATE_FLUSH && evbuffer_get_length(bufferevent_get_output(bev)) > 0) {
+  if ((what & BEV_EVENT_EOF) && c->state == STATE_FLUSH && pending(c) > 0) {
     c->eof = true; /* it asked, closed its half and waits for the answer */
     (void)bufferevent_disable(bev, EV_READ);
     return;
@@ -284,7 +337,8 @@ static void read_more(struct qtr_http_conn *c) {
     }
     if (c->head.expect_continue && (c->head.chunked || c->head.content_length > 0) &&
         evbuffer_get_length(bufferevent_get_input(c->bev)) == 0) {
-      (void)evbuffer_add_printf(bufferevent_get_output(c->bev), "HTTP/1.1 100 Continue\r\n\r\n");
+      qtr_buffer_puts(&c->out, "HTTP/1.1 100 Continue\r\n\r\n");
+      want_send(c);
     }
   }
   if (c->state != STATE_BODY) return;
@@ -389,11 +443,13 @@ enum qtr_status qtr_http_open(struct event_base *base, const char *host, int por
                       host, gai_strerror(wrong));
     goto done;
   }
+  LIST_INIT(&http->unsent);
   http->resume = evtimer_new(base, on_resume, http);
+  http->send = evtimer_new(base, send_turn, http);
   http->listener =
       evconnlistener_new_bind(base, on_accept, http, LEV_OPT_CLOSE_ON_FREE | LEV_OPT_REUSEABLE | LEV_OPT_CLOSE_ON_EXEC, 1024,
                               address->ai_addr, (int)address->ai_addrlen);
-  if (!http->resume || !http->listener) {
+  if (!http->resume || !http->send || !http->listener) {
     status = errno == EADDRINUSE
                  ? qtr_fail(err, QTR_ERR_IO,
                             "port %d of %.100s is taken: stop what uses it, or choose another with --port N", port, host)
@@ -438,6 +494,7 @@ void qtr_http_close(struct qtr_http *http) {
   }
   if (http->listener) evconnlistener_free(http->listener);
   if (http->resume) event_free(http->resume);
+  if (http->send) event_free(http->send);
   free(http);
 }
 
@@ -482,24 +539,21 @@ static const char *reason(int status) {
 }
 
 static void write_head(struct qtr_http_conn *c, int status, const char *type, const char *headers) {
-  struct evbuffer *out = bufferevent_get_output(c->bev);
   if (c->http->draining) c->close_after = true;
-  (void)evbuffer_add_printf(out, "HTTP/1.1 %d %s\r\nServer: quattuor/%s\r\n%s%s%s%s%s", status, reason(status),
-                            qtr_version(), type ? "Content-Type: " : "", type ? type : "", type ? "\r\n" : "",
-                            headers ? headers : "",
-                            c->close_after       ? "Connection: close\r\n"
-                            : c->head.minor == 0 ? "Connection: keep-alive\r\n"
-                                                 : "");
+  qtr_buffer_printf(&c->out, "HTTP/1.1 %d %s\r\nServer: quattuor/%s\r\n%s%s%s%s%s", status, reason(status), qtr_version(),
+                    type ? "Content-Type: " : "", type ? type : "", type ? "\r\n" : "", headers ? headers : "",
+                    c->close_after       ? "Connection: close\r\n"
+                    : c->head.minor == 0 ? "Connection: keep-alive\r\n"
+                                         : "");
 }
 
 void qtr_http_reply(struct qtr_http_conn *c, int status, const char *type, const char *headers, const char *body,
                     size_t len) {
   if (c->state != STATE_ANSWER) return;
-  struct evbuffer *out = bufferevent_get_output(c->bev);
   write_head(c, status, type, headers);
-  if (status != 204 && status != 304) (void)evbuffer_add_printf(out, "Content-Length: %zu\r\n", len);
-  (void)evbuffer_add(out, "\r\n", 2);
-  if (!c->is_head && len > 0) (void)evbuffer_add(out, body, len);
+  if (status != 204 && status != 304) qtr_buffer_printf(&c->out, "Content-Length: %zu\r\n", len);
+  qtr_buffer_puts(&c->out, "\r\n");
+  if (!c->is_head) qtr_buffer_put(&c->out, body, len);
   finish_answer(c);
 }
 
@@ -508,26 +562,27 @@ void qtr_http_begin(struct qtr_http_conn *c, int status, const char *type, const
   c->streaming_chunked = c->head.minor >= 1;
   if (!c->streaming_chunked) c->close_after = true; /* the end of the connection is the end of the answer */
   write_head(c, status, type, headers);
-  (void)evbuffer_add_printf(bufferevent_get_output(c->bev), "%s\r\n",
-                            c->streaming_chunked ? "Transfer-Encoding: chunked\r\n" : "");
+  qtr_buffer_puts(&c->out, c->streaming_chunked ? "Transfer-Encoding: chunked\r\n\r\n" : "\r\n");
+  want_send(c);
 }
 
 void qtr_http_write(struct qtr_http_conn *c, const char *data, size_t len) {
   if (c->state != STATE_ANSWER || len == 0 || c->is_head) return;
-  struct evbuffer *out = bufferevent_get_output(c->bev);
-  if (evbuffer_get_length(out) > c->http->limits.max_pending) { /* a reader that does not read */
+  if (pending(c) > c->http->limits.max_pending) { /* a reader that does not read */
     if (!c->eof) bufferevent_trigger_event(c->bev, BEV_EVENT_ERROR | BEV_EVENT_WRITING, BEV_TRIG_DEFER_CALLBACKS);
     c->eof = true;
     return;
   }
-  if (c->streaming_chunked) (void)evbuffer_add_printf(out, "%zx\r\n", len);
-  (void)evbuffer_add(out, data, len);
-  if (c->streaming_chunked) (void)evbuffer_add(out, "\r\n", 2);
+  if (c->streaming_chunked) qtr_buffer_hex(&c->out, len);
+  if (c->streaming_chunked) qtr_buffer_put(&c->out, "\r\n", 2);
+  qtr_buffer_put(&c->out, data, len);
+  if (c->streaming_chunked) qtr_buffer_put(&c->out, "\r\n", 2);
+  want_send(c);
 }
 
 void qtr_http_end(struct qtr_http_conn *c) {
   if (c->state != STATE_ANSWER) return;
-  if (c->streaming_chunked && !c->is_head) (void)evbuffer_add(bufferevent_get_output(c->bev), "0\r\n\r\n", 5);
+  if (c->streaming_chunked && !c->is_head) qtr_buffer_puts(&c->out, "0\r\n\r\n");
   finish_answer(c);
 }
 

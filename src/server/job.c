@@ -38,6 +38,7 @@ static void job_free(struct qtr_job *job) {
   free(job->choice);
   free(job->body);
   qtr_buffer_free(&job->result);
+  qtr_buffer_free(&job->chunk_head);
   qtr_api_request_free(&job->request);
   free(job);
 }
@@ -190,6 +191,7 @@ static void begin_stream(struct qtr_job *job) {
   (void)snprintf(line, sizeof line, "%sCache-Control: no-cache\r\nX-Accel-Buffering: no\r\n",
                  qtr_common_headers(job->server, job->request_id, headers, sizeof headers));
   job->streaming = true;
+  qtr_reply_begin_stream(job);
   qtr_http_begin(job->conn, 200, "text/event-stream; charset=utf-8", line);
   struct qtr_buffer out = {0};
   for (int32_t i = 0; i < job->n_choices; i++) {
@@ -316,16 +318,17 @@ static void take_text(struct qtr_job *job, struct qtr_choice *c, const struct qt
     len = content.len;
   }
   if (job->streaming) {
-    struct qtr_buffer out = {0};
+    struct qtr_buffer *out = &job->server->chunk;
     struct qtr_chunk chunk = {.text = text,
                               .len = len,
                               .logprob = lp,
                               .first_call = n_before,
                               .n_calls = c->tool.n_calls - n_before,
                               .finish = last ? qtr_reply_finish(c) : NULL};
-    if (len > 0 || lp || chunk.n_calls > 0 || last) qtr_reply_chunk(job, c, &chunk, &out);
-    write_stream(job, &out);
-    qtr_buffer_free(&out);
+    out->len = 0;
+    out->failed = false;
+    if (len > 0 || lp || chunk.n_calls > 0 || last) qtr_reply_chunk(job, c, &chunk, out);
+    write_stream(job, out);
   } else {
     qtr_buffer_put(&c->text, text, len);
     if (lp) qtr_reply_logprobs(job, lp, c->n_text, c->lp);

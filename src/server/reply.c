@@ -187,11 +187,23 @@ void qtr_reply_final(const struct qtr_job *job, struct qtr_buffer *out) {
 
 /* ---- streams ------------------------------------------------------------------------------------- */
 
+void qtr_reply_begin_stream(struct qtr_job *job) {
+  qtr_buffer_puts(&job->chunk_head, "data: ");
+  put_head(job, job->chat ? "chat.completion.chunk" : "text_completion", &job->chunk_head);
+  qtr_buffer_puts(&job->chunk_head, ",\"choices\":[");
+}
+
+static void put_chunk_head(const struct qtr_job *job, struct qtr_buffer *out) {
+  qtr_buffer_put(out, job->chunk_head.data, job->chunk_head.len);
+  out->failed = out->failed || job->chunk_head.failed;
+}
+
 void qtr_reply_chunk(const struct qtr_job *job, const struct qtr_choice *c, const struct qtr_chunk *chunk,
                      struct qtr_buffer *out) {
-  qtr_buffer_puts(out, "data: ");
-  put_head(job, job->chat ? "chat.completion.chunk" : "text_completion", out);
-  qtr_buffer_printf(out, ",\"choices\":[{\"index\":%d,", c->index);
+  put_chunk_head(job, out);
+  qtr_buffer_puts(out, "{\"index\":");
+  qtr_buffer_integer(out, c->index);
+  qtr_buffer_puts(out, ",");
   if (job->chat) {
     qtr_buffer_puts(out, "\"delta\":{");
     const char *comma = "";
@@ -233,9 +245,8 @@ void qtr_reply_chunk(const struct qtr_job *job, const struct qtr_choice *c, cons
 }
 
 void qtr_reply_usage_chunk(const struct qtr_job *job, struct qtr_buffer *out) {
-  qtr_buffer_puts(out, "data: ");
-  put_head(job, job->chat ? "chat.completion.chunk" : "text_completion", out);
-  qtr_buffer_puts(out, ",\"choices\":[],\"usage\":");
+  put_chunk_head(job, out);
+  qtr_buffer_puts(out, "],\"usage\":");
   put_usage(job, out);
   qtr_buffer_puts(out, "}\n\n");
 }

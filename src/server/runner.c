@@ -6,12 +6,12 @@
 #include "base/status.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdalign.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -24,7 +24,7 @@ struct bytes {
 
 struct qtr_runner {
   struct qtr_engine *engine;
-  int pipe[2]; /* read by the loop */
+  int mail_fd; /* an eventfd, read by the loop */
   pthread_t stepper, worker[MAX_WORKERS];
   int n_workers;
   bool stepper_runs;
@@ -37,7 +37,7 @@ struct qtr_runner {
   pthread_mutex_t mail_mutex; /* guards what goes to the loop */
   struct bytes mail;          /* records of struct qtr_mail */
   struct qtr_task *done_first, *done_last;
-  bool signalled; /* a byte lies in the pipe */
+  bool signalled; /* the loop has been told, or will be by the one who set this */
   bool dead;
   char death[512];
   struct qtr_step_metrics metrics;
@@ -45,13 +45,13 @@ struct qtr_runner {
   struct bytes reading; /* the loop's: what it reads while the next mail arrives */
 };
 
-/* Under mail_mutex. */
-static void wake_loop(struct qtr_runner *r) {
-  if (r->signalled) return;
-  r->signalled = true;
-  ssize_t n;
-  do n = write(r->pipe[1], "", 1);
-  while (n < 0 && errno == EINTR);
+/* Gives the mail free, and tells the loop of it where `wake` and nobody did yet. The loop is told behind the mutex: else it
+ * would wake up to wait for the one who woke it. */
+static void leave_mail(struct qtr_runner *r, bool wake) {
+  bool first = wake && !r->signalled;
+  r->signalled = r->signalled || wake;
+  pthread_mutex_unlock(&r->mail_mutex);
+  if (first) (void)eventfd_write(r->mail_fd, 1); /* it can only fail by counting to 2^64 */
 }
 
 /* ---- the engine's thread ------------------------------------------------------------------------- */
@@ -110,8 +110,7 @@ static bool step(struct qtr_runner *r) {
     r->dead = any = true;
     has_work = false;
   }
-  if (any) wake_loop(r);
-  pthread_mutex_unlock(&r->mail_mutex);
+  leave_mail(r, any);
   if (status == QTR_ERR_MEMORY) (void)nanosleep(&(struct timespec){.tv_nsec = 10000000}, NULL);
   return has_work;
 }
@@ -152,8 +151,7 @@ static void *run_worker(void *arg) {
     else
       r->done_first = task;
     r->done_last = task;
-    wake_loop(r);
-    pthread_mutex_unlock(&r->mail_mutex);
+    leave_mail(r, true);
   }
 }
 
@@ -178,13 +176,12 @@ void qtr_runner_kick(struct qtr_runner *r) {
 
 /* ---- the loop's side ----------------------------------------------------------------------------- */
 
-int qtr_runner_fd(const struct qtr_runner *r) { return r->pipe[0]; }
+int qtr_runner_fd(const struct qtr_runner *r) { return r->mail_fd; }
 
 void qtr_runner_collect(struct qtr_runner *r, void (*take)(const struct qtr_mail *mail, void *arg), void *arg) {
-  char drained[16];
+  eventfd_t count;
+  (void)eventfd_read(r->mail_fd, &count); /* before the mail is taken: what comes later is told anew */
   pthread_mutex_lock(&r->mail_mutex);
-  while (read(r->pipe[0], drained, sizeof drained) > 0) {
-  }
   r->signalled = false;
   struct bytes mail = r->mail;
   r->mail = r->reading;
@@ -229,9 +226,10 @@ enum qtr_status qtr_runner_create(struct qtr_engine *engine, int n_workers, stru
   if (!r) return qtr_fail_memory(err, "the server's threads", sizeof *r);
   r->engine = engine;
   qtr_step_metrics_init(&r->metrics);
-  if (pipe2(r->pipe, O_NONBLOCK | O_CLOEXEC)) {
+  r->mail_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+  if (r->mail_fd < 0) {
     free(r);
-    return qtr_fail(err, QTR_ERR_IO, "cannot make a pipe: %s", strerror(errno));
+    return qtr_fail(err, QTR_ERR_IO, "cannot make an event descriptor: %s", strerror(errno));
   }
   (void)pthread_mutex_init(&r->work_mutex, NULL);
   (void)pthread_mutex_init(&r->mail_mutex, NULL);
@@ -284,8 +282,7 @@ void qtr_runner_free(struct qtr_runner *r) {
   (void)pthread_mutex_destroy(&r->mail_mutex);
   (void)pthread_cond_destroy(&r->step_wanted);
   (void)pthread_cond_destroy(&r->task_there);
-  (void)close(r->pipe[0]);
-  (void)close(r->pipe[1]);
+  (void)close(r->mail_fd);
   free(r->mail.data);
   free(r->reading.data);
   free(r);

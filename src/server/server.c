@@ -149,10 +149,7 @@ static int usable_connections(int wanted) {
 
 static enum qtr_status open_all(struct qtr_server *s, struct qtr_error *err) {
   const struct qtr_server_options *o = s->o;
-  struct event_config *config = event_config_new();
-  if (config) (void)event_config_set_flag(config, EVENT_BASE_FLAG_PRECISE_TIMER);
-  s->base = config ? event_base_new_with_config(config) : NULL;
-  if (config) event_config_free(config);
+  s->base = event_base_new(); /* timers to the millisecond will do: finer ones take a system call a turn */
   if (!s->base) return qtr_fail_memory(err, "the event loop", 0);
   const struct qtr_http_limits limits = {.max_connections = usable_connections(o->max_connections),
                                          .max_body = o->max_body,
@@ -199,6 +196,7 @@ static void close_all(struct qtr_server *s) {
     (void)event_base_loop(s->base, EVLOOP_NONBLOCK); /* callbacks that bufferevents had deferred still hold them */
     event_base_free(s->base);
   }
+  qtr_buffer_free(&s->chunk);
   qtr_tls_close(s->tls);
   qtr_mask_cache_free(s->mask_cache);
   qtr_vocabulary_free(s->vocabulary);

@@ -24,11 +24,12 @@ struct qtr_server {
   struct qtr_runner *runner;
   struct event *mail, *tick, *signal[2];
   struct qtr_request_metrics metrics;
-  struct qtr_job *jobs;   /* all, newest first */
-  int n_live;             /* completions in the engine */
-  size_t n_waiting_bytes; /* of bodies that wait for a worker */
-  int64_t created;        /* of the model, for its list: when the server started */
-  double t_start, t_cut;  /* t_cut: when a shutdown cuts what still runs */
+  struct qtr_job *jobs;    /* all, newest first */
+  int n_live;              /* completions in the engine */
+  size_t n_waiting_bytes;  /* of bodies that wait for a worker */
+  struct qtr_buffer chunk; /* the one that is being written; kept, so that a token allocates nothing */
+  int64_t created;         /* of the model, for its list: when the server started */
+  double t_start, t_cut;   /* t_cut: when a shutdown cuts what still runs */
   bool draining;
   bool tools_rendered; /* the chat template shows tools to the model */
   enum qtr_tool_format tool_format;
@@ -77,7 +78,8 @@ struct qtr_job {
   double t_arrival, t_first, t_written;
   bool generates; /* a chat or a completion: the engine has work with it */
   bool chat, streaming, prepared, answered;
-  struct qtr_choice *choice; /* (n_choices) */
+  struct qtr_buffer chunk_head; /* of a stream: what every chunk begins with */
+  struct qtr_choice *choice;    /* (n_choices) */
   int32_t n_choices, n_live;
   int64_t n_prompt_tokens, n_cached_tokens, n_output_tokens;
 
@@ -117,6 +119,8 @@ struct qtr_chunk {
   bool role;
   const char *finish;
 };
+/* Before the first chunk. */
+void qtr_reply_begin_stream(struct qtr_job *job);
 void qtr_reply_chunk(const struct qtr_job *job, const struct qtr_choice *choice, const struct qtr_chunk *chunk,
                      struct qtr_buffer *out);
 void qtr_reply_usage_chunk(const struct qtr_job *job, struct qtr_buffer *out);

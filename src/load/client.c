@@ -1,6 +1,8 @@
 /* client.c - connections of the client (client.h). One call at a time on each. A connection that was used before may have
  * been closed by the server meanwhile: a call that gets no byte of an answer on such a one is sent again on a new one, once.
- */
+ *
+ * A bufferevent connects, writes and speaks TLS. Plain answers are read past it, in one system call where it makes two: a
+ * client that measures a server on the same machine should take little from it. */
 #include "load/client.h"
 
 #include "base/status.h"
@@ -26,6 +28,7 @@ struct qtr_load_connection {
   struct qtr_load_connection *prev, *next;
   struct qtr_load_call *call; /* NULL: idle */
   struct bufferevent *bev;
+  struct event *readable; /* NULL: the bufferevent reads */
   struct event *timer;
   struct qtr_response response;
   bool connected, used_before, answered, refused;
@@ -93,6 +96,13 @@ enum qtr_status qtr_load_url_parse(const char *url, struct qtr_load_url *parts, 
 
 /* ---- connections --------------------------------------------------------------------------------- */
 
+static void close_socket(struct qtr_load_connection *c) {
+  if (c->readable) event_free(c->readable);
+  if (c->bev) bufferevent_free(c->bev);
+  c->readable = NULL;
+  c->bev = NULL;
+}
+
 static void connection_free(struct qtr_load_connection *c) {
   if (c->prev)
     c->prev->next = c->next;
@@ -101,7 +111,7 @@ static void connection_free(struct qtr_load_connection *c) {
   if (c->next) c->next->prev = c->prev;
   qtr_response_free(&c->response);
   if (c->timer) event_free(c->timer);
-  if (c->bev) bufferevent_free(c->bev);
+  close_socket(c);
   free(c);
 }
 
@@ -136,8 +146,7 @@ static void broken(struct qtr_load_connection *c, enum qtr_load_outcome outcome)
   }
   if (c->used_before && !c->answered) {
     c->used_before = c->connected = false;
-    bufferevent_free(c->bev);
-    c->bev = NULL;
+    close_socket(c);
     if (open_socket(c)) {
       send_call(c);
       return;
@@ -152,38 +161,80 @@ static void on_data(void *arg, const char *data, size_t len) {
   if (call->event) call->event(call, data, len);
 }
 
+/* Bytes of an answer. False: it ended with them, and the connection may be gone. */
+static bool take(struct qtr_load_connection *c, const char *data, size_t n, bool more) {
+  c->answered = true;
+  int state = qtr_response_feed(&c->response, data, n, on_data, c->call);
+  if (state == 0) return true;
+  if (more) c->response.keep_alive = false;
+  finish(c, state < 0 ? QTR_LOAD_MALFORMED : c->response.status == 200 ? QTR_LOAD_OK : QTR_LOAD_HTTP);
+  return false;
+}
+
+/* The server has closed, and all it sent has been read. */
+static void on_end(struct qtr_load_connection *c) {
+  if (c->call && c->answered && qtr_response_close(&c->response) == 1) {
+    c->response.keep_alive = false;
+    finish(c, c->response.status == 200 ? QTR_LOAD_OK : QTR_LOAD_HTTP);
+  } else {
+    broken(c, QTR_LOAD_CLOSED);
+  }
+}
+
+static void on_readable(evutil_socket_t fd, short what, void *arg) {
+  struct qtr_load_connection *c = arg;
+  char part[16384];
+  (void)what;
+  ssize_t n = recv(fd, part, sizeof part, 0);
+  if (n < 0 && (errno == EAGAIN || errno == EINTR)) return;
+  if (n < 0) {
+    broken(c, QTR_LOAD_CLOSED);
+  } else if (n == 0) {
+    on_end(c);
+  } else if (c->call) {
+    (void)take(c, part, (size_t)n, false);
+  } else { /* nobody asked */
+    connection_free(c);
+  }
+}
+
 static void on_read(struct bufferevent *bev, void *arg) {
   struct qtr_load_connection *c = arg;
   struct evbuffer *in = bufferevent_get_input(bev);
-  if (!c->call) { /* nobody asked */
+  if (!c->call) {
     connection_free(c);
     return;
   }
-  c->answered = true;
-  int state = 0;
-  while (state == 0 && evbuffer_get_length(in) > 0) {
+  for (bool going = true; going && evbuffer_get_length(in) > 0;) {
     char part[16384];
     int n = evbuffer_remove(in, part, sizeof part);
     if (n <= 0) break;
-    state = qtr_response_feed(&c->response, part, (size_t)n, on_data, c->call);
+    going = take(c, part, (size_t)n, evbuffer_get_length(in) > 0);
   }
-  if (state == 0) return;
-  if (evbuffer_get_length(in) > 0) c->response.keep_alive = false;
-  finish(c, state < 0 ? QTR_LOAD_MALFORMED : c->response.status == 200 ? QTR_LOAD_OK : QTR_LOAD_HTTP);
+}
+
+static void on_connected(struct qtr_load_connection *c) {
+  int one = 1, fd = bufferevent_getfd(c->bev);
+  c->connected = true;
+  (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+  if (c->client->tls) return;
+  c->readable = event_new(c->client->base, fd, EV_READ | EV_PERSIST, on_readable, c);
+  if (c->readable && event_add(c->readable, NULL)) {
+    event_free(c->readable);
+    c->readable = NULL;
+  }
+  if (c->readable) (void)bufferevent_disable(c->bev, EV_READ);
 }
 
 /* Comes behind the read callback: what the server sent before it closed has been read. */
 static void on_event(struct bufferevent *bev, short what, void *arg) {
   struct qtr_load_connection *c = arg;
   if (what & BEV_EVENT_CONNECTED) {
-    int one = 1;
-    c->connected = true;
-    (void)setsockopt(bufferevent_getfd(bev), IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    on_connected(c);
     return;
   }
-  if (c->call && (what & BEV_EVENT_EOF) && c->answered && qtr_response_close(&c->response) == 1) {
-    c->response.keep_alive = false;
-    finish(c, c->response.status == 200 ? QTR_LOAD_OK : QTR_LOAD_HTTP);
+  if ((what & BEV_EVENT_EOF) && c->connected) {
+    on_end(c);
     return;
   }
   if (!c->connected && c->client->tls)

@@ -59,9 +59,8 @@ static void copy_message(const json_t *error, char *out, size_t size) {
   (void)qtr_printable(said, strlen(said), out, size);
 }
 
-bool qtr_load_chunk_read(const char *data, size_t len, struct qtr_load_chunk *chunk) {
+bool qtr_load_chunk_read_tree(const char *data, size_t len, struct qtr_load_chunk *chunk) {
   *chunk = (struct qtr_load_chunk){.n_input = -1, .n_output = -1};
-  if (len == 6 && memcmp(data, "[DONE]", 6) == 0) return chunk->end = true;
   json_t *o = json_loadb(data, len, 0, NULL);
   if (!json_is_object(o)) {
     json_decref(o);
@@ -84,6 +83,14 @@ bool qtr_load_chunk_read(const char *data, size_t len, struct qtr_load_chunk *ch
                    json_string_length(json_object_get(delta, "reasoning_content")) > 0;
   json_decref(o);
   return true;
+}
+
+bool qtr_load_chunk_read(const char *data, size_t len, struct qtr_load_chunk *chunk) {
+  if (len == 6 && memcmp(data, "[DONE]", 6) == 0) {
+    *chunk = (struct qtr_load_chunk){.n_input = -1, .n_output = -1, .end = true};
+    return true;
+  }
+  return qtr_load_chunk_read_plain(data, len, chunk) || qtr_load_chunk_read_tree(data, len, chunk);
 }
 
 struct question { /* for /v1/models */
@@ -322,7 +329,8 @@ enum qtr_status qtr_load_run(const struct qtr_load_options *o, const struct qtr_
     (void)setrlimit(RLIMIT_NOFILE, &files);
   }
   struct event_config *config = event_config_new();
-  if (config) (void)event_config_set_flag(config, EVENT_BASE_FLAG_PRECISE_TIMER);
+  if (config && o->concurrency == 0) /* arrivals to the microsecond, for a system call a turn */
+    (void)event_config_set_flag(config, EVENT_BASE_FLAG_PRECISE_TIMER);
   d.base = config ? event_base_new_with_config(config) : NULL;
   if (config) event_config_free(config);
   run->sample = calloc(w->trace.n > 0 ? w->trace.n : 1, sizeof *run->sample);

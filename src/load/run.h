@@ -37,5 +37,8 @@ struct qtr_load_chunk {
 };
 /* False: it is no event of such a stream. */
 bool qtr_load_chunk_read(const char *data, size_t len, struct qtr_load_chunk *chunk);
+/* The two ways it goes, for tests: one that knows the usual event only (false: another), and one that knows JSON. */
+bool qtr_load_chunk_read_plain(const char *data, size_t len, struct qtr_load_chunk *chunk);
+bool qtr_load_chunk_read_tree(const char *data, size_t len, struct qtr_load_chunk *chunk);
 
 #endif

@@ -1,5 +1,5 @@
 /* fuzz_load_response.c - input: what a server sends. Read whole and in pieces; both ways must give the same answer and the
- * same events, each of which is read as a completion's. */
+ * same events, each of which is read as a completion's; where the quick way knows one, the thorough way says the same. */
 #include "load/response.h"
 #include "load/run.h"
 
@@ -15,8 +15,12 @@ struct seen {
 
 static void on_event(void *arg, const char *data, size_t len) {
   struct seen *s = arg;
-  struct qtr_load_chunk chunk;
+  struct qtr_load_chunk chunk, tree;
   if (qtr_load_chunk_read(data, len, &chunk) && (chunk.n_output < -1 || strlen(chunk.error) >= sizeof chunk.error)) abort();
+  if (qtr_load_chunk_read_plain(data, len, &chunk) &&
+      (!qtr_load_chunk_read_tree(data, len, &tree) || chunk.end != tree.end || chunk.token != tree.token ||
+       chunk.n_input != tree.n_input || chunk.n_output != tree.n_output || strcmp(chunk.error, tree.error) != 0))
+    abort();
   for (size_t i = 0; i < len; i++) s->hash = (s->hash ^ (unsigned char)data[i]) * 0x100000001b3u;
   s->hash = (s->hash ^ len) * 0x100000001b3u;
   s->n++;

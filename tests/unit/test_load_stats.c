@@ -273,6 +273,71 @@ static void test_chunks(void **state) {
   }
 }
 
+/* The quick way must know what servers send, and say what the thorough way says; what is odd it must leave to that. */
+static void test_chunks_plain(void **state) {
+  (void)state;
+  static const char *const plain[] = {
+      "{\"id\":\"cmpl-1\",\"object\":\"text_completion\",\"created\":1,\"model\":\"demo\",\"choices\":[{\"index\":0,"
+      "\"text\":\" a\","
+      "\"logprobs\":null,\"finish_reason\":null}]}",
+      "{\"id\":\"x\",\"choices\":[{\"index\":0,\"delta\":{\"content\":\"\\n\\\"\"},\"logprobs\":null,\"finish_reason\":null}"
+      "],"
+      "\"usage\":null}",
+      "{\"choices\":[{\"delta\":{\"role\":\"assistant\",\"content\":\"\"}}]}",
+      "{\"choices\":[{\"delta\":{\"content\":null,\"reasoning_content\":\"hm\"}}]}",
+      "{\"choices\":[{\"finish_reason\":\"length\",\"index\":0,\"delta\":{}}],\"created\":1763700000,\"timings\":{\"ms\":1."
+      "5e-3}}",
+      "{\"choices\":[{\"text\":\"\",\"finish_reason\":\"stop\"}]}",
+      "{\"choices\":[{\"text\":\"\"}]}",
+      " { \"choices\" : [ ] , \"error\" : null , \"x\" : [ true , false , [ ] , { } , -0.5 , 0 ] } ",
+      "{\"choices\":[{\"text\":\"a\"},{\"text\":\"\"}]}",
+      "{}"};
+  static const char *const odd[] = {"",
+                                    "{",
+                                    "[]",
+                                    "{} x",
+                                    "{\"choices\":[{\"text\":null}]}",
+                                    "{\"choices\":[{\"text\":\"\\u00e4\"}]}",
+                                    "{\"choices\":[{\"text\":\"\xc3\xa4\"}]}",
+                                    "{\"choices\":[{\"text\":\"a\",\"text\":\"\"}]}",
+                                    "{\"choices\":[],\"usage\":{\"completion_tokens\":1}}",
+                                    "{\"error\":{\"message\":\"no\"}}",
+                                    "{\"choices\":[{\"\\u0074ext\":\"a\"}]}",
+                                    "{\"choices\":5}",
+                                    "{\"choices\":[5]}",
+                                    "{\"a\":01}",
+                                    "{\"a\":1.}",
+                                    "{\"a\":-}",
+                                    "{\"a\":1e999}",
+                                    "{\"a\":99999999999999999999}",
+                                    "{\"a\":tru}",
+                                    "{\"a\":\"\t\"}",
+                                    "{\"a\":\"\\x\"}",
+                                    "{\"a\":[[[[[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]]]]]}",
+                                    "{\"a\" 1}",
+                                    "{\"a\":1,}"};
+  struct qtr_load_chunk a, b;
+  for (size_t i = 0; i < sizeof plain / sizeof plain[0]; i++) {
+    size_t len = strlen(plain[i]);
+    assert_true(qtr_load_chunk_read_plain(plain[i], len, &a));
+    assert_true(qtr_load_chunk_read_tree(plain[i], len, &b));
+    assert_int_equal(a.token, b.token);
+    assert_int_equal(a.end, b.end);
+    assert_int_equal(a.n_input, b.n_input);
+    assert_int_equal(a.n_output, b.n_output);
+    assert_string_equal(a.error, b.error);
+    for (size_t cut = 0; cut + 1 < len; cut++) { /* the last of the eighth is a space */
+      char *part = malloc(cut + 1);              /* a copy that ends there, for ASan */
+      assert_non_null(part);
+      memcpy(part, plain[i], cut);
+      assert_false(qtr_load_chunk_read_plain(part, cut, &a));
+      free(part);
+    }
+  }
+  for (size_t i = 0; i < sizeof odd / sizeof odd[0]; i++)
+    assert_false(qtr_load_chunk_read_plain(odd[i], strlen(odd[i]), &a));
+}
+
 static void test_urls(void **state) {
   (void)state;
   static const struct {
@@ -317,9 +382,9 @@ static void test_urls(void **state) {
 }
 
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_percentiles), cmocka_unit_test(test_slo),
-                                     cmocka_unit_test(test_summary),     cmocka_unit_test(test_prompts),
-                                     cmocka_unit_test(test_poisson),     cmocka_unit_test(test_dataset),
-                                     cmocka_unit_test(test_chunks),      cmocka_unit_test(test_urls)};
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(test_percentiles), cmocka_unit_test(test_slo),          cmocka_unit_test(test_summary),
+      cmocka_unit_test(test_prompts),     cmocka_unit_test(test_poisson),      cmocka_unit_test(test_dataset),
+      cmocka_unit_test(test_chunks),      cmocka_unit_test(test_chunks_plain), cmocka_unit_test(test_urls)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

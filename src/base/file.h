@@ -13,7 +13,8 @@ struct qtr_map {
 enum qtr_status qtr_map_open(const char *path, struct qtr_map *map, struct qtr_error *err);
 void qtr_map_close(struct qtr_map *map);
 
-/* Tells the kernel that [data, data+n_bytes) of a map is not needed any more, so it leaves the resident set. */
+/* Tells the kernel that [data, data+n_bytes) of a map is not needed any more, so it leaves the resident set. Of a map only:
+ * memory that is not a file's becomes zeros. */
 void qtr_map_forget(const void *data, size_t n_bytes);
 
 /* Reads a whole file of at most max_bytes into malloc'ed memory with a NUL after it. */

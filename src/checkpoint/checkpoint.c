@@ -332,6 +332,10 @@ static enum qtr_status add_file(struct qtr_checkpoint *c, const char *dir, const
   status = read_content(c, map->data, map->n_bytes, err);
   bool other = c->s2_order == QTR_S2_BY_NAME ? strncmp(base, "quant_model.", 12) == 0 : c->s2_order == QTR_S2_DEEPCOMPRESSOR;
   if (!status && other) status = fix_s2_order(c, first, err);
+  for (size_t i = first; i < c->n_tensors; i++) {
+    const uint8_t *p = c->tensor[i].data;
+    c->tensor[i].mapped = p >= map->data && p < map->data + map->n_bytes;
+  }
   if (status) (void)qtr_error_prefix(err, "%s", shown);
 done:
   free(path);
@@ -548,6 +552,12 @@ enum qtr_status qtr_checkpoint_open_nested_memory(const void *data, size_t n_byt
 void qtr_checkpoint_forget(const struct qtr_checkpoint *c) {
   for (size_t i = 0; i < c->n_files; i++) qtr_map_forget(c->map[i].data, c->map[i].n_bytes);
 }
+
+void qtr_tensor_forget_part(const struct qtr_tensor *t, size_t offset, size_t n_bytes) {
+  if (t->mapped) qtr_map_forget((const uint8_t *)t->data + offset, n_bytes);
+}
+
+void qtr_tensor_forget(const struct qtr_tensor *t) { qtr_tensor_forget_part(t, 0, t->n_bytes); }
 
 void qtr_checkpoint_close(struct qtr_checkpoint *c) {
   if (!c) return;

@@ -17,6 +17,7 @@ struct qtr_tensor {
   size_t shape[QTR_MAX_DIMS];
   const void *data;
   size_t n_bytes;
+  bool mapped; /* data lies in a file's map, not in memory of the checkpoint's */
 };
 
 struct qtr_checkpoint;
@@ -41,6 +42,10 @@ void qtr_checkpoint_forget(const struct qtr_checkpoint *checkpoint);
 size_t qtr_checkpoint_count(const struct qtr_checkpoint *checkpoint);
 const struct qtr_tensor *qtr_checkpoint_at(const struct qtr_checkpoint *checkpoint, size_t i);           /* in file order */
 const struct qtr_tensor *qtr_checkpoint_find(const struct qtr_checkpoint *checkpoint, const char *name); /* NULL = absent */
+
+/* The same for one tensor, or for a part of it; copies, which could not come back, stay. */
+void qtr_tensor_forget(const struct qtr_tensor *tensor);
+void qtr_tensor_forget_part(const struct qtr_tensor *tensor, size_t offset, size_t n_bytes);
 
 /* find, and check the rank and shape: QTR_ERR_FORMAT names the tensor, what is there and what was expected. */
 enum qtr_status qtr_checkpoint_get(const struct qtr_checkpoint *checkpoint, const char *name, size_t n_dims,

@@ -200,19 +200,20 @@ static int quantize(const struct flags *flags) {
   qtr_layer_report_end(&layer);
   if (flags->json) {
     layer.broken =
-        !qtr_print_json(
-            "quantize",
-            json_pack("{s:s, s:s, s:i, s:i, s:I, s:I, s:I, s:o, s:o}", "output", flags->checkpoint.output, "precision",
-                      summary.precision, "group_size", (int)summary.group_size, "n_layers", (int)summary.n_layers,
-                      "n_tensors", (json_int_t)summary.n_tensors, "input_bytes", (json_int_t)summary.input_bytes,
-                      "output_bytes", (json_int_t)summary.output_bytes, "relative_error",
-                      qtr_json_number(summary.relative_error, 6), "seconds", qtr_json_number(summary.seconds, 5))) ||
+        !qtr_print_json("quantize",
+                        json_pack("{s:s, s:s, s:i, s:i, s:I, s:I, s:I, s:o, s:o, s:I}", "output", flags->checkpoint.output,
+                                  "precision", summary.precision, "group_size", (int)summary.group_size, "n_layers",
+                                  (int)summary.n_layers, "n_tensors", (json_int_t)summary.n_tensors, "input_bytes",
+                                  (json_int_t)summary.input_bytes, "output_bytes", (json_int_t)summary.output_bytes,
+                                  "relative_error", qtr_json_number(summary.relative_error, 6), "seconds",
+                                  qtr_json_number(summary.seconds, 5), "peak_rss_bytes", (json_int_t)qtr_peak_rss())) ||
         layer.broken;
   } else {
-    char in[32], out[32];
-    printf("%s: %s, group %d: %s -> %s in %.1f s, error %.3f %%\n", flags->checkpoint.output, summary.precision,
-           summary.group_size, qtr_show_bytes(summary.input_bytes, in), qtr_show_bytes(summary.output_bytes, out),
-           summary.seconds, summary.relative_error * 100);
+    char in[32], out[32], peak[32];
+    printf("%s: %s, group %d: %s -> %s in %.1f s and %s of memory, error %.3f %%\n", flags->checkpoint.output,
+           summary.precision, summary.group_size, qtr_show_bytes(summary.input_bytes, in),
+           qtr_show_bytes(summary.output_bytes, out), summary.seconds, qtr_show_bytes(qtr_peak_rss(), peak),
+           summary.relative_error * 100);
     layer.broken = !qtr_finish_output("quantize") || layer.broken;
   }
   return layer.broken ? QTR_EXIT_FAILURE : QTR_EXIT_OK;

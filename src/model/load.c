@@ -85,9 +85,9 @@ static enum qtr_status read_scale(struct loader *l, const char *prefix, const ch
   return QTR_OK;
 }
 
-/* One projection as it lies on disk. */
+/* One projection as it lies on disk. *weight: its largest tensor, to be forgotten after use. */
 static enum qtr_status read_part(struct loader *l, const char *prefix, enum qtr_linear_format format, size_t n_out,
-                                 size_t n_in, struct qtr_linear_part *part) {
+                                 size_t n_in, struct qtr_linear_part *part, const struct qtr_tensor **weight) {
   const struct qtr_tensor *t;
   enum qtr_status status;
   *part = (struct qtr_linear_part){.n_out = n_out};
@@ -101,6 +101,7 @@ static enum qtr_status read_part(struct loader *l, const char *prefix, enum qtr_
     float *scale, *szero;
     if ((status = get(l, prefix, "qweight", 2, n_out, n_in / 2, &t))) return status;
     if ((status = check_dtype(l, t, QTR_DTYPE_I8, QTR_DTYPE_U8))) return status;
+    *weight = t;
     part->weight = t->data;
     if ((status = get(l, prefix, "s1_scales", 1, n_out, 0, &t))) return status;
     if ((status = read_floats(l, t, n_out, true, &scale))) return status;
@@ -121,6 +122,7 @@ static enum qtr_status read_part(struct loader *l, const char *prefix, enum qtr_
     if ((status = get(l, prefix, "weight", 2, n_out, n_in, &t))) return status;
     enum qtr_dtype want = format == QTR_LINEAR_W8A8 ? QTR_DTYPE_I8 : float_dtype(format);
     if ((status = check_dtype(l, t, want, want))) return status;
+    *weight = t;
     part->weight = t->data;
     if (format == QTR_LINEAR_W8A8) {
       float *scale;
@@ -149,19 +151,17 @@ static enum qtr_status load_linear(struct loader *l, int32_t layer, const struct
                                    bool gate_up, struct qtr_linear **linear) {
   struct qtr_linear_source source = {
       .format = l->model->format, .n_in = n_in, .n_parts = n_parts, .gate_up = gate_up, .borrow = true};
+  const struct qtr_tensor *weight[QTR_MAX_PARTS];
   enum qtr_status status = QTR_OK;
   for (size_t i = 0; i < n_parts && !status; i++) {
     char prefix[128];
     (void)snprintf(prefix, sizeof prefix, "model.layers.%d.%s", layer, p[i].name);
-    status = read_part(l, prefix, source.format, p[i].n_out, n_in, &source.part[i]);
+    status = read_part(l, prefix, source.format, p[i].n_out, n_in, &source.part[i], &weight[i]);
   }
   if (!status) status = l->b->ops->linear_create(l->b, &source, linear, l->err);
   if (!status) {
     l->model->weight_bytes += l->b->ops->linear_bytes(*linear);
-    bool int4 = source.format == QTR_LINEAR_W4A8 || source.format == QTR_LINEAR_W4A8_G128;
-    size_t row =
-        int4 ? n_in / 2 : n_in * (source.format == QTR_LINEAR_W8A8 ? 1 : qtr_dtype_bytes(float_dtype(source.format)));
-    for (size_t i = 0; i < n_parts; i++) qtr_map_forget(source.part[i].weight, source.part[i].n_out * row);
+    for (size_t i = 0; i < n_parts; i++) qtr_tensor_forget(weight[i]);
   }
   scratch_free(l);
   return status;
@@ -275,7 +275,7 @@ static enum qtr_status load_head(struct loader *l) {
   status = l->b->ops->linear_create(l->b, &source, &m->head, l->err);
   if (!status) {
     m->weight_bytes += l->b->ops->linear_bytes(m->head);
-    qtr_map_forget(t->data, t->n_bytes);
+    qtr_tensor_forget(t);
   }
   scratch_free(l);
   return status;

@@ -81,6 +81,7 @@ static enum qtr_status embed(struct run *r) {
     if (!status && r->options->rotate) status = qtr_rotate_rows(r->job->team, &r->hidden, r->x, length, hidden, r->err);
     if (!status) status = qtr_states_write(&r->in, s, r->x, r->err);
   }
+  qtr_tensor_forget(t);
   return status;
 }
 
@@ -340,6 +341,7 @@ static uint64_t fingerprint(const struct qtr_checkpoint *checkpoint) {
       continue;
     }
     for (size_t k = 0; k < PLACES; k++) hash = mix(hash, (const uint8_t *)t->data + (t->n_bytes - EACH) / PLACES * k, EACH);
+    qtr_tensor_forget(t); /* the system maps much around each place */
   }
   return hash;
 }

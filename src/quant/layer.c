@@ -26,7 +26,7 @@ static enum qtr_status read_floats(const struct qtr_tensor *t, size_t n, float *
     if (!isfinite(x[i]))
       return qtr_fail(err, QTR_ERR_FORMAT, "tensor %s has a value that is not finite at element %zu", t->name, i);
   }
-  qtr_map_forget(t->data, t->n_bytes);
+  qtr_tensor_forget(t);
   return QTR_OK;
 }
 

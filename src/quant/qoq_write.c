@@ -43,6 +43,7 @@ static enum qtr_status write_vocab(struct qtr_qoq_writer *w, const struct qtr_sl
     for (size_t i = 0; i < n * hidden && gain && !status; i++) x[i] *= gain[i % hidden];
     if (!status && w->job->options->rotate) status = qtr_rotate_rows(w->job->team, &w->rotation, x, n, hidden, err);
     if (!status) status = write_floats(w, slot->name, store, x, n, hidden, err);
+    qtr_tensor_forget_part(t, row * row_bytes, n * row_bytes);
   }
   free(gain);
   free(x);

@@ -132,7 +132,7 @@ enum qtr_status qtr_source_write(const struct qtr_tensor *t, enum qtr_store stor
     size_t n_rows = QTR_MIN(step, n_out - r.row);
     qtr_threads_for(team, n_rows, 32, read_rows, &r);
     status = qtr_sink_write_floats(sink, name, r.w, n_rows, error, err);
-    qtr_map_forget((const uint8_t *)t->data + r.row * row_bytes, n_rows * row_bytes);
+    qtr_tensor_forget_part(t, r.row * row_bytes, n_rows * row_bytes);
     if (!done) continue;
     *done += n_rows * row_bytes;
     qtr_progress_update(progress, *done);

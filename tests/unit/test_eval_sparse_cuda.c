@@ -107,10 +107,13 @@ struct answer {
   enum qtr_finish finish;
 };
 static struct answer alone[N], together[N];
+static bool cut_off[N]; /* in one of the runs a given token of the prompt was alone in a chunk: other bits on GPUs */
+
+static size_t prompt_length(int i) { return 2 + (size_t)(i * 311) % (LONGEST - 1); } /* 899 different ones */
 
 /* Prompt i: 2 … 900 tokens of a kind. */
 static size_t make_prompt(int i, int32_t *prompt) {
-  size_t n = 2 + (size_t)(i * 311) % (LONGEST - 1);
+  size_t n = prompt_length(i);
   for (size_t k = 0; k < n; k++) prompt[k] = 100 + (int32_t)((k * 7919 + (size_t)i * 104729) % 7000);
   return n;
 }
@@ -139,6 +142,11 @@ static bool step(struct qtr_engine *e) {
   struct qtr_event event;
   bool work;
   if (qtr_engine_step(e, &work, &err)) fail_msg("%s", err.message);
+  const struct qtr_batch *b = &e->batch;
+  for (int32_t s = 0; s < b->n_seqs; s++) {
+    if (QTR_MIN(e->decode_start[s] - b->kv_len[s], b->q_start[s + 1] - b->q_start[s]) != 1) continue;
+    for (int i = 0; i < N; i++) cut_off[i] = cut_off[i] || prompt_length(i) == (size_t)e->decode_start[s];
+  }
   while (qtr_engine_poll(e, &event)) {
     struct answer *a = event.user;
     if (event.token >= 0) a->token[a->n++] = event.token;
@@ -156,15 +164,20 @@ static void assert_all_free(struct qtr_engine *e) {
 
 /* stride: of those compared. */
 static void assert_same(int stride, const char *what) {
+  int n_compared = 0;
   for (int i = 0; i < N; i += stride) {
     const struct answer *a = &alone[i], *b = &together[i];
     if (b->finish == QTR_FINISH_CANCELLED) continue;
     assert_int_equal(b->n, TOKENS);
+    if (cut_off[i]) continue;
+    n_compared++;
     for (int k = 0; k < TOKENS; k++) {
       if (a->token[k] != b->token[k])
         fail_msg("request %d %s: token %d is %d, alone %d", i, what, k, b->token[k], a->token[k]);
     }
   }
+  print_message("%s: %d requests compared\n", what, n_compared);
+  assert_true(n_compared >= N / stride / 3);
 }
 
 static void check_same(const struct qtr_sparse_options *sparse) {
@@ -185,10 +198,10 @@ static void check_same(const struct qtr_sparse_options *sparse) {
   assert_same(STRIDE, "among others");
   assert_all_free(e);
   for (int i = 0; i < N; i++) id[i] = add(e, i, &together[i]);
-  for (int k = 0; k < 60; k++) { /* a third is cancelled, while it waits, reads or generates */
+  for (int k = 0; k < 60; k++) { /* a third is cancelled, none of those compared, while it waits, reads or generates */
     (void)step(e);
     if (k % 3 == 0)
-      for (int i = k; i < N; i += 60) (void)qtr_engine_cancel(e, id[i], &err);
+      for (int i = k + 1; i < N; i += 60) (void)qtr_engine_cancel(e, id[i], &err);
   }
   while (step(e)) {
   }

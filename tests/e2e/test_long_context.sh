@@ -1,5 +1,5 @@
 # test_long_context.sh - sparse attention through the binary: heads found by `calibrate heads` keep the needles, the heads that it
-# found to be needed take them away, most random halves do too; a budget that is never reached changes nothing; clear errors.
+# found to be needed take them away, most random halves cost needles or perplexity; a budget that is never reached changes nothing; clear errors.
 . "$(dirname "$0")/lib.sh"
 need_model
 export QUATTUOR_MODEL=$MODEL
@@ -32,8 +32,27 @@ at_least "$(accuracy "$T/heads" 0.5 --sparse-decode-mode 1 --dynamic-sparse-toke
 mkdir "$T/worst"
 awk 'BEGIN {FS = OFS = "\t"} {for (i = 1; i <= NF; i++) $i = 1 - $i; print}' "$T/heads/$H" >"$T/worst/$H"
 at_most "$(accuracy "$T/worst" 0.5)" 0.1 "the needed half streaming"
-# The demo model finds its needles by one head above all, which a random half has every other time.
-sum=0 x=1
+
+# A random half, by contrast, fails most of the time: it misses one of the two bars that the chosen half meets, 97 of 100 needles or
+# the perplexity of a book at 8k within 2 % of dense (docs/long-context.md). Needles alone tell only whether it has the one head that
+# this small model finds them by, as every other half does.
+book=$SHARED/data/text/books-heldout.txt
+book_ppl() {
+  run 0 eval ppl --text "$book" --ctx 8192 --windows 1 --json --device cpu "$@"
+  field perplexity <"$T/out"
+}
+half=(--static-sparsity 0.5 --sparse-context-mode --ctx-local-token 256)
+if [ -f "$book" ] && [ -f "$MODEL/$H" ]; then # the table that comes with the demo model
+  dense=$(book_ppl)
+  chosen=$(book_ppl "${half[@]}" --static-sparse-attn-load-dir "$MODEL")
+  at_most "$chosen / $dense" 1.02 "perplexity of a book, the chosen half streaming"
+  run 0 eval niah --lengths 1024 --depths 30%,40%,50%,60%,70% --needles 4 --json "${small[@]}" "${half[@]}" --static-sparse-attn-load-dir "$MODEL" \
+    --sparse-decode-mode 1 --dynamic-sparse-token-budget 512
+  at_least "$(field accuracy <"$T/out")" 0.97 "needles, the chosen half streaming"
+else
+  dense=
+fi
+sum=0 x=1 n_random_failed=0
 mkdir "$T/random"
 for _ in 1 2 3 4 5 6 7 8; do
   for _ in 1 2 3 4 5 6 7 8; do
@@ -42,9 +61,17 @@ for _ in 1 2 3 4 5 6 7 8; do
       printf "0.%09d$end" $((x >> 8))
     done
   done >"$T/random/$H"
-  sum="$sum + $(accuracy "$T/random" 0.5)"
+  found=$(accuracy "$T/random" 0.5)
+  sum="$sum + $found"
+  if awk "BEGIN {exit !($found < 0.97)}"; then
+    n_random_failed=$((n_random_failed + 1))
+  elif [ "$dense" ] && awk "BEGIN {exit !($(book_ppl "${half[@]}" --static-sparse-attn-load-dir "$T/random") > 1.02 * $dense)}"; then
+    n_random_failed=$((n_random_failed + 1))
+  fi
 done
-at_most "($sum) / 8" 0.7 "random halves"
+at_most "($sum) / 8" 0.7 "needles of random halves"
+[ -z "$dense" ] || [ "$n_random_failed" -gt 4 ] || fail "only $n_random_failed of 8 random halves miss the bars"
+echo "random halves that miss a bar: $n_random_failed of 8${dense:+, dense perplexity $dense, chosen $chosen}"
 
 # Dense below the budget: the same tokens and probabilities. Streaming heads and pages in generation, over the page borders.
 ask=(generate --prompt "The old man went down to the harbour and" --max-tokens 150 --ignore-eos --json --logprobs 0 "${small[@]}")

@@ -6,6 +6,8 @@
 # overhead_percent = 100 * (1 - server / engine) of generated tokens a second, prompts included. The client runs on the same
 # machine, and what it takes from the engine counts against the server. Needs python3.
 set -euo pipefail
+# shellcheck source=scripts/serve.sh
+. "$(dirname "${BASH_SOURCE[0]}")/../scripts/serve.sh"
 quattuor=$(realpath "$1") model=$2
 shift 2
 streams=${STREAMS:-32} input=${INPUT:-128} output=${OUTPUT:-256} rounds=${ROUNDS:-5}
@@ -17,14 +19,7 @@ finish() {
 }
 trap finish EXIT
 
-"$quattuor" serve --model "$model" --port 0 --log-format none --max-num-seqs "$streams" --no-prefix-cache "$@" 2>"$folder/log" &
-server=$!
-url=
-while [ -z "$url" ]; do
-  kill -0 "$server" 2>/dev/null || { cat "$folder/log" >&2; exit 1; }
-  url=$(sed -nE 's|.* at (http://[^/]+)/v1.*|\1|p' "$folder/log")
-  sleep 0.1
-done
+start_server "$quattuor" "$folder/log" --model "$model" --log-format none --max-num-seqs "$streams" --no-prefix-cache "$@"
 # The engine alone runs in a process of its own: the idle server waits for requests and computes nothing meanwhile.
 for round in $(seq 0 "$rounds"); do
   "$quattuor" bench --model "$model" --batch "$streams" --prompt-len "$input" --gen-len "$output" --rounds 2 --seed "$round" --json "$@" \

@@ -7,6 +7,8 @@
 # limit is passed: any error; rss_growth_percent above 3 from the end of the warm-up (a quarter of the time) to the end, as
 # medians of samples; ttft_p99_over_median above 3 (the time to the first token is queueing and reading the prompt). Needs python3.
 set -euo pipefail
+# shellcheck source=scripts/serve.sh
+. "$(dirname "${BASH_SOURCE[0]}")/../scripts/serve.sh"
 quattuor=$(realpath "$1") model=$2
 shift 2
 duration=${SECONDS_IN_ALL:-300} connections=${CONNECTIONS:-256} running=${RUNNING:-64}
@@ -27,16 +29,8 @@ with open(sys.argv[1], "w") as file:
     for i in range(200000):
         file.write(f"2023-11-16 {i // 3600 % 24:02}:{i // 60 % 60:02}:{i % 60:02}.0000000,{int(8 * 88 ** draw.random())},{int(4 * 50 ** draw.random())}\n")
 P
-"$quattuor" serve --model "$model" --port 0 --log-format none --max-num-seqs "$running" \
-  --kv-pages "${PAGES:-$((running * 16))}" --max-connections "$((connections + 16))" "$@" \
-  2>"$folder/log" &
-server=$!
-url=
-while [ -z "$url" ]; do
-  kill -0 "$server" 2>/dev/null || { cat "$folder/log" >&2; exit 1; }
-  url=$(sed -nE 's|.* at (http://[^/]+)/v1.*|\1|p' "$folder/log")
-  sleep 0.1
-done
+start_server "$quattuor" "$folder/log" --model "$model" --log-format none --max-num-seqs "$running" \
+  --kv-pages "${PAGES:-$((running * 16))}" --max-connections "$((connections + 16))" "$@"
 "$quattuor" bench serve --url "$url" --trace "$folder/trace.csv" --concurrency "$connections" --duration "$duration" --quiet --json - \
   >"$folder/load.json" &
 load=$!

@@ -4,7 +4,8 @@ set -u
 Q=$1
 SRC=$2
 T=$(mktemp -d)
-trap 'rm -rf "$T"' EXIT
+server='' # the process of serve
+trap '[ -z "$server" ] || kill -9 "$server" 2>/dev/null; rm -rf "$T"' EXIT
 n_failed=0
 [ -x "$Q" ] || { echo "no binary $Q" >&2; exit 1; }
 
@@ -29,6 +30,19 @@ says() { grep -qE -- "$2" "$1" || fail "no \"$2\" in: $(head -c 400 "$1")"; }
 same() { [ "$1" = "$2" ] || fail "$3: \"$1\" is not \"$2\""; }
 # field NAME: the value of a number, string or flat array in the JSON line on stdin.
 field() { grep -oE "\"$1\":(\"([^\"\\\\]|\\\\.)*\"|\[[^][]*\]|[^,}]*)" | head -1 | cut -d: -f2-; }
+
+# shellcheck source=scripts/serve.sh
+. "$SRC/scripts/serve.sh"
+# serve OPTIONS...: a server on $port whose log is $T/log; the test ends when there is none.
+serve() { start_server "$Q" "$T/log" "$@" || { fail "no address"; finish; }; }
+# stop: ends it by SIGTERM; it must end well.
+stop() {
+  kill -TERM "$server"
+  wait "$server"
+  same $? 0 "exit code after SIGTERM"
+  server=''
+}
+
 lines() { wc -l <"$1" | tr -d ' '; }
 
 SHARED=${QUATTUOR_SHARED:-$SRC/../shared}

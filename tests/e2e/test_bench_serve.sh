@@ -1,20 +1,11 @@
 # test_bench_serve.sh - quattuor bench serve against quattuor serve: loops, traces, data sets, limits, refusals, what it writes.
+# shellcheck source=tests/e2e/lib.sh
 . "$(dirname "$0")/lib.sh"
 need_model
 
 echo "a-key" >"$T/key"
-: >"$T/log"
 unset OPENAI_API_KEY
-"$Q" serve --model "$MODEL" --port 0 --api-key "$T/key" --max-num-seqs 4 --max-queue 4 --log-format none 2>"$T/log" &
-server=$!
-trap 'kill -9 $server 2>/dev/null; rm -rf "$T"' EXIT
-for _ in $(seq 300); do
-  port=$(sed -nE 's|.*at http://127.0.0.1:([0-9]+)/v1.*|\1|p' "$T/log")
-  [ -n "$port" ] && break
-  kill -0 $server 2>/dev/null || break
-  sleep 0.1
-done
-[ -n "$port" ] || { cat "$T/log" >&2; fail "no address"; finish; }
+serve --model "$MODEL" --api-key "$T/key" --max-num-seqs 4 --max-queue 4 --log-format none
 # b CODE ARGUMENTS...
 b() {
   local wanted=$1
@@ -107,6 +98,5 @@ wait $bench
 same $? 130 "the exit code after Ctrl-C"
 says "$T/out" 'then interrupted'
 
-kill -TERM $server
-wait $server || fail "the server's exit code is $?"
+stop
 finish

@@ -1,20 +1,12 @@
 # test_page.sh - the page's files as a server with keys gives them out: without a key, with a policy and a tag, and not twice. What
 # the page does in a browser is page_playwright.py's question.
+# shellcheck source=tests/e2e/lib.sh
 . "$(dirname "$0")/lib.sh"
 need_model
 
 echo "a-key" >"$T/keys"
-: >"$T/log"
-"$Q" serve --model "$MODEL" --port 0 --api-key "$T/keys" 2>"$T/log" &
-server=$!
-trap 'kill -9 $server 2>/dev/null; rm -rf "$T"' EXIT
-for _ in $(seq 300); do
-  port=$(sed -nE 's|.*its page at http://127.0.0.1:([0-9]+)/.*|\1|p' "$T/log")
-  [ -n "$port" ] && break
-  kill -0 $server 2>/dev/null || break
-  sleep 0.1
-done
-[ -n "$port" ] || { cat "$T/log" >&2; fail "no address"; finish; }
+serve --model "$MODEL" --api-key "$T/keys"
+says "$T/log" "its page at $url/"
 
 # get PATH [HEADER LINES]: the answer is in $T/out.
 get() {
@@ -54,6 +46,5 @@ for path in /metrics /v1/models /page /index.html; do # the page is open, the re
   get $path
   says "$T/out" '^HTTP/1.1 401'
 done
-kill -TERM $server
-wait $server || fail "exit code $?"
+stop
 finish

@@ -1,43 +1,14 @@
 # test_serve.sh - quattuor serve with nothing but a shell: requests by hand, hostile bytes, the end by signal. What OpenAI's own
 # client thinks is oracle_openai.py's question; it runs at the end where that client is installed.
+# shellcheck source=tests/e2e/lib.sh
 . "$(dirname "$0")/lib.sh"
 need_model
 export LC_ALL=C # lengths are in bytes
 
-: >"$T/log"
-"$Q" serve --model "$MODEL" --port 0 --served-model-name demo --max-body 64K --ping 1 2>"$T/log" &
-server=$!
-trap 'kill -9 $server 2>/dev/null; rm -rf "$T"' EXIT
-for _ in $(seq 300); do
-  port=$(sed -nE 's|.*at http://127.0.0.1:([0-9]+)/v1.*|\1|p' "$T/log")
-  [ -n "$port" ] && break
-  kill -0 $server 2>/dev/null || break
-  sleep 0.1
-done
-[ -n "$port" ] || { cat "$T/log" >&2; fail "no address"; finish; }
+serve --model "$MODEL" --served-model-name demo --max-body 64K --ping 1
 says "$T/log" "try: curl http://127.0.0.1:$port/v1/chat/completions"
 run 1 serve --model "$MODEL" --port "$port"
 says "$T/err" "port $port of 127.0.0.1 is taken: .* --port N"
-
-# serve OPTIONS...: a further server beside the first, whose port and pid come back; its log is $T/log2
-serve() {
-  : >"$T/log2"
-  "$Q" serve --port 0 --served-model-name demo "$@" 2>"$T/log2" &
-  server=$!
-  for _ in $(seq 300); do
-    port=$(sed -nE 's|.*at http://127.0.0.1:([0-9]+)/v1.*|\1|p' "$T/log2")
-    [ -n "$port" ] && return
-    kill -0 $server 2>/dev/null || break
-    sleep 0.1
-  done
-  fail "no second server: $(cat "$T/log2")"
-}
-# stop: ends it by SIGTERM; it must end well
-stop() {
-  kill -TERM $server
-  wait $server
-  same $? 0 "exit code after SIGTERM"
-}
 
 # ask TEXT: sends bytes (printf escapes), reads until the server closes or 30 s have gone; the answer is in $T/out.
 ask() {
@@ -183,9 +154,7 @@ for i in $(seq 20); do eval "exec $((20 + i))<&-"; done
 
 says "$T/log" '"POST /v1/completions" 200 [0-9.]+s req-[0-9a-f]+ prompt=4 cached=[0-9]+ output=12 finish=length first='
 start=$SECONDS
-kill -TERM $server
-wait $server
-same $? 0 "exit code after SIGTERM"
+stop
 [ $((SECONDS - start)) -lt 10 ] || fail "the idle server took $((SECONDS - start)) s to end"
 says "$T/log" 'stopped'
 
@@ -208,7 +177,7 @@ fi
 
 # keys: every route but /health and the page wants one, and a wrong one opens nothing
 printf '# team\nsk-one\n' >"$T/keys"
-serve --model "$MODEL" --api-key "$T/keys"
+serve --model "$MODEL" --served-model-name demo --api-key "$T/keys"
 for path in /v1/models /v1/models/demo /metrics /version /openapi.json /nothing; do
   ask "GET $path HTTP/1.1\r\n$C\r\n"
   says "$T/out" '^HTTP/1.1 401'
@@ -231,7 +200,7 @@ for file in "$MODEL"/*; do ln -s "$(realpath "$file")" "$T/loops/"; done
 rm -f "$T/loops/chat_template.jinja"
 echo '{% for a in range(100000) %}{% for b in range(100000) %}{% for c in range(100000) %}{% set x = a * b * c %}{% endfor %}{% endfor %}{% endfor %}' \
   >"$T/loops/chat_template.jinja"
-serve --model "$T/loops"
+serve --model "$T/loops" --served-model-name demo
 chat='{"messages":[{"role":"user","content":"Hello"}],"max_tokens":4}'
 for i in $(seq 4); do eval "exec $((20 + i))<>/dev/tcp/127.0.0.1/$port"; printf "POST /v1/chat/completions HTTP/1.1\r\n${C}Content-Length: ${#chat}\r\n\r\n$chat" >&$((20 + i)); done
 ask "GET /health HTTP/1.1\r\n$C\r\n"

@@ -1,5 +1,6 @@
 # test_serve_tls.sh - quattuor serve --tls-cert --tls-key with a certificate made here, asked by openssl's own client: answers
 # and streams as without TLS, large bodies both ways, what is no TLS, clients that vanish, and files that are wrong.
+# shellcheck source=tests/e2e/lib.sh
 . "$(dirname "$0")/lib.sh"
 need_model
 command -v openssl >/dev/null || skip "no openssl command to make a certificate with"
@@ -15,16 +16,11 @@ certificate other
 
 run 2 serve --model "$MODEL" --port 0 --tls-cert "$T/one.pem"
 says "$T/err" 'go together'
-"$Q" serve --model "$MODEL" --port 0 --tls-cert "$T/one.pem" --tls-key "$T/one.key" 2>"$T/err" &
-probe=$!
-for _ in $(seq 300); do
-  grep -q "https://\|no TLS" "$T/err" && break
-  kill -0 $probe 2>/dev/null || break
-  sleep 0.1
-done
-kill $probe 2>/dev/null
-wait $probe
-grep -q "this build has no TLS" "$T/err" && skip "built without TLS"
+if ! start_server "$Q" "$T/log" --model "$MODEL" --tls-cert "$T/one.pem" --tls-key "$T/one.key" 2>"$T/err"; then
+  grep -q "this build has no TLS" "$T/log" && skip "built without TLS"
+  fail "no server: $(cat "$T/log")"
+fi
+stop
 run 1 serve --model "$MODEL" --port 0 --tls-cert "$T/none" --tls-key "$T/one.key"
 says "$T/err" 'tls-cert .*none'
 run 1 serve --model "$MODEL" --port 0 --tls-cert "$T/one.key" --tls-key "$T/one.key"
@@ -32,17 +28,7 @@ says "$T/err" 'tls-cert'
 run 1 serve --model "$MODEL" --port 0 --tls-cert "$T/one.pem" --tls-key "$T/other.key"
 says "$T/err" 'tls-key'
 
-: >"$T/log"
-"$Q" serve --model "$MODEL" --port 0 --served-model-name demo --tls-cert "$T/one.pem" --tls-key "$T/one.key" 2>"$T/log" &
-server=$!
-trap 'kill -9 $server 2>/dev/null; rm -rf "$T"' EXIT
-for _ in $(seq 300); do
-  port=$(sed -nE 's|.*at https://127.0.0.1:([0-9]+)/v1.*|\1|p' "$T/log")
-  [ -n "$port" ] && break
-  kill -0 $server 2>/dev/null || break
-  sleep 0.1
-done
-[ -n "$port" ] || { cat "$T/log" >&2; fail "no address"; finish; }
+serve --model "$MODEL" --served-model-name demo --tls-cert "$T/one.pem" --tls-key "$T/one.key"
 
 client() { # client OPTIONS...: bytes of stdin to the server, its answer in $T/out, until it closes
   timeout 60 openssl s_client -quiet -connect "127.0.0.1:$port" -CAfile "$T/one.pem" -verify_ip 127.0.0.1 -verify_return_error "$@" \
@@ -128,7 +114,5 @@ bench --url "https://127.0.0.1:$port" --tls-ca "$T/none" && fail "no file of cer
 says "$T/err" 'none'
 bench --url "http://127.0.0.1:$port" && fail "plain HTTP to a TLS port"
 
-kill -TERM $server
-wait $server
-same $? 0 "exit code after SIGTERM"
+stop
 finish

@@ -2,19 +2,18 @@
 #include "quant/calibrate.h"
 
 #include "base/checked.h"
-#include "base/file.h"
 #include "base/status.h"
 #include "quant/calibration.h"
 #include "quant/clip.h"
 #include "quant/correct.h"
 #include "quant/gptq.h"
 #include "quant/smooth.h"
+#include "quant/states.h"
 
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 
 enum { KEPT_INPUTS = 512, KEY_SAMPLES = 2 }; /* F.7's sampled tokens; samples that the grid of the keys runs */
 
@@ -47,9 +46,7 @@ static void advance(struct run *r) { qtr_progress_update(&r->progress, ++r->n_st
 static size_t state_floats(const struct run *r) { return r->calibration.length * (size_t)r->config->hidden_size; }
 
 static enum qtr_status open_states(struct run *r, int32_t layer, bool create, struct qtr_states *states) {
-  char name[64];
-  (void)snprintf(name, sizeof name, "states-%04d.f32", (int)layer);
-  return qtr_states_open(r->work->dir, name, state_floats(r), create, states, r->err);
+  return qtr_states_open_layer(r->work->dir, QTR_STATES_FLOAT, layer, state_floats(r), create, states, r->err);
 }
 
 /* The hidden states before the first layer: rows of the embedding, rotated. */
@@ -243,31 +240,11 @@ static enum qtr_status quantise(struct run *r, const struct qtr_float_layer *lay
   return QTR_OK;
 }
 
-/* A copy of the layer whose matrices will be replaced one by one. */
-static enum qtr_status copy_layer(const struct qtr_float_layer *layer, struct qtr_float_layer *copy, struct qtr_error *err) {
-  size_t hidden = (size_t)layer->config->hidden_size;
-  *copy = (struct qtr_float_layer){.config = layer->config, .index = layer->index};
-  qtr_float_layer_shape(copy);
-  bool ok = (copy->input_norm = malloc(hidden * sizeof(float))) && (copy->post_norm = malloc(hidden * sizeof(float)));
-  for (enum qtr_projection p = QTR_Q; p < QTR_N_PROJECTIONS && ok; p++) {
-    const struct qtr_float_matrix *m = &layer->m[p];
-    ok = (copy->m[p].w = malloc(m->n_out * m->n_in * sizeof(float))) &&
-         (!m->bias || (copy->m[p].bias = malloc(m->n_out * sizeof(float))));
-    if (ok) memcpy(copy->m[p].w, m->w, m->n_out * m->n_in * sizeof(float));
-    if (ok && m->bias) memcpy(copy->m[p].bias, m->bias, m->n_out * sizeof(float));
-  }
-  if (ok) memcpy(copy->input_norm, layer->input_norm, hidden * sizeof(float));
-  if (ok) memcpy(copy->post_norm, layer->post_norm, hidden * sizeof(float));
-  if (ok) return QTR_OK;
-  qtr_float_layer_free(copy);
-  return qtr_fail_memory(err, "a copy of a layer", hidden * hidden * sizeof(float));
-}
-
 /* All matrices, site by site; with correction the quantised ones take their place in `partly` as they come. */
 static enum qtr_status quantise_layer(struct run *r, struct qtr_work_layer *done, json_t *report) {
   struct qtr_float_layer *layer = &done->floats, partly = {0};
   bool correct = r->options->correct;
-  enum qtr_status status = correct ? copy_layer(layer, &partly, r->err) : QTR_OK;
+  enum qtr_status status = correct ? qtr_float_layer_copy(layer, &partly, r->err) : QTR_OK;
   r->observed.moments = true;
   for (enum qtr_site site = QTR_SITE_QKV; site < QTR_N_SITES && !status; site++) {
     if (correct) status = qtr_corrector_aim(&r->corrector, site, &r->in, layer, &partly, r->options->damp, r->err);
@@ -389,17 +366,10 @@ static enum qtr_status prepare(struct run *r) {
 
 /* Whether the hidden states are whole that a run with finished layers goes on from. */
 static bool states_there(const struct run *r, int32_t layer) {
-  bool there = true;
-  for (size_t i = 0; i < (r->options->correct ? 2 : 1) && there; i++) {
-    char name[64];
-    struct stat found;
-    (void)snprintf(name, sizeof name, "%s-%04d.f32", i ? "quantised" : "states", (int)layer);
-    char *path = qtr_path_join(r->work->dir, name);
-    there = path && stat(path, &found) == 0 &&
-            (size_t)found.st_size == r->calibration.n_samples * state_floats(r) * sizeof(float);
-    free(path);
-  }
-  return there;
+  const char *dir = r->work->dir;
+  size_t n = r->calibration.n_samples, each = state_floats(r);
+  return qtr_states_whole(dir, QTR_STATES_FLOAT, layer, n, each) &&
+         (!r->options->correct || qtr_states_whole(dir, QTR_STATES_QUANTISED, layer, n, each));
 }
 
 enum qtr_status qtr_calibrate(const struct qtr_calibrate_job *job, struct qtr_work *work, struct qtr_error *err) {

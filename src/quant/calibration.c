@@ -1,4 +1,4 @@
-/* calibration.c - calibration texts and hidden-state files (calibration.h). */
+/* calibration.c - calibration texts (calibration.h). */
 #include "quant/calibration.h"
 
 #include "base/checked.h"
@@ -6,12 +6,9 @@
 #include "base/philox.h"
 #include "base/status.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <jansson.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #define MAX_TEXT_BYTES ((size_t)4 << 30)
 
@@ -168,42 +165,4 @@ enum qtr_status qtr_calibration_read(const char *path, const struct qtr_tokenize
 void qtr_calibration_free(struct qtr_calibration *calibration) {
   free(calibration->token);
   *calibration = (struct qtr_calibration){0};
-}
-
-/* ---- hidden states ------------------------------------------------------------------------------- */
-
-enum qtr_status qtr_states_open(const char *dir, const char *name, size_t sample_floats, bool create,
-                                struct qtr_states *states, struct qtr_error *err) {
-  *states = (struct qtr_states){.fd = -1, .sample_bytes = sample_floats * sizeof(float), .path = qtr_path_join(dir, name)};
-  if (!states->path) return qtr_fail_memory(err, "a path", strlen(dir));
-  states->fd = open(states->path, O_RDWR | O_CLOEXEC | (create ? O_CREAT | O_TRUNC : 0), 0600);
-  if (states->fd >= 0) return QTR_OK;
-  return qtr_fail(err, QTR_ERR_IO, "cannot open %s: %s", states->path, strerror(errno));
-}
-
-enum qtr_status qtr_states_read(const struct qtr_states *s, size_t sample, float *x, struct qtr_error *err) {
-  for (size_t done = 0; done < s->sample_bytes;) {
-    ssize_t n = pread(s->fd, (char *)x + done, s->sample_bytes - done, (off_t)(sample * s->sample_bytes + done));
-    if (n < 0 && errno == EINTR) continue;
-    if (n <= 0) return qtr_fail(err, QTR_ERR_IO, "cannot read %s: %s", s->path, n < 0 ? strerror(errno) : "it is too short");
-    done += (size_t)n;
-  }
-  return QTR_OK;
-}
-
-enum qtr_status qtr_states_write(const struct qtr_states *s, size_t sample, const float *x, struct qtr_error *err) {
-  for (size_t done = 0; done < s->sample_bytes;) {
-    ssize_t n = pwrite(s->fd, (const char *)x + done, s->sample_bytes - done, (off_t)(sample * s->sample_bytes + done));
-    if (n < 0 && errno == EINTR) continue;
-    if (n <= 0) return qtr_fail(err, QTR_ERR_IO, "cannot write %s: %s", s->path, strerror(errno));
-    done += (size_t)n;
-  }
-  return QTR_OK;
-}
-
-void qtr_states_close(struct qtr_states *states, bool remove) {
-  if (states->path && states->fd >= 0) (void)close(states->fd);
-  if (states->path && remove) (void)unlink(states->path);
-  free(states->path);
-  *states = (struct qtr_states){.fd = -1};
 }

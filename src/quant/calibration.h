@@ -1,5 +1,4 @@
-/* calibration.h - the texts that activations are measured on (spec F.2), and the hidden states between layers, which lie in
- * files: a model's activations for a calibration set do not fit memory. */
+/* calibration.h - the texts that activations are measured on (spec F.2). */
 #ifndef QTR_QUANT_CALIBRATION_H
 #define QTR_QUANT_CALIBRATION_H
 
@@ -21,19 +20,5 @@ enum qtr_status qtr_calibration_read(const char *path, const struct qtr_tokenize
                                      size_t length, uint64_t seed, struct qtr_calibration *calibration,
                                      struct qtr_error *err);
 void qtr_calibration_free(struct qtr_calibration *calibration);
-
-/* Rows of floats in a file, sample by sample. */
-struct qtr_states {
-  int fd;
-  size_t sample_bytes;
-  char *path;
-};
-/* Opens dir/name; create: empties it. */
-enum qtr_status qtr_states_open(const char *dir, const char *name, size_t sample_floats, bool create,
-                                struct qtr_states *states, struct qtr_error *err);
-enum qtr_status qtr_states_read(const struct qtr_states *states, size_t sample, float *x, struct qtr_error *err);
-enum qtr_status qtr_states_write(const struct qtr_states *states, size_t sample, const float *x, struct qtr_error *err);
-/* Closes; remove: deletes the file as well. Takes {.fd = -1} or {0} with no path, too. */
-void qtr_states_close(struct qtr_states *states, bool remove);
 
 #endif

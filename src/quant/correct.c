@@ -5,7 +5,6 @@
 #include "base/status.h"
 #include "quant/matrix.h"
 
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -51,22 +50,16 @@ void qtr_corrector_close(struct qtr_corrector *c) {
   *c = (struct qtr_corrector){.in = {.fd = -1}, .out = {.fd = -1}, .seen = {.fd = -1}};
 }
 
-static enum qtr_status open_states(struct qtr_corrector *c, int32_t index, bool create, struct qtr_states *states,
-                                   struct qtr_error *err) {
-  char name[64];
-  (void)snprintf(name, sizeof name, "quantised-%04d.f32", (int)index);
-  return qtr_states_open(c->dir, name, c->length * c->hidden, create, states, err);
-}
-
 enum qtr_status qtr_corrector_begin(struct qtr_corrector *c, int32_t index, const struct qtr_states *floats,
                                     struct qtr_error *err) {
+  size_t n = c->length * c->hidden;
   enum qtr_status status = QTR_OK;
-  if (!c->in.path) status = open_states(c, index, index == 0, &c->in, err);
+  if (!c->in.path) status = qtr_states_open_layer(c->dir, QTR_STATES_QUANTISED, index, n, index == 0, &c->in, err);
   for (size_t s = 0; s < c->n_samples && index == 0 && !status; s++) {
     status = qtr_states_read(floats, s, c->x, err);
     if (!status) status = qtr_states_write(&c->in, s, c->x, err);
   }
-  if (!status) status = open_states(c, index + 1, true, &c->out, err);
+  if (!status) status = qtr_states_open_layer(c->dir, QTR_STATES_QUANTISED, index + 1, n, true, &c->out, err);
   if (!status && !c->seen.path) {
     status = qtr_states_open(c->dir, "seen.f32", c->length * (c->hidden + c->heads + c->inner), true, &c->seen, err);
   }

@@ -9,8 +9,8 @@
 #ifndef QTR_QUANT_CORRECT_H
 #define QTR_QUANT_CORRECT_H
 
-#include "quant/calibration.h"
 #include "quant/observe.h"
+#include "quant/states.h"
 
 /* Runs both models over the calibration samples, layer by layer and site by site. */
 struct qtr_corrector {

@@ -1,7 +1,6 @@
 /* layer.c - a decoder layer in floats and its exact transformations (layer.h). */
 #include "quant/layer.h"
 
-#include "base/file.h"
 #include "base/status.h"
 
 #include <math.h>
@@ -89,6 +88,26 @@ void qtr_float_layer_free(struct qtr_float_layer *layer) {
   free(layer->input_norm);
   free(layer->post_norm);
   *layer = (struct qtr_float_layer){0};
+}
+
+enum qtr_status qtr_float_layer_copy(const struct qtr_float_layer *layer, struct qtr_float_layer *copy,
+                                     struct qtr_error *err) {
+  size_t hidden = (size_t)layer->config->hidden_size;
+  *copy = (struct qtr_float_layer){.config = layer->config, .index = layer->index};
+  qtr_float_layer_shape(copy);
+  bool ok = (copy->input_norm = malloc(hidden * sizeof(float))) && (copy->post_norm = malloc(hidden * sizeof(float)));
+  for (enum qtr_projection p = QTR_Q; p < QTR_N_PROJECTIONS && ok; p++) {
+    const struct qtr_float_matrix *m = &layer->m[p];
+    ok = (copy->m[p].w = malloc(m->n_out * m->n_in * sizeof(float))) &&
+         (!m->bias || (copy->m[p].bias = malloc(m->n_out * sizeof(float))));
+    if (ok) memcpy(copy->m[p].w, m->w, m->n_out * m->n_in * sizeof(float));
+    if (ok && m->bias) memcpy(copy->m[p].bias, m->bias, m->n_out * sizeof(float));
+  }
+  if (ok) memcpy(copy->input_norm, layer->input_norm, hidden * sizeof(float));
+  if (ok) memcpy(copy->post_norm, layer->post_norm, hidden * sizeof(float));
+  if (ok) return QTR_OK;
+  qtr_float_layer_free(copy);
+  return qtr_fail_memory(err, "a copy of a layer", hidden * hidden * sizeof(float));
 }
 
 /* ---- rows and columns ---------------------------------------------------------------------------- */

@@ -35,6 +35,9 @@ struct qtr_float_layer {
 enum qtr_status qtr_float_layer_read(const struct qtr_checkpoint *checkpoint, const struct qtr_config *config, int32_t index,
                                      struct qtr_float_layer *layer, struct qtr_error *err);
 void qtr_float_layer_free(struct qtr_float_layer *layer);
+/* With memory of its own. */
+enum qtr_status qtr_float_layer_copy(const struct qtr_float_layer *layer, struct qtr_float_layer *copy,
+                                     struct qtr_error *err);
 /* Rows and columns of the matrices by layer->config; nothing is allocated. */
 void qtr_float_layer_shape(struct qtr_float_layer *layer);
 

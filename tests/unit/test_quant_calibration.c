@@ -1,5 +1,5 @@
 /* Calibration sets (spec F.2): chosen by the seed and nothing else, whole blocks of a text, lines of JSON stripped and
- * cropped, errors that say what is wrong and what would be enough. Hidden states in files. */
+ * cropped, errors that say what is wrong and what would be enough. */
 #include "base/checked.h"
 #include "quant/calibration.h"
 
@@ -210,34 +210,8 @@ static void test_bad_lines(void **state) {
   refused(p, put(p, "none.jsonl", ""), 1, 64, QTR_ERR_LIMIT, "0 tokens");
 }
 
-static void test_states(void **state) {
-  struct place *p = *state;
-  struct qtr_error err;
-  struct qtr_states s;
-  float x[3][10], y[10];
-  uint64_t random = 1;
-  assert_int_equal(qtr_states_open(p->root, "s.f32", 10, true, &s, &err), QTR_OK);
-  for (size_t i = 0; i < 3; i++) {
-    for (size_t k = 0; k < 10; k++) x[i][k] = fixture_uniform(&random);
-    assert_int_equal(qtr_states_write(&s, i, x[i], &err), QTR_OK);
-  }
-  qtr_states_close(&s, false);
-  assert_int_equal(qtr_states_open(p->root, "s.f32", 10, false, &s, &err), QTR_OK);
-  for (size_t i = 3; i-- > 0;) {
-    assert_int_equal(qtr_states_read(&s, i, y, &err), QTR_OK);
-    assert_memory_equal(x[i], y, sizeof y);
-  }
-  assert_int_equal(qtr_states_read(&s, 3, y, &err), QTR_ERR_IO);
-  assert_non_null(strstr(err.message, "s.f32: it is too short"));
-  qtr_states_close(&s, true);
-  assert_int_equal(qtr_states_open(p->root, "s.f32", 10, false, &s, &err), QTR_ERR_IO);
-  qtr_states_close(&s, true);
-  struct qtr_states never = {.fd = -1};
-  qtr_states_close(&never, true);
-}
-
 int main(void) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(test_text), cmocka_unit_test(test_lines), cmocka_unit_test(test_crop),
-                                     cmocka_unit_test(test_bad_lines), cmocka_unit_test(test_states)};
+                                     cmocka_unit_test(test_bad_lines)};
   return cmocka_run_group_tests(tests, open_place, close_place);
 }

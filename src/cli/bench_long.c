@@ -17,6 +17,7 @@
  * selection at its default. */
 #define SETTLE 8
 #define WARM_TOKENS 16
+#define MOST_SLACK (1 << 20) /* tokens */
 
 const char *const qtr_long_names[QTR_LONG_SIDES] = {"dense", "sparse"};
 
@@ -24,28 +25,45 @@ struct run {
   const struct qtr_bench_flags *flags;
   struct qtr_bench_source source;
   struct qtr_model *model; /* NULL until the first side needs it, and after the device has failed */
+  const char *precision;   /* of the model, once it is there; NULL: as it says itself */
   double *heads;           /* (n_layers, n_kv_heads) where no table was given */
   struct qtr_long_result result;
 };
 
+/* Steps in which the prompts of a batch are read, while the first sequences generate already. */
+static int32_t slack_of(const struct run *run, size_t length) {
+  struct qtr_caps caps = {0};
+  int32_t batch = run->flags->batch, step = run->flags->model.max_num_batched_tokens;
+  if (batch == 1 || !run->model) return 0;
+  run->model->backend->ops->caps(run->model->backend, &caps);
+  step = QTR_MAX((step > 0 ? step : caps.step_tokens) - batch, 1);
+  return (int32_t)QTR_MIN(qtr_ceil_div((size_t)batch * length, (size_t)step) + 2, (size_t)MOST_SLACK);
+}
+
 /* The engine's options of one side at one length. */
 static enum qtr_status side_options(const struct run *run, int side, size_t length, struct qtr_engine_options *options,
                                     struct qtr_error *err) {
-  enum qtr_status status = qtr_bench_engine_options(run->flags, &run->source, (int32_t)length, options, err);
+  int32_t whole = (int32_t)length + slack_of(run, length);
+  enum qtr_status status = qtr_bench_engine_options(run->flags, &run->source, whole, options, err);
   if (side == QTR_LONG_DENSE) {
     struct qtr_engine_options plain;
     qtr_engine_options_init(&plain);
     options->sparse = plain.sparse;
   }
   options->sparse.heads = run->heads;
+  if (!status && run->precision) options->precision = run->precision;
   return status;
 }
 
-static enum qtr_status ensure_model(struct run *run, struct qtr_engine_options *options, struct qtr_error *err) {
-  if (run->source.random && !options->precision) options->precision = "w4a8kv4";
+static enum qtr_status ensure_model(struct run *run, struct qtr_error *err) {
+  struct qtr_engine_options options;
+  int32_t longest = (int32_t)run->result.length[run->result.n_lengths - 1] + run->flags->gen_len;
   if (run->model) return QTR_OK;
-  int32_t longest = (int32_t)run->result.length[run->result.n_lengths - 1];
-  return qtr_bench_model(run->flags, &run->source, options, longest + run->flags->gen_len, &run->model, err);
+  enum qtr_status status = qtr_bench_engine_options(run->flags, &run->source, longest, &options, err);
+  if (run->flags->batch > 1) longest += MOST_SLACK;
+  if (!status) status = qtr_bench_model(run->flags, &run->source, &options, longest, &run->model, err);
+  run->precision = options.precision;
+  return status;
 }
 
 /* What holds for all lengths, once a model is there. */
@@ -76,8 +94,8 @@ static enum qtr_status run_round(struct run *run, int side, size_t length, int32
   struct qtr_engine_options options;
   struct qtr_engine *engine = NULL;
   struct qtr_stats stats;
-  enum qtr_status status = side_options(run, side, length, &options, err);
-  if (!status) status = ensure_model(run, &options, err);
+  enum qtr_status status = ensure_model(run, err);
+  if (!status) status = side_options(run, side, length, &options, err);
   if (!status) status = qtr_engine_open_model(run->model, NULL, NULL, &options, &engine, err);
   if (status == QTR_ERR_BACKEND) drop_model(run);
   if (status) return status;
@@ -87,6 +105,7 @@ static enum qtr_status run_round(struct run *run, int side, size_t length, int32
   const struct qtr_bench_options bench = {.batch = run->flags->batch,
                                           .prompt_len = (int32_t)length,
                                           .gen_len = gen_len,
+                                          .slack = slack_of(run, length),
                                           .settle = QTR_MIN(SETTLE, gen_len / 2),
                                           .seed = run->flags->seed + (uint64_t)number};
   status = qtr_bench_round_run(engine, &bench, round, err);
@@ -175,7 +194,7 @@ static enum qtr_status choose_heads(struct run *run, struct qtr_error *err) {
   enum qtr_status status = side_options(run, QTR_LONG_SPARSE, r->length[0], &options, err);
   if (!r->sparse.heads_dir) options.sparse.heads = &sparsity; /* there will be some */
   if (!status) status = qtr_engine_options_check(&options, err);
-  if (!status) status = ensure_model(run, &options, err);
+  if (!status) status = ensure_model(run, err);
   if (status || !(sparsity > 0)) return status;
   const struct qtr_config *c = &run->model->config;
   size_t n = (size_t)c->n_layers * (size_t)c->n_kv_heads;

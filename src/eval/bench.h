@@ -9,6 +9,8 @@ struct qtr_bench_options {
   int32_t batch, prompt_len, gen_len;
   uint64_t seed;  /* of the prompts; another one each round, or the prefix cache answers */
   int32_t settle; /* decode steps that are not timed: the first ones, in which a device makes its graphs */
+  int32_t slack;  /* tokens that each may generate besides, while the others' prompts are still read. With some, the round
+                     ends when all have generated gen_len together */
   bool quiet;     /* no progress line */
 };
 

@@ -50,6 +50,11 @@ dense=$(grep -oE '"kv_pool_bytes":[0-9]+' "$T/out" | head -1 | cut -d: -f2)
 sparse=$(grep -oE '"kv_pool_bytes":[0-9]+' "$T/out" | tail -1 | cut -d: -f2)
 [ "$sparse" -lt $((dense * 2 / 3)) ] || fail "pools of $dense and $sparse bytes"
 
+# A batch whose first sequences generate while the last prompts are read.
+l --lengths 500 --rounds 1 --json --batch 4 --gen-len 3 --max-num-batched-tokens 128
+grep -q '"decode_ms_per_step":null' "$T/out" && fail "no step of the whole batch"
+same "$(grep -oE '"n_preemptions":[0-9]+' "$T/out" | sort -u)" '"n_preemptions":0' "preemptions"
+
 # What cannot be measured does not end the rest: here a pool of 20 pages, 1,280 tokens.
 l --lengths 200,6000 --rounds 2 --json --kv-pages 20
 same "$(count "$T/out" '"error":"[^"]*20 pages')" 2 "lengths that do not fit"

@@ -153,6 +153,25 @@ static void bench_counts(void **state) {
   settled.settle = 6;
   assert_int_equal(qtr_bench_round_run(e, &settled, &round, &err), QTR_OK);
   assert_true(isnan(round.decode_ms_per_step) && round.n_decode_steps == 0);
+  /* Prompts of 200 tokens in steps of 512: the first generates while the last are read, and holds on until all have. */
+  struct qtr_engine *wide = open_engine(3);
+  struct qtr_bench_options held = {.batch = 3, .prompt_len = 200, .gen_len = 3, .slack = 9, .settle = 1, .quiet = true};
+  assert_int_equal(qtr_bench_round_run(wide, &held, &round, &err), QTR_OK);
+  assert_int_equal(round.n_decode_steps, 1);
+  held.gen_len = 1;
+  assert_int_equal(qtr_bench_round_run(wide, &held, &round, &err), QTR_OK);
+  assert_int_equal(round.n_decode_steps, 0);
+  held.gen_len = 2; /* without it the first has ended when the last one begins */
+  held.settle = 0;
+  assert_int_equal(qtr_bench_round_run(wide, &held, &round, &err), QTR_OK);
+  assert_int_equal(round.n_decode_steps, 1);
+  held.slack = 0;
+  assert_int_equal(qtr_bench_round_run(wide, &held, &round, &err), QTR_OK);
+  assert_int_equal(round.n_decode_steps, 0);
+  struct qtr_stats stats;
+  qtr_engine_stats(wide, &stats);
+  assert_int_equal(stats.n_running + stats.n_waiting + stats.n_pages_used, 0);
+  qtr_engine_close(wide);
   const struct qtr_bench_options single = {.batch = 1, .prompt_len = 5, .gen_len = 1, .quiet = true};
   assert_int_equal(qtr_bench_round_run(e, &single, &round, &err), QTR_OK);
   assert_true(isnan(round.decode_ms_per_step) && round.n_decode_steps == 0);

@@ -84,10 +84,30 @@ void qtr_matrix_block_grams(struct qtr_threads *team, const float *x, size_t n_r
   qtr_threads_for(team, n / width, 1, block_grams, &b);
 }
 
-void qtr_matrix_mirror(float *h, size_t n) {
-  for (size_t i = 0; i < n; i++) {
-    for (size_t j = i + 1; j < n; j++) h[i * n + j] = h[j * n + i];
+struct mirror {
+  float *h;
+  size_t n;
+};
+
+#define SIDE ((size_t)64)
+
+/* A band of rows, a square at a time: both sides of the diagonal then stay in the cache. */
+static void mirror_bands(void *arg, size_t begin, size_t end, int thread) {
+  (void)thread;
+  const struct mirror *m = arg;
+  for (size_t row = begin * SIDE; row < QTR_MIN(end * SIDE, m->n); row += SIDE) {
+    for (size_t column = row; column < m->n; column += SIDE) {
+      for (size_t i = row; i < QTR_MIN(row + SIDE, m->n); i++) {
+        for (size_t j = QTR_MAX(column, i + 1); j < QTR_MIN(column + SIDE, m->n); j++)
+          m->h[i * m->n + j] = m->h[j * m->n + i];
+      }
+    }
   }
+}
+
+void qtr_matrix_mirror(struct qtr_threads *team, float *h, size_t n) {
+  struct mirror m = {h, n};
+  qtr_threads_for(team, qtr_ceil_div(n, SIDE), 1, mirror_bands, &m);
 }
 
 void qtr_matrix_multiply_t(const float *a, size_t lda, const float *b, size_t ldb, float *out, size_t ldo, size_t m,

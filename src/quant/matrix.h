@@ -11,7 +11,7 @@ void qtr_matrix_add_gram(struct qtr_threads *team, const float *x, const float *
                          float *h);
 /* The blocks of width on the diagonal of xᵀx. x: (n_rows, n), out: (n / width, width, width) */
 void qtr_matrix_block_grams(struct qtr_threads *team, const float *x, size_t n_rows, size_t n, size_t width, float *out);
-void qtr_matrix_mirror(float *h, size_t n); /* the lower triangle to the upper */
+void qtr_matrix_mirror(struct qtr_threads *team, float *h, size_t n); /* the lower triangle to the upper */
 
 /* out = a bᵀ on the caller's thread. a: (m, k) rows lda apart, b: (n, k), out: (m, n). */
 void qtr_matrix_multiply_t(const float *a, size_t lda, const float *b, size_t ldb, float *out, size_t ldo, size_t m,

@@ -97,8 +97,8 @@ float qtr_observed_finish_site(struct qtr_observed *o, enum qtr_site s) {
   float scale = 2.0f / (float)QTR_MAX(o->n_tokens[s], 1);
   o->n_kept = o->n_seen[s];
   if (!o->hessian[s] || !o->moments) return scale;
-  qtr_matrix_mirror(o->hessian[s], o->dim[s]);
   for (size_t i = 0; i < o->dim[s] * o->dim[s]; i++) o->hessian[s][i] *= scale;
+  qtr_matrix_mirror(o->team, o->hessian[s], o->dim[s]);
   return scale;
 }
 
@@ -112,12 +112,36 @@ void qtr_observed_smooth_keys(struct qtr_observed *o, const float *s) {
   for (size_t i = 0; i < q_width(o->config); i++) o->max_q[i] *= s[qtr_kv_channel(i, d, group)];
 }
 
+/* Rows of a covariance, divided or put in another order. */
+struct rearranging {
+  float *h;          /* (n, n) */
+  const float *from; /* (n, n) reordering: what it was */
+  size_t n;
+  const float *s;      /* (n) divisors */
+  const size_t *index; /* (n) new row i is old row index[i] */
+};
+
+static void scale_rows(void *arg, size_t begin, size_t end, int thread) {
+  (void)thread;
+  const struct rearranging *r = arg;
+  for (size_t i = begin; i < end; i++) {
+    for (size_t k = 0; k < r->n; k++) r->h[i * r->n + k] /= r->s[i] * r->s[k];
+  }
+}
+
+static void reorder_rows(void *arg, size_t begin, size_t end, int thread) {
+  (void)thread;
+  const struct rearranging *r = arg;
+  for (size_t i = begin; i < end; i++) {
+    for (size_t k = 0; k < r->n; k++) r->h[i * r->n + k] = r->from[r->index[i] * r->n + r->index[k]];
+  }
+}
+
 void qtr_observed_scale(struct qtr_observed *o, enum qtr_site site, const float *s) {
   size_t n = o->dim[site];
-  for (size_t i = 0; i < n; i++) {
-    o->max_in[site][i] /= s[i];
-    for (size_t k = 0; k < n && o->hessian[site]; k++) o->hessian[site][i * n + k] /= s[i] * s[k];
-  }
+  struct rearranging r = {.h = o->hessian[site], .n = n, .s = s};
+  if (r.h) qtr_threads_for(o->team, n, 16, scale_rows, &r);
+  for (size_t i = 0; i < n; i++) o->max_in[site][i] /= s[i];
   for (size_t t = 0; t < o->n_kept; t++) {
     for (size_t i = 0; i < n; i++) o->sample[site][t * n + i] /= s[i];
   }
@@ -132,9 +156,8 @@ enum qtr_status qtr_observed_reorder(struct qtr_observed *o, enum qtr_site site,
   for (size_t i = 0; i < n; i++) o->max_in[site][i] = copy[index[i]];
   if (o->hessian[site]) {
     memcpy(copy, o->hessian[site], n * n * sizeof *copy);
-    for (size_t i = 0; i < n; i++) {
-      for (size_t k = 0; k < n; k++) o->hessian[site][i * n + k] = copy[index[i] * n + index[k]];
-    }
+    struct rearranging r = {.h = o->hessian[site], .from = copy, .n = n, .index = index};
+    qtr_threads_for(o->team, n, 16, reorder_rows, &r);
   }
   memcpy(copy, o->sample[site], o->n_kept * n * sizeof *copy);
   for (size_t t = 0; t < o->n_kept; t++) {

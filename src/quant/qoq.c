@@ -1,4 +1,4 @@
-/* qoq.c - defaults of the algorithm (qoq.h), and its finished layers into a checkpoint. */
+/* qoq.c - defaults of the algorithm by model family, and the steps as a user names them (qoq.h). */
 #include "quant/qoq.h"
 
 #include "base/status.h"

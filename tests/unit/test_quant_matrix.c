@@ -35,7 +35,7 @@ static void open_problem(struct problem *p) {
   for (size_t i = 0; i < 2 * N * N; i++) x[i] = i % N == DEAD ? 0 : (float)(uniform(&random) * (i % N % 11 == 4 ? 7 : 1));
   struct qtr_threads *team = team_of(3);
   qtr_matrix_add_gram(team, x, x, 2 * N, N, N, p->h);
-  qtr_matrix_mirror(p->h, N);
+  qtr_matrix_mirror(team, p->h, N);
   qtr_threads_free(team);
   for (size_t i = 0; i < N; i++) p->order[i] = i * 100 % N; /* N is prime */
   free(x);

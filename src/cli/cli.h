@@ -66,7 +66,7 @@ enum qtr_status qtr_env_int(const char *name, int32_t *value, struct qtr_error *
 #define QTR_PRECISION_CHOICES "w4a8kv4|w4a8kv8|w4a8|w8a8kv4|w8a8kv8|w8a8|w16a16kv4|w16a16kv8|w16a16"
 
 struct qtr_checkpoint_flags { /* of a command that writes one */
-  const char *output;
+  const char *output, *kv_scales;
   int32_t threads;
   bool overwrite;
 };

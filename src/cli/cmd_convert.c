@@ -9,7 +9,7 @@
 
 struct flags {
   struct qtr_checkpoint_flags checkpoint;
-  const char *model, *config, *precision, *s2_order, *dtype, *kv_scales;
+  const char *model, *config, *precision, *s2_order, *dtype;
   int32_t group_size;
   bool strict, json;
 };
@@ -56,13 +56,6 @@ static const struct qtr_option own_options[] = {
      .help =
          "QServe input in groups: how its second-level scales are ordered. Default auto: DeepCompressor's in files named "
          "quant_model.*, else OmniServe's."},
-    {.name = "kv-scales",
-     .argument = "FILE",
-     .kind = QTR_OPTION_STRING,
-     .offset = AT(kv_scales),
-     .help =
-         "Static KV8 scales to put in: the JSON of vLLM, acts.pt of DeepCompressor or LMQuant, or a directory with one of "
-         "them. Of scales for each head the largest of a layer is taken."},
     {.name = "json",
      .kind = QTR_OPTION_FLAG,
      .offset = AT(json),
@@ -85,24 +78,16 @@ static void on_found(enum qtr_convert_kind kind, void *user) {
 }
 
 static bool print_summary(const struct flags *flags, const struct qtr_convert_summary *s) {
-  const struct qtr_quantize_summary *q = &s->quantize;
   if (flags->json) {
-    json_t *o = json_pack("{s:s, s:s, s:s, s:i, s:i, s:I, s:I, s:I, s:o, s:o}", "output", flags->checkpoint.output, "kind",
-                          kind_word(s->kind), "precision", q->precision, "group_size", (int)q->group_size, "n_layers",
-                          (int)q->n_layers, "n_tensors", (json_int_t)q->n_tensors, "input_bytes", (json_int_t)q->input_bytes,
-                          "output_bytes", (json_int_t)q->output_bytes, "relative_error",
-                          qtr_json_number(q->relative_error, 6), "seconds", qtr_json_number(q->seconds, 5));
+    json_t *o = qtr_summary_json(flags->checkpoint.output, &s->quantize, s->kv_scales_per_layer);
     json_object_update_new(
-        o, json_pack("{s:I, s:I, s:I, s:I, s:I, s:I}", "exact", (json_int_t)s->n_exact, "moved", (json_int_t)s->n_moved,
-                     "rounded", (json_int_t)s->n_rounded, "groups_rounded", (json_int_t)s->n_groups_rounded, "groups_moved",
-                     (json_int_t)s->n_groups_moved, "reordered_layers", (json_int_t)s->n_reordered));
-    if (s->kv_scales_per_layer)
-      json_object_set_new(o, "kv_scales_per_layer", json_integer((json_int_t)s->kv_scales_per_layer));
+        o, json_pack("{s:s, s:I, s:I, s:I, s:I, s:I, s:I}", "kind", kind_word(s->kind), "exact", (json_int_t)s->n_exact,
+                     "moved", (json_int_t)s->n_moved, "rounded", (json_int_t)s->n_rounded, "groups_rounded",
+                     (json_int_t)s->n_groups_rounded, "groups_moved", (json_int_t)s->n_groups_moved, "reordered_layers",
+                     (json_int_t)s->n_reordered));
     return qtr_print_json("convert", o);
   }
-  char in[32], out[32];
-  printf("%s: %s, group %d: %s -> %s in %.1f s, error %.3f %%\n", flags->checkpoint.output, q->precision, q->group_size,
-         qtr_show_bytes(q->input_bytes, in), qtr_show_bytes(q->output_bytes, out), q->seconds, q->relative_error * 100);
+  qtr_summary_print(flags->checkpoint.output, &s->quantize, s->kv_scales_per_layer);
   if (s->kind != QTR_CONVERT_FLOAT) {
     printf("%zu matrices exact", s->n_exact);
     if (s->n_moved) {
@@ -112,11 +97,6 @@ static bool print_summary(const struct flags *flags, const struct qtr_convert_su
     if (s->n_rounded) printf(", %zu rounded anew", s->n_rounded);
     if (s->n_reordered) printf("; inner channels of %zu layers reordered", s->n_reordered);
     printf("\n");
-  }
-  if (s->kv_scales_per_layer == 1) printf("static KV scales put in\n");
-  if (s->kv_scales_per_layer > 1) {
-    printf("static KV scales put in: of the %d heads of each layer the largest, as the format has one scale a layer\n",
-           (int)s->kv_scales_per_layer);
   }
   return qtr_finish_output("convert");
 }
@@ -135,7 +115,7 @@ static int convert(const struct flags *flags) {
   options.bf16 = flags->dtype && strcmp(flags->dtype, "bf16") == 0;
   if (flags->s2_order && strcmp(flags->s2_order, "omniserve") == 0) options.s2_order = QTR_S2_QSERVE;
   if (flags->s2_order && strcmp(flags->s2_order, "deepcompressor") == 0) options.s2_order = QTR_S2_DEEPCOMPRESSOR;
-  options.kv_scales = flags->kv_scales;
+  options.kv_scales = flags->checkpoint.kv_scales;
   options.strict = flags->strict;
   options.overwrite = flags->checkpoint.overwrite;
   options.threads = flags->checkpoint.threads;

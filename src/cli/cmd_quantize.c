@@ -157,6 +157,20 @@ static enum qtr_status read_qoq(const struct flags *flags, struct qtr_quantize_o
   return status;
 }
 
+/* Static KV scales of a file, for a model whose keys and values stay as they are. */
+static enum qtr_status read_kv_scales(const struct flags *flags, struct qtr_quantize_options *options,
+                                      struct qtr_kv_scales *scales, struct qtr_error *err) {
+  struct qtr_config config;
+  if (options->qoq) {
+    return qtr_fail(err, QTR_ERR_ARGUMENT,
+                    "--kv-scales is of the keys and values before qoq changes them; --static-kv measures those after");
+  }
+  enum qtr_status status = qtr_config_read(flags->model, &config, err);
+  if (!status) status = qtr_kv_scales_read(flags->checkpoint.kv_scales, &config, scales, err);
+  options->kv_scales = scales;
+  return status;
+}
+
 /* What wants to see each matrix. */
 struct watchers {
   struct qtr_layer_report *layer;
@@ -187,12 +201,16 @@ static int quantize(const struct flags *flags) {
   options.threads = flags->checkpoint.threads;
   struct qtr_qoq_options qoq;
   if (!status && options.method && strcmp(options.method, "qoq") == 0) status = read_qoq(flags, &options, &qoq, &err);
+  struct qtr_kv_scales scales = {0};
+  if (!status && flags->checkpoint.kv_scales) status = read_kv_scales(flags, &options, &scales, &err);
+  int32_t n_scales = scales.scale ? scales.n_heads : 0;
   struct qtr_quant_report page = {0};
   struct watchers watchers = {&layer, &page};
   if (!status && flags->report) status = qtr_quant_report_open(flags->report, &page, &err);
   if (!status) status = qtr_quantize(&options, watch, &watchers, &summary, &err);
   if (!status && flags->report) status = qtr_quant_report_write(&page, &options, &summary, &err);
   qtr_quant_report_free(&page);
+  qtr_kv_scales_free(&scales);
   if (status) {
     qtr_layer_report_drop(&layer);
     return qtr_report("quantize", &err);
@@ -200,20 +218,9 @@ static int quantize(const struct flags *flags) {
   qtr_layer_report_end(&layer);
   if (flags->json) {
     layer.broken =
-        !qtr_print_json("quantize",
-                        json_pack("{s:s, s:s, s:i, s:i, s:I, s:I, s:I, s:o, s:o, s:I}", "output", flags->checkpoint.output,
-                                  "precision", summary.precision, "group_size", (int)summary.group_size, "n_layers",
-                                  (int)summary.n_layers, "n_tensors", (json_int_t)summary.n_tensors, "input_bytes",
-                                  (json_int_t)summary.input_bytes, "output_bytes", (json_int_t)summary.output_bytes,
-                                  "relative_error", qtr_json_number(summary.relative_error, 6), "seconds",
-                                  qtr_json_number(summary.seconds, 5), "peak_rss_bytes", (json_int_t)qtr_peak_rss())) ||
-        layer.broken;
+        !qtr_print_json("quantize", qtr_summary_json(flags->checkpoint.output, &summary, n_scales)) || layer.broken;
   } else {
-    char in[32], out[32], peak[32];
-    printf("%s: %s, group %d: %s -> %s in %.1f s and %s of memory, error %.3f %%\n", flags->checkpoint.output,
-           summary.precision, summary.group_size, qtr_show_bytes(summary.input_bytes, in),
-           qtr_show_bytes(summary.output_bytes, out), summary.seconds, qtr_show_bytes(qtr_peak_rss(), peak),
-           summary.relative_error * 100);
+    qtr_summary_print(flags->checkpoint.output, &summary, n_scales);
     layer.broken = !qtr_finish_output("quantize") || layer.broken;
   }
   return layer.broken ? QTR_EXIT_FAILURE : QTR_EXIT_OK;

@@ -1,4 +1,4 @@
-/* layer_report.c - the errors of a layer's matrices, summed up (layer_report.h). */
+/* layer_report.c - the errors of a layer's matrices, summed up, and the last line of what wrote a model (layer_report.h). */
 #include "cli/layer_report.h"
 
 #include "cli/cli.h"
@@ -57,4 +57,26 @@ void qtr_layer_report_add(const struct qtr_quantize_report *r, void *report) {
 void qtr_layer_report_drop(struct qtr_layer_report *l) {
   json_decref(l->projections);
   l->projections = NULL;
+}
+
+json_t *qtr_summary_json(const char *output, const struct qtr_quantize_summary *s, int32_t kv_scales_per_layer) {
+  json_t *o = json_pack("{s:s, s:s, s:i, s:i, s:I, s:I, s:I, s:o, s:o, s:I}", "output", output, "precision", s->precision,
+                        "group_size", (int)s->group_size, "n_layers", (int)s->n_layers, "n_tensors",
+                        (json_int_t)s->n_tensors, "input_bytes", (json_int_t)s->input_bytes, "output_bytes",
+                        (json_int_t)s->output_bytes, "relative_error", qtr_json_number(s->relative_error, 6), "seconds",
+                        qtr_json_number(s->seconds, 5), "peak_rss_bytes", (json_int_t)qtr_peak_rss());
+  if (kv_scales_per_layer > 0) json_object_set_new(o, "kv_scales_per_layer", json_integer((json_int_t)kv_scales_per_layer));
+  return o;
+}
+
+void qtr_summary_print(const char *output, const struct qtr_quantize_summary *s, int32_t kv_scales_per_layer) {
+  char in[32], out[32], peak[32];
+  printf("%s: %s, group %d: %s -> %s in %.1f s and %s of memory, error %.3f %%\n", output, s->precision, s->group_size,
+         qtr_show_bytes(s->input_bytes, in), qtr_show_bytes(s->output_bytes, out), s->seconds,
+         qtr_show_bytes(qtr_peak_rss(), peak), s->relative_error * 100);
+  if (kv_scales_per_layer == 1) printf("static KV scales put in\n");
+  if (kv_scales_per_layer > 1) {
+    printf("static KV scales put in: of the %d heads of each layer the largest, as the format has one scale a layer\n",
+           (int)kv_scales_per_layer);
+  }
 }

@@ -22,4 +22,9 @@ void qtr_layer_report_add(const struct qtr_quantize_report *matrix, void *report
 void qtr_layer_report_end(struct qtr_layer_report *report);                        /* prints the last layer */
 void qtr_layer_report_drop(struct qtr_layer_report *report);                       /* after an error */
 
+/* What it all came to: where it was written, its sizes, the time and the memory that it took. kv_scales_per_layer: how many
+ * static KV scales each layer had in the file that they came from, K and V each; 0 = none. */
+json_t *qtr_summary_json(const char *output, const struct qtr_quantize_summary *summary, int32_t kv_scales_per_layer);
+void qtr_summary_print(const char *output, const struct qtr_quantize_summary *summary, int32_t kv_scales_per_layer);
+
 #endif

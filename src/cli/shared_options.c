@@ -15,6 +15,13 @@ const struct qtr_option qtr_checkpoint_options_table[] = {
      .kind = QTR_OPTION_FLAG,
      .offset = AT(overwrite),
      .help = "Replace a model in the output directory."},
+    {.name = "kv-scales",
+     .argument = "FILE",
+     .kind = QTR_OPTION_STRING,
+     .offset = AT(kv_scales),
+     .help =
+         "Static KV8 scales to put in: the JSON of vLLM, acts.pt of DeepCompressor or LMQuant, or a directory with one of "
+         "them. Of scales for each head the largest of a layer is taken."},
     QTR_THREADS_OPTION(AT(threads)),
     {0}};
 #undef AT

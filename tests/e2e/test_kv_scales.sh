@@ -41,6 +41,11 @@ cmp "$T/with/model.safetensors" "$T/heads/model.safetensors" || fail "per-head s
 # quantize's own path keeps them, too
 if [ -f "$SHARED/models/demo-bf16/model.safetensors" ]; then
   run 0 convert --model "$SHARED/models/demo-bf16" --output "$T/float" --precision w8a8kv8 --kv-scales "$T/scales.json"
+  run 0 quantize --model "$SHARED/models/demo-bf16" --output "$T/float2" --precision w8a8kv8 --kv-scales "$T/heads.json"
+  says "$T/out" "of the $heads heads of each layer the largest"
+  cmp "$T/float/model.safetensors" "$T/float2/model.safetensors" || fail "quantize --kv-scales differs from convert's"
+  run 1 quantize --model "$SHARED/models/demo-bf16" --output "$T/no" --method qoq --calibration "$SRC/README.md" --kv-scales "$T/scales.json"
+  says "$T/err" "static-kv measures"
   run 0 info --model "$T/float" --export-kv-scales "$T/float.json" --json
   cmp "$T/float.json" "$T/exported.json" || fail "other scales come out of a rounded model"
 fi

@@ -322,6 +322,10 @@ static int bench_serve(const struct flags *f) {
   if (!status) status = qtr_load_summarize(&run, &slo, &summary, &err);
   if (!status && write_results(f, &report)) {
     code = run.interrupted ? QTR_EXIT_INTERRUPTED : summary.n_ok > 0 ? QTR_EXIT_OK : QTR_EXIT_FAILURE;
+    if (summary.n_ok == 0 && run.message[QTR_LOAD_HTTP][0] && workload.kind == QTR_PROMPT_TOKENS)
+      (void)fprintf(stderr,
+                    "quattuor bench serve: the prompts were token ids, which not every server takes: "
+                    "try --prompts words\n");
   }
 done:
   if (status) (void)qtr_report("bench serve", &err);

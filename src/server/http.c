@@ -30,6 +30,7 @@
 #include <string.h>
 #include <sys/queue.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
 #define LINGER_SECONDS 2.0
@@ -538,10 +539,20 @@ static const char *reason(int status) {
   }
 }
 
+/* RFC 9110, 6.6.1: who has a clock says what it shows. */
+static const char *date(char *out, size_t size) {
+  time_t now = time(NULL);
+  struct tm tm;
+  if (!gmtime_r(&now, &tm) || strftime(out, size, "%a, %d %b %Y %H:%M:%S GMT", &tm) == 0) *out = 0;
+  return out;
+}
+
 static void write_head(struct qtr_http_conn *c, int status, const char *type, const char *headers) {
+  char now[64];
   if (c->http->draining) c->close_after = true;
-  qtr_buffer_printf(&c->out, "HTTP/1.1 %d %s\r\nServer: quattuor/%s\r\n%s%s%s%s%s", status, reason(status), qtr_version(),
-                    type ? "Content-Type: " : "", type ? type : "", type ? "\r\n" : "", headers ? headers : "",
+  qtr_buffer_printf(&c->out, "HTTP/1.1 %d %s\r\nServer: quattuor/%s\r\nDate: %s\r\n%s%s%s%s%s", status, reason(status),
+                    qtr_version(), date(now, sizeof now), type ? "Content-Type: " : "", type ? type : "", type ? "\r\n" : "",
+                    headers ? headers : "",
                     c->close_after       ? "Connection: close\r\n"
                     : c->head.minor == 0 ? "Connection: keep-alive\r\n"
                                          : "");

@@ -106,9 +106,8 @@ static bool read_seed(json_t *seed, struct qtr_api_request *r, struct qtr_api_er
   struct qtr_sampling *s = &r->options.sampling;
   int64_t v;
   double x = json_is_number(seed) ? json_number_value(seed) : NAN;
-  if (x < floor(x) || x > floor(x) || isnan(x)) {
-    return qtr_api_fail(err, 400, "seed", "seed must be a whole number, not %s", qtr_api_kind_name(seed));
-  }
+  if (isnan(x)) return qtr_api_fail(err, 400, "seed", "seed must be a whole number, not %s", qtr_api_kind_name(seed));
+  if (x < floor(x) || x > floor(x)) return qtr_api_fail(err, 400, "seed", "seed is %g; it must be a whole number", x);
   if (whole(seed, &v))
     s->seed = (uint64_t)v;
   else

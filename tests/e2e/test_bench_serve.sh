@@ -76,6 +76,8 @@ same "$(($(field completed <"$T/out") + $(field failed <"$T/out")))" 40 "complet
 b 1 --concurrency 1
 says "$T/err" 'API key'
 OPENAI_API_KEY=a-key run 0 bench serve --url "http://127.0.0.1:$port/v1/" --quiet --concurrency 1 --requests 1 --input-len 4 --output-len 2
+b 1 --api-key "$T/key" --concurrency 1 --requests 1 --vocab 1000000 --input-len 64
+says "$T/err" 'try --prompts words'
 run 1 bench serve --url http://127.0.0.1:9 --concurrency 1
 says "$T/err" 'no server at 127.0.0.1 port 9'
 run 2 bench serve

@@ -47,15 +47,15 @@ fi
 common=(--model "$model" --max-num-seqs "$streams" --kv-pages $((streams * ((input + output) / 64 + 1))) --max-model-len $((input + output)) --no-prefix-cache "$@")
 
 start_server "$quattuor" "$folder/log" "${common[@]}" --log-format none
-wave() { # wave SEED OUTPUT: one round of the server
-  "${client[@]}" "$quattuor" bench serve --temperature 0 --url "$url" --concurrency "$streams" --requests "$streams" --input-len "$input" --output-len "$2" \
-    --seed "$1" --quiet --json -
+wave() { # wave SEED: all streams through the server once
+  "${client[@]}" "$quattuor" bench serve --temperature 0 --url "$url" --concurrency "$streams" --requests "$streams" --input-len "$input" \
+    --output-len "$output" --seed "$1" --quiet --json -
 }
 for round in $(seq 0 "$rounds"); do
   "$quattuor" bench "${common[@]}" --batch "$streams" --prompt-len "$input" --gen-len "$output" --rounds 2 --seed "$round" --json \
     >"$folder/engine-$round.json" 2>"$folder/err" || { cat "$folder/err" >&2; exit 1; }
-  wave "$((1000 + round))" "$output" >"$folder/warm"
-  wave "$round" "$output" >"$folder/server-$round.json"
+  wave "$((1000 + round))" >"$folder/warm"
+  wave "$round" >"$folder/server-$round.json"
 done
 python3 - "$folder" "$streams" "$input" "$output" "$rounds" "$model" "$cores" <<'P'
 import json, os, statistics, sys

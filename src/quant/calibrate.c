@@ -323,14 +323,14 @@ static uint64_t fingerprint(const struct qtr_checkpoint *checkpoint) {
   return hash;
 }
 
-/* Everything that the layers depend on. */
+/* Everything that the layers depend on. The version rises when the same settings begin to give other bytes. */
 static json_t *settings_of(const struct run *r) {
   const struct qtr_qoq_options *o = r->options;
   const struct qtr_config *c = r->config;
   char hash[32], model[32];
   (void)snprintf(model, sizeof model, "%016llx", (unsigned long long)fingerprint(r->job->source->checkpoint));
   (void)snprintf(hash, sizeof hash, "%016llx", (unsigned long long)r->calibration.hash);
-  return json_pack("{ss si si si si ss sf sf si sf si si sb sb sb sb sb sb so so so so si sf sb ss}", "version", "1",
+  return json_pack("{ss si si si si ss sf sf si sf si si sb sb sb sb sb sb so so so so si sf sb ss}", "version", "2",
                    "format", (int)r->job->format, "kv", (int)r->job->kv, "samples", (int)o->n_samples, "length",
                    (int)o->length, "model", model, "eps", (double)c->rms_norm_eps, "rope_theta", c->rope_theta,
                    "rope_scaling", (int)c->rope_scaling, "rope_factor", c->rope_factor, "heads", (int)c->n_heads, "kv_heads",

@@ -20,7 +20,7 @@ struct qtr_convert_options {
   const char *config_dir; /* config.json and tokenizer; NULL: input */
   const char *output_dir; /* made when absent; required */
   const char *precision;  /* "w4a8kv4". Float input: what to make, NULL = w16a16. Else the weights must be those found and
-                             only  the KV width counts; NULL = as the input says, else kv4 with w4a8 and kv8 with w8a8 */
+                             only the KV width counts; NULL = as the input says, else kv4 with w4a8 and kv8 with w8a8 */
   int32_t group_size;     /* float input to W4: 128 or -1; 0 = 128. Else 0 or what is found */
   bool bf16;              /* float input: what stays float becomes bf16 instead of fp16 */
   enum qtr_s2_order s2_order; /* QServe input */

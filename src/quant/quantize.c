@@ -1,9 +1,10 @@
-/* quantize.c - from a float checkpoint to a QServe checkpoint by round to nearest (quantize.h; spec A.2 – A.4, F.6).
+/* quantize.c - from a float checkpoint to a QServe checkpoint, by round to nearest or QoQ (quantize.h; spec A.2 – A.4, F.6).
  *
  * First a plan is made: every tensor of the output (quant/layout.h) with its source, shapes checked, before a byte is
  * written. Then the plan is carried out job by job in chunks of rows: the source is mapped, a chunk of it becomes floats and
  * goes to the sink, which rounds and packs it; so memory stays at some chunks plus the scales of one matrix, whatever the
- * model's size. */
+ * model's size. With QoQ (qoq.h) the calibration runs between the two and leaves finished layers in a work directory, and
+ * the jobs take them from there (qoq_write.h). */
 #include "quant/quantize.h"
 
 #include "base/checked.h"

@@ -67,10 +67,12 @@ enum qtr_status qtr_env_int(const char *name, int32_t *value, struct qtr_error *
 
 struct qtr_checkpoint_flags { /* of a command that writes one */
   const char *output, *kv_scales;
-  int32_t threads;
+  int32_t group_size, threads;
   bool overwrite;
 };
 extern const struct qtr_option qtr_checkpoint_options_table[];
+/* Whether --model and --output are there and --group-size is one of both; else says what is wrong. */
+bool qtr_checkpoint_flags_good(const char *command, const char *model, const struct qtr_checkpoint_flags *flags);
 
 struct qtr_haystack_flags { /* the texts of generated questions */
   const char *haystack, *lengths;

@@ -10,7 +10,6 @@
 struct flags {
   struct qtr_checkpoint_flags checkpoint;
   const char *model, *config, *precision, *s2_order, *dtype;
-  int32_t group_size;
   bool strict, json;
 };
 
@@ -37,13 +36,6 @@ static const struct qtr_option own_options[] = {
      .help =
          "Float input: what to make of it, by round to nearest; default w16a16. Else the weights are those found, and only "
          "the KV width, the default of the new model, is free."},
-    {.name = "group-size",
-     .argument = "G",
-     .kind = QTR_OPTION_INT,
-     .offset = AT(group_size),
-     .min = -1,
-     .max = 128,
-     .help = "Float input to 4-bit weights: 128 (default) or -1, one scale a channel."},
     {.name = "dtype",
      .kind = QTR_OPTION_CHOICE,
      .offset = AT(dtype),
@@ -111,7 +103,7 @@ static int convert(const struct flags *flags) {
   options.config_dir = flags->config;
   options.output_dir = flags->checkpoint.output;
   options.precision = flags->precision;
-  options.group_size = flags->group_size;
+  options.group_size = flags->checkpoint.group_size;
   options.bf16 = flags->dtype && strcmp(flags->dtype, "bf16") == 0;
   if (flags->s2_order && strcmp(flags->s2_order, "omniserve") == 0) options.s2_order = QTR_S2_QSERVE;
   if (flags->s2_order && strcmp(flags->s2_order, "deepcompressor") == 0) options.s2_order = QTR_S2_DEEPCOMPRESSOR;
@@ -144,14 +136,7 @@ int qtr_cmd_convert(int argc, char **argv) {
   int code = QTR_EXIT_USAGE;
   switch (qtr_options_parse(&line, argc, argv)) {
     case QTR_PARSE_OK:
-      if (!flags.model || !flags.checkpoint.output) {
-        (void)fprintf(stderr, "quattuor convert: no %s: give --%s\n", flags.model ? "output" : "input",
-                      flags.model ? "output DIR" : "model IN");
-      } else if (flags.group_size != 0 && flags.group_size != -1 && flags.group_size != 128) {
-        (void)fprintf(stderr, "quattuor convert: --group-size \"%d\": write -1 or 128\n", flags.group_size);
-      } else {
-        code = convert(&flags);
-      }
+      if (qtr_checkpoint_flags_good("convert", flags.model, &flags.checkpoint)) code = convert(&flags);
       break;
     case QTR_PARSE_HELP: code = qtr_finish_output("convert") ? QTR_EXIT_OK : QTR_EXIT_FAILURE; break;
     case QTR_PARSE_ERROR: break;

@@ -14,7 +14,7 @@ struct flags {
   struct qtr_checkpoint_flags checkpoint;
   const char *model, *precision, *method, *head, *embed;
   const char *calibration, *steps, *keys, *down, *out, *report;
-  int32_t group_size, samples, length;
+  int32_t samples, length;
   uint64_t seed;
   float damp;
   bool json, seed_given, static_kv, fresh;
@@ -32,13 +32,6 @@ static const struct qtr_option own_options[] = {
      .offset = AT(precision),
      .choices = QTR_PRECISION_CHOICES,
      .help = "Default w4a8kv4. The KV width is the default of the new model and can be changed at run time."},
-    {.name = "group-size",
-     .argument = "G",
-     .kind = QTR_OPTION_INT,
-     .offset = AT(group_size),
-     .min = -1,
-     .max = 128,
-     .help = "Of 4-bit weights: 128 (default) or -1, one scale a channel."},
     {.name = "method",
      .kind = QTR_OPTION_CHOICE,
      .offset = AT(method),
@@ -137,10 +130,10 @@ static enum qtr_status read_qoq(const struct flags *flags, struct qtr_quantize_o
   if (status) return status;
   int32_t bits = options->precision.weight_bits;
   qtr_qoq_options_init(qoq,
-                       bits == 16                ? QTR_LINEAR_F16
-                       : bits == 8               ? QTR_LINEAR_W8A8
-                       : flags->group_size == -1 ? QTR_LINEAR_W4A8
-                                                 : QTR_LINEAR_W4A8_G128,
+                       bits == 16                           ? QTR_LINEAR_F16
+                       : bits == 8                          ? QTR_LINEAR_W8A8
+                       : flags->checkpoint.group_size == -1 ? QTR_LINEAR_W4A8
+                                                            : QTR_LINEAR_W4A8_G128,
                        &config);
   qoq->calibration = flags->calibration;
   if (flags->samples) qoq->n_samples = flags->samples;
@@ -193,7 +186,7 @@ static int quantize(const struct flags *flags) {
   if (flags->precision) status = qtr_precision_parse(flags->precision, &options.precision, &err);
   options.model_dir = flags->model;
   options.output_dir = flags->checkpoint.output;
-  options.group_size = flags->group_size;
+  options.group_size = flags->checkpoint.group_size;
   options.method = flags->method;
   options.head_int8 = flags->head && strcmp(flags->head, "int8") == 0;
   options.embed_int8 = flags->embed && strcmp(flags->embed, "int8") == 0;
@@ -257,12 +250,8 @@ int qtr_cmd_quantize(int argc, char **argv) {
   switch (qtr_options_parse(&line, argc, argv)) {
     case QTR_PARSE_OK:
       only_qoq = flag_of_qoq(&flags);
-      if (!flags.model || !flags.checkpoint.output) {
-        (void)fprintf(stderr, "quattuor quantize: no %s: give --%s DIR\n", flags.model ? "output" : "model",
-                      flags.model ? "output" : "model");
-      } else if (flags.group_size != 0 && flags.group_size != -1 && flags.group_size != 128) {
-        (void)fprintf(stderr, "quattuor quantize: --group-size \"%d\": write -1 or 128\n", flags.group_size);
-      } else if (only_qoq && !(flags.method && strcmp(flags.method, "qoq") == 0)) {
+      if (!qtr_checkpoint_flags_good("quantize", flags.model, &flags.checkpoint)) break;
+      if (only_qoq && !(flags.method && strcmp(flags.method, "qoq") == 0)) {
         (void)fprintf(stderr, "quattuor quantize: --%s belongs to --method qoq\n", only_qoq);
       } else {
         code = quantize(&flags);

@@ -2,6 +2,8 @@
  * that open a model share is in groups.c. */
 #include "cli/cli.h"
 
+#include <stdio.h>
+
 /* ---- checkpoints that are written ---------------------------------------------------------------- */
 
 #define AT(field) offsetof(struct qtr_checkpoint_flags, field)
@@ -11,6 +13,13 @@ const struct qtr_option qtr_checkpoint_options_table[] = {
      .kind = QTR_OPTION_STRING,
      .offset = AT(output),
      .help = "Where the checkpoint goes, with config and tokenizer; made when absent. Needed."},
+    {.name = "group-size",
+     .argument = "G",
+     .kind = QTR_OPTION_INT,
+     .offset = AT(group_size),
+     .min = -1,
+     .max = 128,
+     .help = "Of weights that are made 4-bit: 128 (default) or -1, one scale a channel."},
     {.name = "overwrite",
      .kind = QTR_OPTION_FLAG,
      .offset = AT(overwrite),
@@ -25,6 +34,18 @@ const struct qtr_option qtr_checkpoint_options_table[] = {
     QTR_THREADS_OPTION(AT(threads)),
     {0}};
 #undef AT
+
+bool qtr_checkpoint_flags_good(const char *command, const char *model, const struct qtr_checkpoint_flags *flags) {
+  int32_t g = flags->group_size;
+  if (!model || !flags->output) {
+    const char *what = model ? "output" : "model";
+    (void)fprintf(stderr, "quattuor %s: no %s: give --%s DIR\n", command, what, what);
+    return false;
+  }
+  if (g == 0 || g == -1 || g == 128) return true;
+  (void)fprintf(stderr, "quattuor %s: --group-size \"%d\": write -1 or 128\n", command, (int)g);
+  return false;
+}
 
 /* ---- texts and questions ------------------------------------------------------------------------- */
 

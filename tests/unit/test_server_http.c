@@ -27,9 +27,39 @@ struct fixture {
   pthread_t thread;
   int port;
   atomic_int n_requests, n_gone, n_refused;
+  struct event *turn; /* of /pieces */
+  struct qtr_http_conn *pieces;
+  atomic_int n_pieces;
+  atomic_bool reading; /* the client has begun to: the second half may come */
 };
 
-/* ---- the server's side: /echo gives the body back, /flood writes for ever, /hang never answers ---- */
+/* ---- the server's side: /echo gives the body back, /flood writes for ever, /hang never answers, /pieces writes numbered
+ * lines, five in each turn of the loop ---- */
+
+#define N_PIECES 1000 /* 34 MB in all; half of it is more than sockets hold */
+#define N_LINES 512   /* of a piece */
+#define PIECE "%06d a line of sixty-four bytes, of which there are a thousand.\n"
+
+static void on_turn(evutil_socket_t fd, short what, void *arg) {
+  struct fixture *f = arg;
+  (void)fd;
+  (void)what;
+  if (atomic_load(&f->n_pieces) == N_PIECES / 2 && !atomic_load(&f->reading)) {
+    (void)event_add(f->turn, &(struct timeval){.tv_usec = 1000});
+    return;
+  }
+  for (int i = 0; i < 5; i++) {
+    char block[N_LINES * 96];
+    size_t n = 0;
+    int first = atomic_fetch_add(&f->n_pieces, 1) * N_LINES;
+    for (int k = 0; k < N_LINES; k++) n += (size_t)snprintf(block + n, sizeof block - n, PIECE, first + k);
+    qtr_http_write(f->pieces, block, n);
+  }
+  if (atomic_load(&f->n_pieces) < N_PIECES)
+    (void)event_add(f->turn, &(struct timeval){0});
+  else
+    qtr_http_end(f->pieces);
+}
 
 static void on_request(struct qtr_http_conn *conn, void *arg) {
   struct fixture *f = arg;
@@ -44,6 +74,10 @@ static void on_request(struct qtr_http_conn *conn, void *arg) {
     static char block[65536];
     qtr_http_begin(conn, 200, "text/plain", NULL);
     for (int i = 0; i < 400; i++) qtr_http_write(conn, block, sizeof block); /* 25 MB: more than anybody buffers */
+  } else if (qtr_http_is(head->path, "/pieces")) {
+    f->pieces = conn;
+    qtr_http_begin(conn, 200, "text/plain", NULL);
+    (void)event_add(f->turn, &(struct timeval){0});
   }
 }
 
@@ -77,7 +111,7 @@ static void *loop(void *arg) {
   return NULL;
 }
 
-static int begin(void **state) {
+static int begin_with(void **state, double write_seconds, size_t max_pending) {
   struct fixture *f = calloc(1, sizeof *f);
   struct qtr_error err;
   const struct qtr_http_limits limits = {.max_connections = 8,
@@ -85,8 +119,8 @@ static int begin(void **state) {
                                          .head_seconds = 0.4,
                                          .body_seconds = 0.4,
                                          .idle_seconds = 0.4,
-                                         .write_seconds = 0.4,
-                                         .max_pending = 1 << 20};
+                                         .write_seconds = write_seconds,
+                                         .max_pending = max_pending};
   const struct qtr_http_handlers handlers = {on_request, on_refuse, on_gone, f};
   if (!f || pipe(f->pipe)) return -1;
   f->base = event_base_new();
@@ -97,9 +131,13 @@ static int begin(void **state) {
   f->port = qtr_http_port(f->http);
   f->command = event_new(f->base, f->pipe[0], EV_READ | EV_PERSIST, on_command, f);
   (void)event_add(f->command, NULL);
+  f->turn = event_new(f->base, -1, 0, on_turn, f);
   *state = f;
   return pthread_create(&f->thread, NULL, loop, f);
 }
+
+static int begin(void **state) { return begin_with(state, 0.4, (size_t)1 << 20); }
+static int begin_patient(void **state) { return begin_with(state, 60, (size_t)64 << 20); }
 
 static int end(void **state) {
   struct fixture *f = *state;
@@ -107,6 +145,7 @@ static int end(void **state) {
   (void)pthread_join(f->thread, NULL);
   qtr_http_close(f->http);
   event_free(f->command);
+  event_free(f->turn);
   (void)event_base_loop(f->base, EVLOOP_NONBLOCK); /* what bufferevents had deferred */
   event_base_free(f->base);
   (void)close(f->pipe[0]);
@@ -150,7 +189,7 @@ static void pause_ms(int ms) {
 }
 
 static void await(atomic_int *counter, int value) {
-  for (int i = 0; i < 400 && atomic_load(counter) < value; i++) pause_ms(10);
+  for (int i = 0; i < 6000 && atomic_load(counter) < value; i++) pause_ms(10);
   assert_int_equal(atomic_load(counter), value);
 }
 
@@ -186,6 +225,44 @@ static void test_slow(void **state) {
   assert_non_null(strstr(out, "\r\n\r\nok"));
   (void)close(fd);
   assert_int_equal(atomic_load(&f->n_gone), 0);
+}
+
+/* What a full socket does not take waits, and what is written meanwhile comes behind it: every line arrives, in order. */
+static void test_pieces(void **state) {
+  struct fixture *f = *state;
+  size_t n_lines = 0, n_at = 0;
+  char at[256];
+  static char part[1 << 16], text[sizeof part];
+  struct qtr_http_chunked decoder = {0};
+  int fd = dial(f), done = 0;
+  say(fd, "GET /pieces HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+  await(&f->n_pieces, N_PIECES / 2);
+  atomic_store(&f->reading, true);
+  size_t n_head = 0;
+  while (n_head < 4 || memcmp(at + n_head - 4, "\r\n\r\n", 4) != 0) {
+    assert_true(n_head < sizeof at);
+    assert_int_equal(recv(fd, at + n_head++, 1, 0), 1);
+  }
+  while (!done) {
+    ssize_t got = recv(fd, part, sizeof part, 0);
+    size_t used = 0, n = 0;
+    assert_true(got > 0);
+    done = qtr_http_dechunk(&decoder, part, (size_t)got, &used, text, &n);
+    assert_true(done >= 0);
+    for (size_t i = 0; i < n; i++) {
+      assert_true(n_at < sizeof at - 1);
+      at[n_at++] = text[i];
+      if (text[i] != '\n') continue;
+      char wanted[96];
+      at[n_at] = 0;
+      n_at = 0;
+      (void)snprintf(wanted, sizeof wanted, PIECE, (int)n_lines++);
+      assert_string_equal(at, wanted);
+    }
+  }
+  assert_int_equal(n_lines, N_PIECES * N_LINES);
+  assert_int_equal(atomic_load(&f->n_gone), 0);
+  (void)close(fd);
 }
 
 static void test_gone(void **state) {
@@ -302,9 +379,12 @@ static void test_drain(void **state) {
 }
 
 int main(void) {
-  const struct CMUnitTest tests[] = {
-      cmocka_unit_test_setup_teardown(test_slow, begin, end),   cmocka_unit_test_setup_teardown(test_gone, begin, end),
-      cmocka_unit_test_setup_teardown(test_unread, begin, end), cmocka_unit_test_setup_teardown(test_many, begin, end),
-      cmocka_unit_test_setup_teardown(test_bodies, begin, end), cmocka_unit_test_setup_teardown(test_drain, begin, end)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test_setup_teardown(test_pieces, begin_patient, end),
+                                     cmocka_unit_test_setup_teardown(test_slow, begin, end),
+                                     cmocka_unit_test_setup_teardown(test_gone, begin, end),
+                                     cmocka_unit_test_setup_teardown(test_unread, begin, end),
+                                     cmocka_unit_test_setup_teardown(test_many, begin, end),
+                                     cmocka_unit_test_setup_teardown(test_bodies, begin, end),
+                                     cmocka_unit_test_setup_teardown(test_drain, begin, end)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

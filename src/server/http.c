@@ -88,6 +88,7 @@ static void forget_request(struct qtr_http_conn *c) {
   c->http->n_body_bytes -= c->body_capacity;
   free(c->head_data);
   free(c->body);
+  qtr_buffer_free(&c->out); /* all of it is with the socket by now, or nobody wants it any more */
   c->head_data = c->body = NULL;
   c->n_body = c->body_capacity = 0;
   c->head = (struct qtr_http_head){0};
@@ -106,7 +107,6 @@ static void conn_free(struct qtr_http_conn *c) {
   if (c->next) c->next->prev = c->prev;
   http->n_connections--;
   forget_request(c);
-  qtr_buffer_free(&c->out);
   if (c->timer) event_free(c->timer);
   if (c->bev) bufferevent_free(c->bev);
   free(c);

@@ -27,7 +27,8 @@ struct clipping {
   struct qtr_grid *grid;
   float *gram;      /* (n_groups, width, width) Xᵀ X of each cell's columns; NULL: X itself is the smaller */
   size_t n_product; /* width, or n_samples */
-  float *scratch;   /* (threads, n_scratch) */
+  float *scratch;   /* (threads, n_scratch): ratios (ROWS, n_groups), δ (STEPS * ROWS, width), products (STEPS * ROWS,
+                       n_product) */
   size_t n_scratch;
   atomic_int fail; /* enum qtr_rtn_status */
 };

@@ -2,9 +2,9 @@
  * attention_*}. Versions, predictions and outcomes: bench/NOTES.md.
  *
  * Build: nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -Isrc -Iinclude this file,
- * src/backend/cuda/{rope_kv,attention_generic,attention_decode,attention_prefill}.cu, and objects (C11) of
- * src/backend/cuda/{kv,attention_plan}.c, src/base/status.c, src/backend/common/formats.c. With compute_80 (code=compute_80)
- * it runs what GPUs before Hopper get.
+ * src/backend/cuda/{rope_kv,select,attention_generic,attention_decode,attention_prefill}.cu, and objects (C11) of
+ * src/backend/cuda/{kv,attention_plan,select_plan}.c, src/base/status.c, src/backend/common/{formats,sparse,kv_static}.c.
+ * With compute_80 (code=compute_80) it runs what GPUs before Hopper get.
  *
  * `lab check [seed]`: random ragged batches; stored bits against kv_quant.h, results against double precision, each sequence
  * alone and in two steps, poisoned outputs; larger shapes against the generic kernel. `lab quick`: the first shapes only.
@@ -26,6 +26,11 @@ extern "C" {
 #include "backend/common/kv_quant.h"
 }
 #include "backend/cuda/attention_kernels.h"
+
+/* What freeing a cache asks of the backend: nothing is recorded here. */
+extern "C" void qtr_cuda_wait(struct qtr_backend *) {}
+struct qtr_cuda;
+extern "C" void qtr_cuda_forget_graphs(struct qtr_cuda *) {}
 
 #define CHECK(call)                                                                 \
   do {                                                                              \
@@ -93,7 +98,7 @@ struct step {
     host.n_tokens = n_tokens, host.n_seqs = (int32_t)seqs.size(), host.max_blocks = (int32_t)max_blocks;
     host.position = position.data(), host.q_start = q_start.data(), host.kv_len = kv_len.data();
     host.block_table = table.data();
-    config = {(enum qtr_kv_format)format, n_heads, n_kv_heads, dim, n_sms, one_kernel};
+    config = {(enum qtr_kv_format)format, n_heads, n_kv_heads, dim, n_sms, one_kernel, NULL, true};
     plan.resize(qtr_cuda_attention_plan_bytes(&config, (size_t)n_tokens, seqs.size()) / 8 + 1);
     qtr_cuda_attention_plan(&config, &host, plan.data());
     float *cos, *sin;
@@ -106,7 +111,7 @@ struct step {
     CHECK(cudaMalloc(&scratch, n_scratch));
     CHECK(cudaMemset(scratch, 0xff, n_scratch));
     CHECK(cudaMemset(scratch, 0, QTR_COUNTER_BYTES));
-    device = {n_tokens, (int32_t)seqs.size(), (int32_t)max_blocks, p, ts, qs, kl, bt, cos, sin, pl};
+    device = {n_tokens, (int32_t)seqs.size(), (int32_t)max_blocks, p, ts, qs, kl, bt, bt, cos, sin, pl};
     if (inv_freq) CHECK(qtr_cuda_rope_table(p, inv_freq, (size_t)n_tokens, (size_t)dim / 2, cos, sin, 0));
     memory = {cos, sin, p, ts, qs, kl, bt, pl, scratch};
   }
@@ -138,14 +143,14 @@ struct cache {
   struct qtr_kv_config config;
   std::vector<uint8_t> host; /* layer 0 */
   void download() {
-    size_t n = 2 * ((size_t)config.n_pages + 1) * kv->page_bytes;
+    size_t n = 2 * ((size_t)config.n_pages + 1) * kv->head[0].page_bytes;
     host.resize(n);
     CHECK(cudaDeviceSynchronize());
     CHECK(cudaMemcpy(host.data(), kv->data, n, cudaMemcpyDeviceToHost));
   }
   const uint8_t *block(bool is_v, int page, int head) const {
-    return host.data() + ((size_t)is_v * ((size_t)config.n_pages + 1) + (size_t)page) * kv->page_bytes +
-           (size_t)head * qtr_kv_block_bytes(config.format, config.head_dim);
+    const struct qtr_cuda_head &h = kv->head[head]; /* dense: in the order of their numbers */
+    return host.data() + (is_v ? h.v : h.k) + (size_t)page * h.page_bytes;
   }
   void row(bool is_v, int page, int slot, int head, std::vector<int> &code, float *scale, float *zero) const {
     const uint8_t *b = block(is_v, page, head);
@@ -299,7 +304,7 @@ static std::vector<__half> attend(const step &s, const cache &c, const __half *q
     qtr_cuda_attention_params(&a, &s.device, s.scratch, &p);
     CHECK(qtr_cuda_attention_generic(&p, c.config.format, stream));
   } else {
-    CHECK(qtr_cuda_attention(&a, &s.device, s.plan.data(), s.scratch, stream));
+    CHECK(qtr_cuda_attention(&a, &s.device, s.plan.data(), s.scratch, NULL, n_sms, stream));
   }
   CHECK(cudaDeviceSynchronize());
   CHECK(cudaMemcpy(out.data(), d, out.size() * 2, cudaMemcpyDeviceToHost));
@@ -530,7 +535,7 @@ static double time_shape(int format, int n_heads, int n_kv_heads, int dim, std::
   struct qtr_kv *kv;
   struct qtr_error err = {};
   if (qtr_cuda_kv_create(NULL, &config, &kv, &err) != QTR_OK) printf("%s\n", err.message), exit(2);
-  size_t words = ((size_t)n_pages + 1) * kv->page_bytes / 4 * 2 * (size_t)config.n_layers;
+  size_t words = ((size_t)n_pages + 1) * kv->head[0].page_bytes / 4 * 2 * (size_t)config.n_layers;
   k_fill<<<1024, 256, 0, stream>>>((uint32_t *)kv->data, words, qtr_kv_block_bytes(format, dim) / 4,
                                    qtr_kv_code_bytes(format, dim) / 4, format, (uint32_t)rng_next());
   std::vector<float> f(dim / 2, 0.01f);
@@ -552,7 +557,7 @@ static double time_shape(int format, int n_heads, int n_kv_heads, int dim, std::
   for (int i = 0; i < reps; i++) {
     struct qtr_attention_args a = {qkv, kv, out, 1 / sqrtf((float)dim), i % config.n_layers, n_heads, n_kv_heads, dim};
     struct qtr_rope_kv_args r = {qkv, kv, i % config.n_layers, n_heads, n_kv_heads, dim};
-    if (what == 0) CHECK(qtr_cuda_attention(&a, &s.device, s.plan.data(), s.scratch, stream));
+    if (what == 0) CHECK(qtr_cuda_attention(&a, &s.device, s.plan.data(), s.scratch, NULL, n_sms, stream));
     if (what == 1) CHECK(qtr_cuda_rope_kv_write(&r, &s.device, stream));
   }
   CHECK(cudaStreamEndCapture(stream, &graph));

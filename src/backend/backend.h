@@ -209,11 +209,13 @@ struct qtr_batch {
   const int32_t *kv_len;          /* (n_seqs) tokens cached before this step */
   const int32_t *block_table;     /* (n_seqs, max_blocks) page numbers; entries up to (kv_len + q_len - 1) / 64 are valid */
   const int32_t *logit_row;       /* (n_logit_rows) token indices, ascending, whose logits are wanted */
-  /* Of a sparse cache, NULL with any other. stream_table: pages of the streaming heads' pool; entries that no query of this
-   * step sees are -1; NULL: block_table serves both. decode_start: the first position whose token was generated; NULL: all
-   * tokens were given. slot: where the sequence's chosen pages stay from step to step; needed with a budget and
-   * decode_start. No two sequences of a step share one, and a sequence's first position with a selection comes before all
-   * others (position max(decode_start, budget)), whoever had the slot before. */
+  /* decode_start: the first position whose token was generated; NULL: all tokens were given. Queries of a sparse cache see
+   * otherwise from there on; any backend may compute generated tokens, whose step has gone by, in the way it has with one
+   * token a step. The others are of a sparse cache, NULL with any other. stream_table: pages of the streaming heads' pool;
+   * entries that no query of this step sees are -1; NULL: block_table serves both. slot: where the sequence's chosen pages
+   * stay from step to step; needed with a budget and decode_start. No two sequences of a step share one, and a sequence's
+   * first position with a selection comes before all others (position max(decode_start, budget)), whoever had the slot
+   * before. */
   const int32_t *stream_table;            /* (n_seqs, max_blocks) */
   const int32_t *decode_start;            /* (n_seqs) */
   const int32_t *slot;                    /* (n_seqs) */

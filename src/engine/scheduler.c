@@ -261,7 +261,7 @@ static void build_batch(struct qtr_engine *e) {
                           .block_table = e->block_table,
                           .logit_row = e->logit_row,
                           .stream_table = e->streams ? e->stream_table : NULL,
-                          .decode_start = e->tells_apart ? e->decode_start : NULL,
+                          .decode_start = e->decode_start,
                           .slot = e->tells_apart ? e->slot : NULL};
   for (int32_t i = 0; i < e->n_running; i++) {
     const struct qtr_sequence *s = e->running[i];

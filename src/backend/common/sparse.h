@@ -81,6 +81,9 @@ static inline int32_t qtr_kv_head_count(const struct qtr_kv_heads *h, int32_t la
   return h->count[2 * (size_t)layer + kind];
 }
 
+/* Is there a head that does not see everything? */
+static inline bool qtr_kv_heads_sparse(const struct qtr_kv_heads *h) { return h->any_streaming || h->sparse.budget > 0; }
+
 /* Room for the choices of all slots, layers, KV heads and choosers, in this order; SIZE_MAX on overflow. */
 size_t qtr_sparse_selections_bytes(const struct qtr_kv_heads *heads);
 

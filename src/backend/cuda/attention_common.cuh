@@ -27,16 +27,38 @@
 #define WEIGHT_TOP 11.0f  /* and in prefill of the largest when the maximum is raised */
 
 struct attention_params {
-  const __half *qkv;    /* (n_tokens, width) */
-  __half *out;          /* (n_tokens, n_heads * dim) */
-  const uint8_t *k, *v; /* pools of this layer */
-  size_t page_bytes;
-  const int32_t *q_start, *kv_len, *block_table;
-  const uint8_t *plan;
+  const __half *qkv;                /* (n_tokens, width) */
+  __half *out;                      /* (n_tokens, n_heads * dim) */
+  const uint8_t *data;              /* the cache */
+  const struct qtr_cuda_head *head; /* (n_kv_heads) of this layer: retrieval heads first, then streaming heads */
+  const int32_t *q_start, *kv_len, *block_table, *stream_table;
+  const uint8_t *plan; /* of the pass */
   uint8_t *scratch;
+  const int32_t *lists;          /* of this layer: (n_slots, n_kv_heads, choosers) of list_ints */
   float scale, k_scale, v_scale; /* k_scale, v_scale: INT8_STATIC */
   int32_t n_tokens, n_seqs, max_blocks, n_heads, n_kv_heads, group, width, dim;
+  int32_t n_retrieval, list_ints;
+  bool each_head;      /* the query heads of a group have lists of their own */
+  int32_t sink, local; /* of streaming heads, for given tokens: of those prefill takes no others */
 };
+
+/* A head's table of pages, and where its K and V blocks of a page are. */
+__device__ __forceinline__ static const int32_t *head_table(const struct attention_params &p, int place) {
+  return place < p.n_retrieval ? p.block_table : p.stream_table;
+}
+__device__ __forceinline__ static struct qtr_cuda_head head_load(const struct attention_params &p, int place) {
+  static_assert(sizeof(struct qtr_cuda_head) == 32, "two loads of 16 bytes");
+  const longlong2 x = __ldcg((const longlong2 *)(p.head + place));
+  const int4 y = __ldcg((const int4 *)(p.head + place) + 1);
+  return {(size_t)x.x, (size_t)x.y, (uint32_t)y.x, y.y, {0, 0}};
+}
+/* The pages that head `place` has chosen for an entry of list >= 0; member: of the group. */
+__device__ __forceinline__ static const int32_t *chosen_pages(const struct attention_params &p, int list, int kv_head,
+                                                              int member) {
+  size_t at = (size_t)list * p.n_kv_heads + kv_head;
+  if (p.each_head) at = at * p.group + member;
+  return p.lists + at * p.list_ints + sizeof(struct qtr_selection) / sizeof(int32_t);
+}
 
 __device__ __forceinline__ static float fast_exp2(float x) {
   float y;

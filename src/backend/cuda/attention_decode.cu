@@ -2,11 +2,13 @@
  * bound by the bytes of K and V.
  *
  * A block of four warps takes the entries of the plan (attention_plan.h) in turn, one KV head at a time. Within a segment
- * warp w takes pages w, w + 4, ...: every warp has a ring of slots in shared memory that bulk copies fill, one block of K or
- * V (64 tokens of one head) a slot, and runs ahead over the borders of segments and entries. The codes lie in the order of
- * mma fragments (kv_layout.h), so that a 16-byte read gives a lane whole A operands: S^T = K Q^T has tokens as rows and up
- * to 8 query heads of the group as columns, O^T = V^T P^T dims as rows. Scales and zeros stay outside
+ * warp w takes visits w, w + 4, ...: every warp has a ring of slots in shared memory that bulk copies fill, one block of K
+ * or V (64 tokens of one head) a slot, and runs ahead over the borders of segments and entries. The codes lie in the order
+ * of mma fragments (kv_layout.h), so that a 16-byte read gives a lane whole A operands: S^T = K Q^T has tokens as rows and
+ * up to 8 query heads of the group as columns, O^T = V^T P^T dims as rows. Scales and zeros stay outside
  * (attention_common.cuh).
+ *
+ * What the plan says is read before the kernel before this one has ended (launch.cuh): it hides a chain of loads.
  *
  * Bits: a warp's pages, the order of warps and of segments are fixed by the sequence, so no other sequence matters. */
 #include "backend/cuda/attention_kernels.h"
@@ -88,34 +90,56 @@ __device__ __forceinline__ void slot_wait(uint32_t, uint32_t, int slots) { /* sl
 
 struct unit { /* a segment of an entry for one KV head (and one part of its group) */
   struct qtr_decode_entry e;
-  int round, kv_head, head_block, segment, tile, tile_end;
+  int round, place, head_block, segment, visit, visit_end; /* place: of the KV head in p.head */
 };
 
-/* Block b takes items b, 2 g - 1 - b, 2 g + b, ...: items come longest first. */
-__device__ __forceinline__ bool unit_advance(const struct attention_params &p, int n_items, int pairs, int warp, unit &u) {
+/* What a launch walks over: items of retrieval heads (or all), then those of streaming heads, each longest first. */
+struct items {
+  const uint8_t *entries;
+  int n_entries, n, n_streaming, pairs, streaming_pairs; /* entries that are not streaming heads'; items; (head, head
+                                                             block) pairs of an entry */
+};
+__device__ __forceinline__ items items_of(const struct attention_params &p, int head_blocks) {
+  int4 x = __ldcg((const int4 *)p.plan);
+  items t;
+  t.pairs = p.n_retrieval * head_blocks; /* all heads, if none streams */
+  t.streaming_pairs = (p.n_kv_heads - p.n_retrieval) * head_blocks;
+  t.n_entries = x.x;
+  t.n = x.x * t.pairs;
+  t.n_streaming = x.y * t.streaming_pairs;
+  t.entries = p.plan + x.z;
+  return t;
+}
+
+/* Block b takes items b, 2 g - 1 - b, 2 g + b, ... */
+__device__ __forceinline__ bool unit_advance(const struct attention_params &p, const items &t, int head_blocks, int warp,
+                                             unit &u) {
   if (u.round >= 0 && u.segment + 1 < u.e.segment + u.e.n_segments) {
     u.segment++;
   } else {
     u.round++;
     int g = (int)gridDim.x, b = (int)blockIdx.x, item = u.round * g + (u.round & 1 ? g - 1 - b : b);
+    int n_items = t.n + t.n_streaming;
     if (u.round * g >= n_items) return false;
     if (item >= n_items) { /* the last, incomplete round */
       u.e.n_segments = 0;
       u.segment = u.e.segment;
-      u.tile = u.tile_end = 0;
+      u.visit = u.visit_end = 0;
       return false;
     }
-    int pair = item % pairs;
-    const int4 *from = (const int4 *)(p.plan + sizeof(struct qtr_attention_plan)) + (size_t)(item / pairs) * 2;
-    int4 x = __ldg(from), y = __ldg(from + 1);
-    u.e = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
-    u.kv_head = pair % p.n_kv_heads;
-    u.head_block = pair / p.n_kv_heads;
+    bool streams = item >= t.n;
+    int i = streams ? item - t.n : item, pairs = streams ? t.streaming_pairs : t.pairs, pair = i % pairs;
+    int entry = i / pairs + (streams ? t.n_entries : 0);
+    const int4 *from = (const int4 *)(t.entries + (size_t)entry * sizeof(struct qtr_decode_entry));
+    int4 x = __ldcg(from), y = __ldcg(from + 1), z = __ldcg(from + 2), w = __ldcg(from + 3);
+    u.e = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w, z.x, z.y, z.z, z.w, w.x, w.y, {0, 0}};
+    u.place = pair / head_blocks + (streams ? p.n_retrieval : 0);
+    u.head_block = pair % head_blocks;
     u.segment = u.e.segment;
   }
-  int first = u.segment * u.e.segment_tiles, n_tiles = (u.e.n_tokens + QTR_PAGE_TOKENS - 1) / QTR_PAGE_TOKENS;
-  u.tile = first + warp;
-  u.tile_end = min(first + u.e.segment_tiles, n_tiles);
+  int first = u.segment * u.e.segment_tiles;
+  u.visit = first + warp;
+  u.visit_end = min(first + u.e.segment_tiles, u.e.n_visits);
   return true;
 }
 
@@ -148,7 +172,6 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
                                            : DIM == 64  ? 4
                                                         : 3)
     k_attention_decode(const __grid_constant__ struct attention_params p, const int slots) {
-  qtr_begin();
   using traits = kv_traits<FORMAT>;
   using S = shape<FORMAT, DIM>;
   constexpr int K_STEPS = DIM / 16, HEADS = 8 * COLUMNS, PER_CHUNK = traits::fragments;
@@ -164,36 +187,57 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
   uint32_t barrier = shared_address(&barriers[warp][0]);
   ring_init(barrier, slots);
 
-  int head_blocks = COLUMNS == 1 ? 1 : (p.group + HEADS - 1) / HEADS, pairs = p.n_kv_heads * head_blocks;
-  int n_items = *(const int *)p.plan * pairs, head_stride = min(p.group, HEADS);
+  int block_heads = p.each_head ? 1 : HEADS, head_stride = min(p.group, HEADS);
+  int head_blocks = p.each_head ? p.group : COLUMNS == 1 ? 1 : (p.group + HEADS - 1) / HEADS;
+  const items all_items = items_of(p, head_blocks);
   float log2_scale = p.scale * LOG2_E;
 
   /* The copying side of the warp. */
   unit ahead;
-  ahead.round = -1, ahead.tile = ahead.tile_end = 0;
-  bool more = true, next_is_v = false;
+  ahead.round = -1, ahead.visit = ahead.visit_end = 0;
+  bool more = true, next_is_v = false, pages_known;
   int pages = 0, ahead_first = 0, filled = 0; /* slot to fill next */
-  size_t ahead_at = 0;
+  size_t ahead_page = 0;
+  struct qtr_cuda_head ahead_head = {};
+  auto ahead_find = [&]() { /* a unit with pages */
+                            while (more && ahead.visit >= ahead.visit_end) {
+                              more = unit_advance(p, all_items, head_blocks, warp, ahead);
+                              ahead_first = ahead.visit;
+                              if (more) ahead_head = head_load(p, ahead.place);
+                            }
+  };
+  auto pages_find = [&]() { /* those of the next 32 visits, one a lane */
+                            int visit = ahead.visit + lane * WARPS,
+                                tile = visit < ahead.e.n_first ? visit : visit + ahead.e.skip;
+                            pages = 0;
+                            if (visit >= ahead.visit_end) return;
+                            if (ahead.e.list >= 0 && visit < ahead.e.n_first) {
+                              tile = __ldcg(chosen_pages(p, ahead.e.list, ahead_head.kv_head, ahead.head_block) + visit);
+                            }
+                            pages = __ldcg(head_table(p, ahead.place) + (size_t)ahead.e.seq * p.max_blocks + tile);
+  };
+  /* Plan and tables were uploaded before the step's first kernel; the kernel before this one, which may still run, has
+   * waited for all others. Lists are its work, as q, K and V are. All of them change in the life of a kernel that starts
+   * early, or of what an SM's L1 cache remembers of the step before: they are read from the L2 cache. */
+  ahead_find();
+  pages_known = more && ahead.e.list < 0;
+  if (pages_known) pages_find();
+  qtr_begin();
   auto copy_next = [&]() {
     if (!next_is_v) {
-      while (more && ahead.tile >= ahead.tile_end) {
-        more = unit_advance(p, n_items, pairs, warp, ahead);
-        ahead_first = ahead.tile;
-      }
+      ahead_find();
       if (!more) {
         slot_skip();
         return;
       }
-      int k = (ahead.tile - ahead_first) / WARPS;
-      if (k % 32 == 0) {
-        int tile = ahead.tile + lane * WARPS;
-        pages = tile < ahead.tile_end ? __ldg(p.block_table + (size_t)ahead.e.seq * p.max_blocks + tile) : 0;
-      }
-      ahead_at = (size_t)__shfl_sync(~0u, pages, k % 32) * p.page_bytes + (size_t)ahead.kv_head * S::block_bytes;
+      int k = (ahead.visit - ahead_first) / WARPS;
+      if (k % 32 == 0 && !pages_known) pages_find();
+      pages_known = false;
+      ahead_page = (size_t)__shfl_sync(~0u, pages, k % 32) * ahead_head.page_bytes;
     }
-    slot_fill<S::block_bytes>(ring + (uint32_t)(filled * S::block_bytes), (next_is_v ? p.v : p.k) + ahead_at,
-                              barrier + 8 * filled);
-    if (next_is_v) ahead.tile += WARPS;
+    slot_fill<S::block_bytes>(ring + (uint32_t)(filled * S::block_bytes),
+                              p.data + (next_is_v ? ahead_head.v : ahead_head.k) + ahead_page, barrier + 8 * filled);
+    if (next_is_v) ahead.visit += WARPS;
     next_is_v = !next_is_v;
     filled = filled + 1 == slots ? 0 : filled + 1;
   };
@@ -213,8 +257,9 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
   float running_sum[OUTPUTS][4];
 
 #pragma unroll 1
-  while (unit_advance(p, n_items, pairs, warp, u)) {
-    int first_head = u.kv_head * p.group + u.head_block * HEADS, n_heads = min(HEADS, p.group - u.head_block * HEADS);
+  while (unit_advance(p, all_items, head_blocks, warp, u)) {
+    int kv_head = __ldcg(&p.head[u.place].kv_head), first_head = kv_head * p.group + u.head_block * block_heads;
+    int n_heads = min(block_heads, p.group - u.head_block * block_heads);
     if (u.segment == u.e.segment) { /* a new entry: its queries as B operands, their sums */
 #pragma unroll
       for (int n = 0; n < COLUMNS; n++) {
@@ -225,7 +270,7 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
         for (int k = 0; k < K_STEPS; k++) {
 #pragma unroll
           for (int h = 0; h < 2; h++) {
-            uint32_t x = head < n_heads ? __ldg((const unsigned *)(from + k * 16 + h * 8)) : 0;
+            uint32_t x = head < n_heads ? __ldcg((const unsigned *)(from + k * 16 + h * 8)) : 0;
             q[n][k][h] = x = q_scale<FORMAT>(x, h);
             float2 y = __half22float2(*(__half2 *)&x);
             sum += (y.x + y.y) * (h ? 1 / traits::q_high : 1.0f);
@@ -255,7 +300,7 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
       for (int i = 0; i < 2; i++) max[n][i] = -INFINITY, sum[n][i] = zeros[n][i] = 0;
     }
 #pragma unroll 1
-    for (; u.tile < u.tile_end; u.tile += WARPS) {
+    for (; u.visit < u.visit_end; u.visit += WARPS) {
       float s[COLUMNS][4][4];
       uint32_t k_pair[4][2], v_pair[4][2];
       const uint8_t *at = ring_at + slot * S::block_bytes;
@@ -297,7 +342,9 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
         v_pair[m][1] = *(const uint32_t *)(at + S::code_bytes + (m * 16 + row + 8) * 4);
       }
       /* Scores of tokens 16 m + row + 8 h, then weights. */
-      int left = u.e.n_tokens - u.tile * QTR_PAGE_TOKENS;
+      int first = (u.visit < u.e.n_first ? u.visit : u.visit + u.e.skip) * QTR_PAGE_TOKENS; /* chosen pages are seen whole */
+      int left = u.e.n_tokens - first, hole = u.e.hole_from - first;
+      unsigned hole_length = (unsigned)(u.e.hole_to - u.e.hole_from);
       float inv_s[4][2], zero[4][2], top[COLUMNS][2];
 #pragma unroll
       for (int n = 0; n < COLUMNS; n++) top[n][0] = top[n][1] = -INFINITY;
@@ -305,8 +352,9 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
       for (int m = 0; m < 4; m++) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-          struct token_params t =
-              token_make<FORMAT>(k_pair[m][h], v_pair[m][h], log2_scale, p.k_scale, p.v_scale, m * 16 + h * 8 + row < left);
+          int i = m * 16 + h * 8 + row;
+          struct token_params t = token_make<FORMAT>(k_pair[m][h], v_pair[m][h], log2_scale, p.k_scale, p.v_scale,
+                                                     i < left && (unsigned)(i - hole) >= hole_length);
           inv_s[m][h] = t.inv_s, zero[m][h] = t.zero;
 #pragma unroll
           for (int n = 0; n < COLUMNS; n++) {
@@ -444,7 +492,7 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
           make_uint2(*(uint32_t *)&x, *(uint32_t *)&y);
     }
     if (u.e.slot >= 0) { /* the last of the segments merges all */
-      int *counter = (int *)p.scratch + (size_t)u.e.slot * QTR_MAX_SPLIT_HEADS + u.kv_head * head_blocks + u.head_block;
+      int *counter = (int *)p.scratch + (size_t)u.e.slot * QTR_MAX_SPLIT_HEADS + u.place * head_blocks + u.head_block;
       __threadfence();
       __syncthreads();
       if (threadIdx.x == 0) {
@@ -503,14 +551,16 @@ cudaError_t launch(const struct attention_params &p, cudaStream_t stream) {
     if (slots >= 3 || blocks == 1) break;
   }
   if (slots > MAX_SLOTS) slots = MAX_SLOTS;
-  if (slots < 1) return qtr_cuda_attention_generic(&p, FORMAT, stream); /* too little shared memory: small GPUs, F16 */
+  if (slots < 1)
+    return qtr_cuda_attention_generic_entries(&p, FORMAT, stream); /* too little shared memory: small GPUs, F16 */
   int n_shared = WARPS * slots * S::block_bytes + results;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, n_shared);
   if (error == cudaSuccess)
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, THREADS, (size_t)n_shared);
   if (error != cudaSuccess) return error;
   size_t grid = (size_t)n_sms * (size_t)per_sm;
-  size_t items = (size_t)p.n_seqs * (size_t)p.n_kv_heads * (size_t)qtr_decode_head_blocks(p.group) * QTR_MAX_SEGMENTS;
+  size_t items =
+      (size_t)p.n_seqs * (size_t)p.n_kv_heads * (size_t)qtr_decode_head_blocks(p.group, p.each_head) * QTR_MAX_SEGMENTS;
   return qtr_launch(kernel, (unsigned)(items < grid ? items : grid), THREADS, (size_t)n_shared, stream, p, slots);
 }
 

@@ -8,6 +8,8 @@ void qtr_cuda_attention_params(const struct qtr_attention_args *args, const stru
                                struct attention_params *p);
 /* Every token, any even head_dim up to 256. */
 cudaError_t qtr_cuda_attention_generic(const struct attention_params *p, int format, cudaStream_t stream);
+/* The decode entries of p->plan only, the same head sizes. */
+cudaError_t qtr_cuda_attention_generic_entries(const struct attention_params *p, int format, cudaStream_t stream);
 /* The decode entries of p->plan. The launch depends on p->n_seqs, not on the plan: it can be captured. */
 cudaError_t qtr_cuda_attention_decode(const struct attention_params *p, int format, cudaStream_t stream);
 /* The prefill entries. plan: the host's copy. */

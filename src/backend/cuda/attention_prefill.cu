@@ -13,8 +13,11 @@
  *   token 16 t + 2 c + {0, 1} + 8 u           at   16 c + 4 t + 2 u + {0, 1}
  * Tiles have rows of 128 bytes with the 128-byte swizzle; 8 lanes of a store touch all banks.
  *
- * Bits: a row walks its pages from the first; pages and columns behind it change nothing. So results do not depend on the
- * batch or on how a prompt is cut into chunks (of two tokens or more: one token is attention_decode.cu's). */
+ * Streaming heads visit only the pages that a row of the entry sees: those of the sink, and from the first row's window on.
+ *
+ * Bits: a row walks its pages from the first; pages and columns behind it, or outside its window, change nothing. So results
+ * do not depend on the batch or on how a prompt is cut into chunks (of two tokens or more: one token is
+ * attention_decode.cu's). */
 #include "backend/cuda/attention_kernels.h"
 #include "backend/cuda/launch.cuh"
 
@@ -238,8 +241,10 @@ __device__ __forceinline__ void load_page(const uint8_t *k, const uint8_t *v, ra
 
 struct entry { /* of the plan, for one KV head */
   struct qtr_prefill_entry e;
-  int kv_head;
+  int place;                   /* of the KV head in p.head */
+  int n_visits, n_first, skip; /* visit i is page i below n_first, page i + skip from there on */
 };
+__device__ __forceinline__ int entry_tile(const entry &x, int visit) { return visit < x.n_first ? visit : visit + x.skip; }
 /* The same in all lanes: the compiler learns that loops over it do not diverge. */
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 __device__ __forceinline__ entry uniform(const entry &x) {
@@ -250,27 +255,43 @@ __device__ __forceinline__ entry uniform(const entry &x) {
            uniform(x.e.n_rows),
            uniform(x.e.n_tiles),
            {0, 0}},
-          uniform(x.kv_head)};
+          uniform(x.place),
+          uniform(x.n_visits),
+          uniform(x.n_first),
+          uniform(x.skip)};
 }
+/* Items: all entries for the retrieval heads, longest first, then for the streaming heads. */
 __device__ __forceinline__ bool entry_load(const struct attention_params &p, int round, entry &x) {
-  int n_items = ((const int *)p.plan)[1] * p.n_kv_heads, g = (int)gridDim.x, b = (int)blockIdx.x;
-  int item = round * g + (round & 1 ? g - 1 - b : b);
+  const struct qtr_attention_plan *plan = (const struct qtr_attention_plan *)p.plan;
+  int n_entries = plan->n_prefill, n_items = n_entries * p.n_kv_heads, g = (int)gridDim.x, b = (int)blockIdx.x;
+  int item = round * g + (round & 1 ? g - 1 - b : b), n_retrieval = n_entries * p.n_retrieval;
   if (item >= n_items) return false; /* in the last round only */
-  const int4 *from = (const int4 *)(p.plan + ((const int *)p.plan)[3]) + (size_t)(item / p.n_kv_heads) * 2;
-  int4 y = __ldg(from), z = __ldg(from + 1);
+  bool streams = item >= n_retrieval;
+  int i = streams ? item - n_retrieval : item, heads = streams ? p.n_kv_heads - p.n_retrieval : p.n_retrieval;
+  const int4 *from = (const int4 *)(p.plan + plan->prefill_offset) + (size_t)(i / heads) * 2;
+  int4 y = __ldcg(from), z = __ldcg(from + 1);
   x.e = {y.x, y.y, y.z, y.w, z.x, z.y, {0, 0}};
-  x.kv_head = item % p.n_kv_heads;
+  x.place = i % heads + (streams ? p.n_retrieval : 0);
+  x.n_first = x.skip = 0;
+  if (streams) {
+    int sink = (p.sink + PAGE - 1) / PAGE, from_key = x.e.kv_len + x.e.row / p.group - p.local + 1;
+    int local = max(from_key, 0) / PAGE;
+    if (from_key > p.sink && local > sink) x.n_first = sink, x.skip = local - sink;
+  }
+  x.n_visits = x.e.n_tiles - x.skip;
   return true;
 }
 
 /* The thread that starts the copies of pages walks ahead; entries and page numbers are read one step before their use. */
 struct cursor {
   entry now, next;
+  struct qtr_cuda_head head;
   bool has_now, has_next;
-  int round, tile, page;
+  int round, visit, page;
 };
 __device__ __forceinline__ int cursor_page(const struct attention_params &p, const cursor &c) {
-  return c.has_now ? __ldg(p.block_table + (size_t)c.now.e.seq * p.max_blocks + c.tile) : 0;
+  if (!c.has_now) return 0;
+  return __ldcg(head_table(p, c.now.place) + (size_t)c.now.e.seq * p.max_blocks + entry_tile(c.now, c.visit));
 }
 
 template <int FORMAT, int DIM>
@@ -282,18 +303,20 @@ __device__ __forceinline__ void produce(const struct attention_params &p, memory
   cursor c = {};
   auto copy_next = [&](int to) {
     if (!c.has_now) return;
-    size_t at = (size_t)c.page * p.page_bytes + (size_t)c.now.kv_head * S::block_bytes;
+    size_t at = (size_t)c.page * c.head.page_bytes;
     barrier_expect(raw_full + 8 * to, 2 * S::block_bytes);
-    copy_bulk(shared_address(m.raw[to][0]), p.k + at, S::block_bytes, raw_full + 8 * to);
-    copy_bulk(shared_address(m.raw[to][1]), p.v + at, S::block_bytes, raw_full + 8 * to);
-    if (++c.tile == c.now.e.n_tiles) {
-      c.now = c.next, c.has_now = c.has_next, c.tile = 0;
+    copy_bulk(shared_address(m.raw[to][0]), p.data + c.head.k + at, S::block_bytes, raw_full + 8 * to);
+    copy_bulk(shared_address(m.raw[to][1]), p.data + c.head.v + at, S::block_bytes, raw_full + 8 * to);
+    if (++c.visit == c.now.n_visits) {
+      c.now = c.next, c.has_now = c.has_next, c.visit = 0;
+      if (c.has_now) c.head = head_load(p, c.now.place);
       c.has_next = c.has_now && entry_load(p, ++c.round + 1, c.next);
     }
     c.page = cursor_page(p, c);
   };
   if (thread == 0) {
     c.has_now = entry_load(p, 0, c.now);
+    if (c.has_now) c.head = head_load(p, c.now.place);
     c.has_next = c.has_now && entry_load(p, 1, c.next);
     c.page = cursor_page(p, c);
     for (int i = 0; i < S::raw_stages; i++) copy_next(i);
@@ -305,7 +328,7 @@ __device__ __forceinline__ void produce(const struct attention_params &p, memory
     more = entry_load(p, round, next);
     int last_row = x.e.row + x.e.n_rows - 1, n_tokens = x.e.kv_len + last_row / p.group + 1; /* that the last row sees */
     { /* the queries: a row a thread */
-      int row = min(x.e.row + thread, last_row), head = x.kv_head * p.group + row % p.group;
+      int row = min(x.e.row + thread, last_row), head = __ldcg(&p.head[x.place].kv_head) * p.group + row % p.group;
       barrier_wait(shared_address(&m.q_empty), q_parity);
       q_parity ^= 1;
       barrier_expect(shared_address(&m.q_full), DIM * 2);
@@ -313,7 +336,8 @@ __device__ __forceinline__ void produce(const struct attention_params &p, memory
                 p.qkv + (size_t)(x.e.first_token + row / p.group) * p.width + (size_t)head * DIM, DIM * 2,
                 shared_address(&m.q_full));
     }
-    for (int tile = 0; tile < x.e.n_tiles; tile++) {
+    for (int visit = 0; visit < x.n_visits; visit++) {
+      int tile = entry_tile(x, visit);
       raw<FORMAT, DIM> r;
       barrier_wait(raw_full + 8 * raw_at, raw_parity);
       load_page<FORMAT, DIM>(m.raw[raw_at][0], m.raw[raw_at][1], r, warp, lane);
@@ -348,8 +372,8 @@ struct rows { /* of a thread: two rows, l / 4 and + 8 of its warp's 16 */
   int last[2]; /* the last token that each sees */
 
   /* Scores in s to weights. Returns whether what was summed up before must be multiplied by factor. */
-  __device__ __forceinline__ bool weigh(const columns &c, int tile, bool masked, float slope, const float (&offset)[2],
-                                        float (&factor)[2]) {
+  __device__ __forceinline__ bool weigh(const columns &c, int tile, bool masked, int sink, int local, float slope,
+                                        const float (&offset)[2], float (&factor)[2]) {
     int pair = threadIdx.x % 4;
     float top[2] = {-INFINITY, -INFINITY};
     if (traits::has_params) {
@@ -370,7 +394,8 @@ struct rows { /* of a thread: two rows, l / 4 and + 8 of its warp's 16 */
       for (int i = 0; i < 8; i++) {
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-          if (token + i % 2 * 32 + i / 2 * 2 + j % 2 > last[j / 2]) s[4 * i + j] = -INFINITY;
+          int t = token + i % 2 * 32 + i / 2 * 2 + j % 2;
+          if (t > last[j / 2] || (t >= sink && t <= last[j / 2] - local)) s[4 * i + j] = -INFINITY;
         }
       }
     }
@@ -394,14 +419,17 @@ struct rows { /* of a thread: two rows, l / 4 and + 8 of its warp's 16 */
         x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
         x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
         x = x - max[r] > WEIGHT_BITS ? x - WEIGHT_TOP : max[r];
-        factor[r] = fast_exp2(max[r] - x);
+        factor[r] = x == -INFINITY ? 1.0f : fast_exp2(max[r] - x); /* a streaming head's row may have seen nothing yet */
         max[r] = x;
         sum[r] *= factor[r];
         zeros[r] *= factor[r];
       }
     }
 #pragma unroll
-    for (int r = 0; r < 2; r++) shift[r] = traits::has_params ? max[r] : offset[r] - max[r];
+    for (int r = 0; r < 2; r++) {
+      float m = max[r] == -INFINITY ? 0.0f : max[r];
+      shift[r] = traits::has_params ? m : offset[r] - m;
+    }
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       float4 iz = make_float4(1, 0, 1, 0);
@@ -476,7 +504,7 @@ __device__ __forceinline__ void consume(const struct attention_params &p, memory
     size_t to[2];
     bool exists[2];
     float offset[2];
-    int end = y.e.row + y.e.n_rows;
+    int end = y.e.row + y.e.n_rows, kv_head = __ldcg(&p.head[y.place].kv_head);
     barrier_wait(shared_address(&m.q_full), q_parity);
     q_parity ^= 1;
 #pragma unroll
@@ -484,7 +512,7 @@ __device__ __forceinline__ void consume(const struct attention_params &p, memory
       int in = part * 64 + warp * 16 + lane / 4 + 8 * r, row = min(y.e.row + in, end - 1), token = row / p.group;
       exists[r] = y.e.row + in < end;
       x.last[r] = y.e.kv_len + token;
-      to[r] = ((size_t)(y.e.first_token + token) * p.n_heads + y.kv_head * p.group + row % p.group) * DIM;
+      to[r] = ((size_t)(y.e.first_token + token) * p.n_heads + kv_head * p.group + row % p.group) * DIM;
       const uint8_t *q = m.q[in] + 16 * (pair % 2) + 32 * (pair / 2);
 #pragma unroll
       for (int j = 0; j < K_STEPS / 4; j++) {
@@ -513,8 +541,13 @@ __device__ __forceinline__ void consume(const struct attention_params &p, memory
     }
     /* Pages that this warpgroup's last row sees; those that its first row does not see whole. */
     int first_row = min(y.e.row + part * 64, end - 1), last_row = min(y.e.row + part * 64 + 63, end - 1);
-    int n = TURNS ? y.e.n_tiles : (y.e.kv_len + last_row / p.group) / PAGE + 1,
-        whole = (y.e.kv_len + first_row / p.group + 1) / PAGE;
+    int first_token = y.e.kv_len + first_row / p.group, last_token = y.e.kv_len + last_row / p.group;
+    int n = TURNS ? y.n_visits : last_token / PAGE + 1 - y.skip, whole = (first_token + 1) / PAGE;
+    bool streams = y.place >= p.n_retrieval;
+    int sink = streams ? p.sink : INT32_MAX, local = streams ? p.local : 0;
+    auto masked = [&](int tile) {
+      return tile >= whole || (tile * PAGE + PAGE > sink && tile * PAGE <= last_token - local);
+    };
 #pragma unroll
     for (int i = 0; i < DIM / 2; i++) x.o[i] = 0;
     auto advance = [&]() {
@@ -527,10 +560,12 @@ __device__ __forceinline__ void consume(const struct attention_params &p, memory
     scores(s);
     wgmma_wait<0>();
     hold(x.s);
-    (void)x.weigh(m.column[s], 0, whole == 0, same.a, offset, factor);
+    int tile = entry_tile(y, 0);
+    (void)x.weigh(m.column[s], tile, masked(tile), sink, local, same.a, offset, factor);
     x.pack();
-    for (int tile = 1; tile < n; tile++) {
+    for (int visit = 1; visit < n; visit++) {
       int before = s;
+      tile = entry_tile(y, visit);
       advance();
       barrier_wait(full + 8 * s, parity);
       hold(x.s);
@@ -543,7 +578,7 @@ __device__ __forceinline__ void consume(const struct attention_params &p, memory
       if (TURNS) turn_give(1 - part);
       wgmma_wait<1>();
       hold(x.s);
-      bool grown = x.weigh(m.column[s], tile, tile >= whole, same.a, offset, factor);
+      bool grown = x.weigh(m.column[s], tile, masked(tile), sink, local, same.a, offset, factor);
       wgmma_wait<0>();
       hold(x.o);
       hold(x.p);
@@ -562,7 +597,7 @@ __device__ __forceinline__ void consume(const struct attention_params &p, memory
     hold(x.o);
     release(s);
     advance();
-    for (int tile = n; tile < y.e.n_tiles; tile++) { /* the other warpgroup's */
+    for (int visit = n; visit < y.n_visits; visit++) { /* the other warpgroup's */
       barrier_wait(full + 8 * s, parity);
       release(s);
       advance();
@@ -636,15 +671,20 @@ cudaError_t launch(const struct attention_params &p, const struct qtr_attention_
 
 }  // namespace
 
+bool qtr_cuda_attention_has_prefill(void) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, k_attention_prefill<QTR_KV_INT4, 128>) == cudaSuccess &&
+         attributes.ptxVersion >= 90;
+}
+
 cudaError_t qtr_cuda_attention_prefill(const struct attention_params *p, int format, const struct qtr_attention_plan *plan,
                                        cudaStream_t stream) {
   int device, n_sms;
-  cudaFuncAttributes attributes;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, k_attention_prefill<QTR_KV_INT4, 128>);
   if (error != cudaSuccess) return error;
-  if (attributes.ptxVersion < 90) return qtr_cuda_attention_generic(p, format, stream); /* decode writes its rows again */
+  if (!qtr_cuda_attention_has_prefill())
+    return qtr_cuda_attention_generic(p, format, stream); /* decode writes its rows again */
   bool large = p->dim == 128;
   switch (format) {
     case QTR_KV_F16:

@@ -144,6 +144,7 @@ static enum qtr_status cuda_open(const struct qtr_backend_options *o, struct qtr
       qtr_cuda_ok(c, cudaGetDeviceProperties(&p, c->device), "reading the GPU's properties")) {
     status = choose_path(c, &p, o->isa, err);
     c->n_sms = p.multiProcessorCount;
+    c->has_prefill = qtr_cuda_attention_has_prefill();
     c->memory_total = p.totalGlobalMem;
     (void)cudaDriverGetVersion(&driver);
     char version[24];
@@ -277,6 +278,7 @@ const struct qtr_backend_ops qtr_backend_cuda = {
     .kv_create = qtr_cuda_kv_create,
     .kv_free = qtr_cuda_kv_free,
     .kv_format = qtr_cuda_kv_format,
+    .kv_heads = qtr_cuda_kv_heads,
     .begin_step = qtr_cuda_begin_step,
     .end_step = qtr_cuda_end_step,
     .embed = qtr_cuda_embed,
@@ -294,4 +296,6 @@ const struct qtr_backend_ops qtr_backend_cuda = {
     .copy_speed = cuda_copy_speed,
     .input_read = qtr_cuda_input_read,
     .kv_read = qtr_cuda_kv_read,
+    .selection_read = qtr_cuda_selection_read,
+    .stats_read = qtr_cuda_stats_read,
 };

@@ -23,6 +23,7 @@ struct qtr_cuda {
   int32_t threads; /* of the host */
   enum qtr_cuda_path path;
   char description[128];
+  bool has_prefill; /* attention's prefill kernel, of sm_90a */
   size_t memory_total;
   cudaStream_t stream;
   cudaError_t error; /* the first that went wrong; stays until the backend is closed */

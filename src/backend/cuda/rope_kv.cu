@@ -2,7 +2,8 @@
  * bits of backend/common/kv_quant.h for the fp16 values that are left in qkv. Layout: kv_layout.h.
  *
  * A block is eight rows (heads of q, k or v) of a token, one warp a row: every value is read once, the row's range is
- * reduced in the warp, codes change places through shared memory. Bound by the bytes of qkv. */
+ * reduced in the warp, codes change places through shared memory. Bound by the bytes of qkv. Where pages are chosen, the
+ * keys' statistics follow, here those of sequences with one new key, in select.cu those of others. */
 #include <cuda_fp16.h>
 
 #include "backend/cuda/attention.h"
@@ -12,13 +13,16 @@
 enum { ROPE_WARPS = 8, MAX_DIM = 256 };
 
 struct rope_params {
-  __half *qkv;    /* (n_tokens, (n_heads + 2 n_kv_heads) * dim) */
-  uint8_t *k, *v; /* pools of this layer */
-  size_t page_bytes, block_bytes, code_bytes;
-  const int32_t *token_seq, *q_start, *kv_len, *block_table;
+  __half *qkv;                      /* (n_tokens, (n_heads + 2 n_kv_heads) * dim) */
+  uint8_t *data;                    /* the cache */
+  const struct qtr_cuda_head *head; /* (n_kv_heads) of this layer: retrieval heads first */
+  size_t code_bytes;
+  const int32_t *token_seq, *q_start, *kv_len, *block_table, *stream_table;
   const float *cos, *sin; /* (n_tokens, dim / 2) */
   float k_scale, v_scale; /* INT8_STATIC */
-  int32_t max_blocks, n_heads, n_kv_heads, dim;
+  __half *stats;          /* of this layer; NULL: none are kept */
+  int32_t logical_tokens;
+  int32_t max_blocks, n_heads, n_kv_heads, n_retrieval, dim;
 };
 
 __device__ static float kv_sane(float x) {
@@ -117,15 +121,69 @@ __device__ static void row_store(const struct rope_params &p, uint8_t *block, bo
   __syncwarp();
 }
 
+/* The statistics of the logical page that a key comes into, of a sequence with no other new key (select.h). A layer's
+ * statistics were last written a step ago: they are read before the kernel before this one has ended. */
+template <int NJ>
+struct page_stats {
+  __half *max, *min;   /* (dim) each; NULL: not this row's work */
+  float old[2][2][NJ]; /* of max and min: both halves, as a row's a and b */
+
+  __device__ void read(const struct rope_params &p, int page, int rank, int slot) {
+    int lane = threadIdx.x % 32, half = p.dim / 2, logical = slot / p.logical_tokens;
+    max = p.stats + qtr_cuda_stats_at(p.logical_tokens, p.dim, p.n_retrieval, page, rank, logical, false, 0);
+    min = p.stats + qtr_cuda_stats_at(p.logical_tokens, p.dim, p.n_retrieval, page, rank, logical, true, 0);
+    bool first = slot % p.logical_tokens == 0;
+#pragma unroll
+    for (int j = 0; j < NJ; j++) {
+      int i = lane + 32 * j;
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        bool there = i < half && !first;
+        old[0][h][j] = there ? __half2float(__ldcg(max + h * half + i)) : -INFINITY;
+        old[1][h][j] = there ? __half2float(__ldcg(min + h * half + i)) : INFINITY;
+      }
+    }
+  }
+  __device__ void widen(int half, const float *a, const float *b) const {
+#pragma unroll
+    for (int j = 0; j < NJ; j++) {
+      int i = threadIdx.x % 32 + 32 * j;
+      if (i >= half) continue;
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        float x = kv_sane(h ? b[j] : a[j]);
+        max[h * half + i] = __float2half_rn(fmaxf(x, old[0][h][j]));
+        min[h * half + i] = __float2half_rn(fminf(x, old[1][h][j]));
+      }
+    }
+  }
+};
+
 /* NJ: dim / 64 rounded up. */
 template <int FORMAT, int NJ>
 __global__ static void __launch_bounds__(ROPE_WARPS * 32) k_rope_kv(const struct rope_params p) {
   __shared__ uint8_t codes[ROPE_WARPS][MAX_DIM];
-  qtr_begin();
+  /* Tables were uploaded before the step's first kernel: read before the kernel before this one has ended, and from the L2
+   * cache, as an SM's L1 may remember the step before. */
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, half = p.dim / 2;
-  int token = blockIdx.x, seq = p.token_seq[token], n_rows = p.n_heads + 2 * p.n_kv_heads;
-  int place = p.kv_len[seq] + token - p.q_start[seq], slot = place % QTR_PAGE_TOKENS;
-  size_t page = (size_t)p.block_table[(size_t)seq * p.max_blocks + place / QTR_PAGE_TOKENS];
+  int token = blockIdx.x, seq = __ldcg(p.token_seq + token), n_rows = p.n_heads + 2 * p.n_kv_heads;
+  int first = __ldcg(p.q_start + seq), place = __ldcg(p.kv_len + seq) + token - first, slot = place % QTR_PAGE_TOKENS;
+  bool alone = __ldcg(p.q_start + seq + 1) - first == 1;
+  size_t entry = (size_t)seq * p.max_blocks + place / QTR_PAGE_TOKENS;
+  int row = blockIdx.y * ROPE_WARPS + warp;
+  bool is_v = row >= p.n_heads + p.n_kv_heads;
+  struct qtr_cuda_head head = {};
+  size_t page = 0;
+  struct page_stats<NJ> stats;
+  stats.max = NULL;
+  if (row >= p.n_heads && row < n_rows) { /* in the order of the table, whatever the heads' numbers are */
+    int i = is_v ? row - p.n_heads - p.n_kv_heads : row - p.n_heads;
+    head = p.head[i];
+    page = (size_t)__ldcg((i < p.n_retrieval ? p.block_table : p.stream_table) + entry);
+    row = p.n_heads + (is_v ? p.n_kv_heads : 0) + head.kv_head;
+    if (p.stats && !is_v && i < p.n_retrieval && alone) stats.read(p, (int)page, i, slot);
+  }
+  qtr_begin();
   float cos[NJ], sin[NJ];
 #pragma unroll
   for (int j = 0; j < NJ; j++) {
@@ -133,10 +191,8 @@ __global__ static void __launch_bounds__(ROPE_WARPS * 32) k_rope_kv(const struct
     cos[j] = i < half ? p.cos[(size_t)token * half + i] : 1;
     sin[j] = i < half ? p.sin[(size_t)token * half + i] : 0;
   }
-  int row = blockIdx.y * ROPE_WARPS + warp;
   if (row < n_rows) {
     __half *x = p.qkv + ((size_t)token * n_rows + row) * p.dim;
-    bool is_v = row >= p.n_heads + p.n_kv_heads;
     float a[NJ], b[NJ];
 #pragma unroll
     for (int j = 0; j < NJ; j++) {
@@ -158,9 +214,9 @@ __global__ static void __launch_bounds__(ROPE_WARPS * 32) k_rope_kv(const struct
       }
     }
     if (row < p.n_heads) return;
-    int head = is_v ? row - p.n_heads - p.n_kv_heads : row - p.n_heads;
-    uint8_t *block = (is_v ? p.v : p.k) + page * p.page_bytes + head * p.block_bytes;
+    uint8_t *block = p.data + (is_v ? head.v : head.k) + page * head.page_bytes;
     row_store<FORMAT, NJ>(p, block, is_v, slot, a, b, codes[warp]);
+    if (stats.max) stats.widen(half, a, b);
   }
 }
 
@@ -177,19 +233,20 @@ cudaError_t qtr_cuda_rope_kv_write(const struct qtr_rope_kv_args *args, const st
   const struct qtr_kv *kv = args->kv;
   int format = (int)kv->config.format;
   if (batch->n_tokens < 1) return cudaSuccess;
-  size_t pool = (size_t)args->layer * 2 * ((size_t)kv->config.n_pages + 1) * kv->page_bytes;
   const float *scale = kv->static_scale ? kv->static_scale + (size_t)args->layer * 2 : NULL;
   struct rope_params p = {};
   p.qkv = (__half *)args->qkv;
-  p.k = kv->data + pool;
-  p.v = p.k + ((size_t)kv->config.n_pages + 1) * kv->page_bytes;
-  p.page_bytes = kv->page_bytes;
-  p.block_bytes = qtr_kv_block_bytes(format, args->head_dim);
+  p.data = kv->data;
+  p.head = kv->order + (size_t)args->layer * args->n_kv_heads;
+  p.n_retrieval = qtr_kv_head_count(&kv->heads, args->layer, QTR_HEAD_RETRIEVAL);
+  if (kv->heads.sparse.budget > 0 && p.n_retrieval > 0) p.stats = (__half *)kv->stats + kv->stats_at[args->layer];
+  p.logical_tokens = kv->heads.sparse.logical_tokens;
   p.code_bytes = qtr_kv_code_bytes(format, args->head_dim);
   p.token_seq = batch->token_seq;
   p.q_start = batch->q_start;
   p.kv_len = batch->kv_len;
   p.block_table = batch->block_table;
+  p.stream_table = batch->stream_table;
   p.cos = batch->cos;
   p.sin = batch->sin;
   p.k_scale = scale ? scale[0] : 1;
@@ -198,12 +255,31 @@ cudaError_t qtr_cuda_rope_kv_write(const struct qtr_rope_kv_args *args, const st
   p.n_heads = args->n_heads;
   p.n_kv_heads = args->n_kv_heads;
   p.dim = args->head_dim;
+  cudaError_t error;
   switch (kv->config.format) {
-    case QTR_KV_F16: return launch<QTR_KV_F16>(p, batch->n_tokens, stream);
-    case QTR_KV_INT8: return launch<QTR_KV_INT8>(p, batch->n_tokens, stream);
-    case QTR_KV_INT4: return launch<QTR_KV_INT4>(p, batch->n_tokens, stream);
-    default: return launch<QTR_KV_INT8_STATIC>(p, batch->n_tokens, stream);
+    case QTR_KV_F16: error = launch<QTR_KV_F16>(p, batch->n_tokens, stream); break;
+    case QTR_KV_INT8: error = launch<QTR_KV_INT8>(p, batch->n_tokens, stream); break;
+    case QTR_KV_INT4: error = launch<QTR_KV_INT4>(p, batch->n_tokens, stream); break;
+    default: error = launch<QTR_KV_INT8_STATIC>(p, batch->n_tokens, stream); break;
   }
+  if (error != cudaSuccess || !p.stats || batch->n_tokens == batch->n_seqs) return error;
+  struct qtr_cuda_stats_args stats = {};
+  stats.qkv = args->qkv;
+  stats.stats = p.stats;
+  stats.head = kv->retrieval + (size_t)args->layer * args->n_kv_heads;
+  stats.n_retrieval = p.n_retrieval;
+  stats.n_heads = args->n_heads;
+  stats.n_kv_heads = args->n_kv_heads;
+  stats.head_dim = args->head_dim;
+  stats.logical_tokens = kv->heads.sparse.logical_tokens;
+  stats.n_tokens = batch->n_tokens;
+  stats.n_seqs = batch->n_seqs;
+  stats.max_blocks = batch->max_blocks;
+  stats.token_seq = batch->token_seq;
+  stats.q_start = batch->q_start;
+  stats.kv_len = batch->kv_len;
+  stats.block_table = batch->block_table;
+  return qtr_cuda_stats_update(&stats, stream);
 }
 
 __global__ static void k_rope_table(const int32_t *position, const float *inv_freq, int n_tokens, int half, float *cos,

@@ -53,9 +53,9 @@ struct op {
 struct shape {
   int32_t n_tokens, n_seqs, n_rows, max_blocks; /* padded */
   int32_t choosing;                             /* 0, 1 greedy rows only, 2 others too */
-  int32_t reserved;                             /* shapes are compared as bytes: no padding */
-  size_t token, position, token_seq, q_start, kv_len, block_table, logit_row, inv_freq, choose, plan, adjust; /* of the last,
-                                        whose length varies and no launch depends on */
+  int32_t selecting;                            /* a query chooses pages. Shapes are compared as bytes: no padding */
+  size_t token, position, token_seq, q_start, kv_len, block_table, stream_table, decode_start, slot, logit_row, inv_freq,
+      choose, plan, adjust; /* of the last, whose length varies and no launch depends on */
 };
 
 struct graph {
@@ -86,9 +86,9 @@ struct qtr_cuda_step {
   size_t block_bytes;
   float *cos, *sin; /* device (angle_floats) */
   size_t angle_floats;
-  void *scratch; /* device, attention */
-  size_t scratch_bytes;
-  struct qtr_choose_result *result_host, *result; /* (result_rows) pinned, device */
+  void *scratch, *select_scratch;                      /* device, attention and choices of pages */
+  size_t scratch_bytes, select_bytes, select_counters; /* of the latter, zeroed at first */
+  struct qtr_choose_result *result_host, *result;      /* (result_rows) pinned, device */
   void *choose_scratch;
   size_t result_rows, choose_bytes;
   float *original; /* device (original_bytes / 4) logits that adjustments replaced */
@@ -139,7 +139,8 @@ void qtr_cuda_step_free(struct qtr_cuda *c) {
   }
   if (s->host) (void)cudaFreeHost(s->host);
   if (s->result_host) (void)cudaFreeHost(s->result_host);
-  void *const memory[] = {s->device, s->cos, s->sin, s->scratch, s->result, s->choose_scratch, s->original};
+  void *const memory[] = {s->device,         s->cos,     s->sin, s->scratch, s->select_scratch, s->result,
+                          s->choose_scratch, s->original};
   for (size_t i = 0; i < sizeof memory / sizeof memory[0]; i++) qtr_cuda_release(memory[i]);
   free(s->op);
   free(s);
@@ -196,6 +197,9 @@ static struct shape shape_make(const struct qtr_batch *b, size_t half_dim) {
   s.q_start = place(&total, seqs + 4);
   s.kv_len = place(&total, seqs);
   s.block_table = place(&total, seqs * (size_t)s.max_blocks);
+  s.stream_table = b->stream_table ? place(&total, seqs * (size_t)s.max_blocks) : s.block_table;
+  s.decode_start = place(&total, b->decode_start ? seqs : 0); /* for the plan only */
+  s.slot = place(&total, b->slot ? seqs : 0);
   s.logit_row = place(&total, (size_t)s.n_rows * 4);
   s.inv_freq = place(&total, half_dim * 4);
   s.choose = s.plan = s.adjust = total;
@@ -206,28 +210,39 @@ static void copy_ints(char *to, const int32_t *from, int32_t n) {
   if (from && n > 0) memcpy(to, from, (size_t)n * sizeof *from);
 }
 
-/* Fills the pinned block. spare_page: of sequences that are padding. */
-static void block_fill(struct qtr_cuda_step *s, int32_t spare_page) {
+/* Rows of a table of pages, padded; `spare` stands where there is none, and in the rows of padding. */
+static void table_fill(const struct qtr_cuda_step *s, size_t at, const int32_t *from, int32_t spare) {
+  const struct qtr_batch *b = &s->batch;
+  const struct shape *z = &s->shape;
+  int32_t *table = (int32_t *)(void *)(s->host + at);
+  for (int32_t i = 0; i < z->n_seqs; i++) {
+    for (int32_t k = 0; k < z->max_blocks; k++) {
+      int32_t page =
+          from && i < b->n_seqs && k < b->max_blocks ? from[(size_t)i * (size_t)b->max_blocks + (size_t)k] : spare;
+      table[(size_t)i * (size_t)z->max_blocks + (size_t)k] = page < 0 ? spare : page;
+    }
+  }
+}
+
+/* Fills the pinned block. kv: the cache of the step, NULL if it touches none. */
+static void block_fill(struct qtr_cuda_step *s, const struct qtr_kv *kv) {
   const struct qtr_batch *b = &s->batch;
   const struct shape *z = &s->shape;
   char *h = s->host;
   int32_t *token = (int32_t *)(void *)(h + z->token), *position = (int32_t *)(void *)(h + z->position);
   int32_t *token_seq = (int32_t *)(void *)(h + z->token_seq), *q_start = (int32_t *)(void *)(h + z->q_start);
-  int32_t *kv_len = (int32_t *)(void *)(h + z->kv_len), *table = (int32_t *)(void *)(h + z->block_table);
-  int32_t *logit_row = (int32_t *)(void *)(h + z->logit_row);
+  int32_t *kv_len = (int32_t *)(void *)(h + z->kv_len), *logit_row = (int32_t *)(void *)(h + z->logit_row);
   memset(token, 0, (size_t)z->n_tokens * sizeof *token);
   copy_ints((char *)token, b->token, b->n_tokens);
   copy_ints((char *)position, b->position, b->n_tokens);
   copy_ints((char *)q_start, b->q_start, b->n_seqs + 1);
   copy_ints((char *)kv_len, b->kv_len, b->n_seqs);
+  int32_t *decode_start = (int32_t *)(void *)(h + z->decode_start), *slot = (int32_t *)(void *)(h + z->slot);
   copy_ints((char *)logit_row, b->logit_row, b->n_logit_rows);
+  copy_ints((char *)decode_start, b->decode_start, b->n_seqs);
+  copy_ints((char *)slot, b->slot, b->n_seqs);
   for (int32_t i = 0; i < b->n_seqs; i++) {
     for (int32_t t = q_start[i]; t < q_start[i + 1]; t++) token_seq[t] = i;
-    int32_t *row = table + (size_t)i * (size_t)z->max_blocks;
-    for (int32_t k = 0; k < z->max_blocks; k++) {
-      row[k] =
-          b->block_table && k < b->max_blocks ? b->block_table[(size_t)i * (size_t)b->max_blocks + (size_t)k] : spare_page;
-    }
   }
   for (int32_t i = b->n_seqs; i < z->n_seqs; i++) { /* padding: decode buckets only */
     position[i] = 0;
@@ -235,24 +250,30 @@ static void block_fill(struct qtr_cuda_step *s, int32_t spare_page) {
     q_start[i + 1] = i + 1;
     kv_len[i] = 0;
     logit_row[i] = i;
-    for (int32_t k = 0; k < z->max_blocks; k++) table[(size_t)i * (size_t)z->max_blocks + (size_t)k] = spare_page;
+    if (b->decode_start) decode_start[i] = QTR_ALL_TOKENS;
+    if (b->slot) slot[i] = 0;
   }
+  table_fill(s, z->block_table, b->block_table, kv ? kv->config.n_pages : 0);
+  if (b->stream_table) table_fill(s, z->stream_table, b->stream_table, kv ? kv->config.n_stream_pages : 0);
   if (s->half_dim) memcpy(h + z->inv_freq, s->inv_freq, s->half_dim * sizeof(float));
 }
 
 /* The host's view of the padded batch, for the plan. */
 static struct qtr_batch padded_batch(const struct qtr_cuda_step *s) {
   const struct shape *z = &s->shape;
-  return (struct qtr_batch){.n_tokens = z->n_tokens,
-                            .n_seqs = z->n_seqs,
-                            .n_logit_rows = z->n_rows,
-                            .max_blocks = z->max_blocks,
-                            .token = (const int32_t *)(const void *)(s->host + z->token),
-                            .position = (const int32_t *)(const void *)(s->host + z->position),
-                            .q_start = (const int32_t *)(const void *)(s->host + z->q_start),
-                            .kv_len = (const int32_t *)(const void *)(s->host + z->kv_len),
-                            .block_table = (const int32_t *)(const void *)(s->host + z->block_table),
-                            .logit_row = (const int32_t *)(const void *)(s->host + z->logit_row)};
+  return (struct qtr_batch){
+      .n_tokens = z->n_tokens,
+      .n_seqs = z->n_seqs,
+      .n_logit_rows = z->n_rows,
+      .max_blocks = z->max_blocks,
+      .token = (const int32_t *)(const void *)(s->host + z->token),
+      .position = (const int32_t *)(const void *)(s->host + z->position),
+      .q_start = (const int32_t *)(const void *)(s->host + z->q_start),
+      .kv_len = (const int32_t *)(const void *)(s->host + z->kv_len),
+      .block_table = (const int32_t *)(const void *)(s->host + z->block_table),
+      .decode_start = s->batch.decode_start ? (const int32_t *)(const void *)(s->host + z->decode_start) : NULL,
+      .slot = s->batch.slot ? (const int32_t *)(const void *)(s->host + z->slot) : NULL,
+      .logit_row = (const int32_t *)(const void *)(s->host + z->logit_row)};
 }
 
 static void choose_fill(const struct qtr_cuda_step *s) {
@@ -262,7 +283,8 @@ static void choose_fill(const struct qtr_cuda_step *s) {
 }
 
 static bool same_plan(const struct qtr_cuda_plan_config *a, const struct qtr_cuda_plan_config *b) {
-  return a->format == b->format && a->n_heads == b->n_heads && a->n_kv_heads == b->n_kv_heads && a->head_dim == b->head_dim;
+  return a->format == b->format && a->n_heads == b->n_heads && a->n_kv_heads == b->n_kv_heads &&
+         a->head_dim == b->head_dim && a->heads == b->heads;
 }
 
 static struct qtr_cuda_plan_config plan_of(const struct qtr_cuda *c, const struct qtr_attention_args *a) {
@@ -270,19 +292,35 @@ static struct qtr_cuda_plan_config plan_of(const struct qtr_cuda *c, const struc
                                        .n_heads = a->n_heads,
                                        .n_kv_heads = a->n_kv_heads,
                                        .head_dim = a->head_dim,
-                                       .n_sms = c->n_sms};
+                                       .n_sms = c->n_sms,
+                                       .heads = qtr_kv_heads_sparse(&a->kv->heads) ? &a->kv->heads : NULL,
+                                       .has_prefill = c->has_prefill && qtr_kv_has_fragments(a->head_dim)};
+}
+
+/* Room for choosing pages, its counters zeroed. */
+static bool select_room(struct qtr_cuda *c) {
+  struct qtr_cuda_step *s = c->step;
+  const struct qtr_cuda_plan_config *p = &s->plan_config;
+  if (!p->heads || p->heads->sparse.budget == 0) return true;
+  struct qtr_cuda_select_config config = qtr_cuda_select_config_of(p->heads, p->head_dim, p->n_sms);
+  size_t n_counters = qtr_cuda_select_counter_bytes(&config), had = s->select_bytes;
+  if (!grow(c, &s->select_scratch, &s->select_bytes, qtr_cuda_select_scratch_bytes(&config), "scores of pages"))
+    return false;
+  if (s->select_bytes == had && s->select_counters == n_counters) return true;
+  s->select_counters = n_counters; /* another cache's scores may lie there */
+  return qtr_cuda_ok(c, cudaMemsetAsync(s->select_scratch, 0, n_counters, c->stream), "counters of page selection");
 }
 
 /* Decides where choose rows and plan go, makes room, fills the block and uploads it. */
 static bool batch_upload(struct qtr_cuda *c) {
   struct qtr_cuda_step *s = c->step;
   struct shape *z = &s->shape;
-  int32_t spare_page = 0;
+  const struct qtr_kv *kv = NULL;
   const struct op *attention = NULL;
   s->has_choose = false;
   for (size_t i = 0; i < s->n_op; i++) {
     const struct op *op = &s->op[i];
-    if (op->kind == OP_ROPE_KV) spare_page = op->as.rope.kv->config.n_pages;
+    if (op->kind == OP_ROPE_KV) kv = op->as.rope.kv;
     if (op->kind == OP_ATTENTION && !attention) attention = op;
     if (op->kind == OP_CHOOSE) s->has_choose = true;
   }
@@ -296,6 +334,7 @@ static bool batch_upload(struct qtr_cuda *c) {
     if (!grow(c, &s->scratch, &s->scratch_bytes, qtr_cuda_attention_scratch_bytes(&s->plan_config, tokens, seqs),
               "partial results of attention"))
       return false;
+    if (!select_room(c)) return false;
   }
   z->adjust = at;
   size_t n_adjust = s->has_choose ? (size_t)s->choose.n_adjust : 0, total = at;
@@ -331,7 +370,7 @@ static bool batch_upload(struct qtr_cuda *c) {
   if (s->has_choose && !grow(c, &s->choose_scratch, &s->choose_bytes,
                              qtr_cuda_choose_scratch_bytes(rows, (size_t)s->choose.vocab_size), "sampling"))
     return false;
-  block_fill(s, spare_page);
+  block_fill(s, kv);
   if (s->has_choose) {
     choose_fill(s);
     if (n_adjust) memcpy(s->host + z->adjust, s->choose.adjust, n_adjust * sizeof *s->choose.adjust);
@@ -356,6 +395,7 @@ static struct qtr_cuda_batch device_batch(const struct qtr_cuda_step *s) {
                                  .q_start = (const int32_t *)(const void *)(d + z->q_start),
                                  .kv_len = (const int32_t *)(const void *)(d + z->kv_len),
                                  .block_table = (const int32_t *)(const void *)(d + z->block_table),
+                                 .stream_table = (const int32_t *)(const void *)(d + z->stream_table),
                                  .cos = s->cos,
                                  .sin = s->sin,
                                  .plan = d + z->plan};
@@ -420,7 +460,9 @@ static cudaError_t run_op(struct qtr_cuda *c, const struct op *op) {
     case OP_QUANT: return run_quant(c, &op->as.quant);
     case OP_LINEAR: return qtr_cuda_linear_run(c, &op->as.linear);
     case OP_ROPE_KV: return qtr_cuda_rope_kv_write(&op->as.rope, &batch, c->stream);
-    case OP_ATTENTION: return qtr_cuda_attention(&op->as.attention, &batch, s->host + s->shape.plan, s->scratch, c->stream);
+    case OP_ATTENTION:
+      return qtr_cuda_attention(&op->as.attention, &batch, s->host + s->shape.plan, s->scratch, s->select_scratch, c->n_sms,
+                                c->stream);
     case OP_GATHER:
       return qtr_cuda_rows_gather(op->as.gather.x, (const int32_t *)(const void *)(d + s->shape.logit_row),
                                   (size_t)s->shape.n_rows, op->as.gather.dim, op->as.gather.out, c->stream);
@@ -672,6 +714,7 @@ void qtr_cuda_attend(struct qtr_backend *b, const struct qtr_attention_args *arg
     if (!same_plan(&mine, &theirs)) qtr_cuda_flush(c);
     break;
   }
+  if (s->open && args->layer == 0) s->shape.selecting = qtr_cuda_attention_chooses(&args->kv->heads, &s->batch);
   struct qtr_attention_args *a = &record(c, OP_ATTENTION)->as.attention;
   a->qkv = args->qkv;
   a->kv = args->kv;

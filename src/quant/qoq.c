@@ -52,7 +52,7 @@ void qtr_qoq_options_init(struct qtr_qoq_options *o, enum qtr_linear_format form
       .clip = w4,
       .gptq = quantised,
       .n_grid = 20,
-      .damp = 0.01f,
+      .damp = w4 && !groups ? 0.03f : 0.01f, /* measured: docs/accuracy.md */
       .keys = {.mode = w4 ? groups ? f->group_keys : f->chan_keys : QTR_SMOOTH_OFF, .alpha = 0.5f},
       .down = {.mode = quantised ? QTR_SMOOTH_MANUAL : QTR_SMOOTH_OFF, .alpha = alpha, .beta = 1 - alpha},
       .out = {.alpha = alpha, .beta = 1 - alpha},

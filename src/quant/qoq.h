@@ -35,7 +35,7 @@ struct qtr_qoq_options {
   struct qtr_smooth_options out, down; /* inputs of o_proj and down_proj against their columns (F.5.1) */
   struct qtr_smooth_options input;     /* SmoothQuant of what follows a norm; not with rotate */
   int32_t n_grid;                      /* 20 points of a grid */
-  float damp;                          /* GPTQ: 0.01 */
+  float damp;                          /* GPTQ: 0.01, per-channel weights 0.03 */
   bool static_kv;                      /* write per-tensor scales of K and V for an 8-bit cache (A.2.5) */
   bool keep_float32;                   /* W16A16: transformed weights in F32, for tests of exactness */
   bool fresh;                          /* start anew instead of going on behind a killed run */

@@ -64,7 +64,7 @@ static int32_t chosen_at(const struct qtr_kv_sparse *s, int32_t position, int32_
   return QTR_MAX(first, last);
 }
 
-/* An entry for the whole of one token, before it is cut. slot: of its sequence. */
+/* An entry for the whole of one token, before it is cut. */
 static struct qtr_decode_entry entry_make(const struct qtr_cuda_plan_config *config, const struct qtr_batch *batch,
                                           int32_t s, int32_t token, enum qtr_head_class kind) {
   int32_t position = batch->kv_len[s] + token - batch->q_start[s], own = position / QTR_PAGE_TOKENS;

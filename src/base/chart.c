@@ -45,9 +45,9 @@ void qtr_chart_vertical(struct qtr_svg *svg, const struct qtr_chart *c, const ch
     return;
   }
   static const double factor[] = {1, 2, 5};
-  for (double power = pow(10, floor(log10(c->bottom))); power <= c->top; power *= 10) {
+  for (int decade = (int)floor(log10(c->bottom)), last = (int)floor(log10(c->top)); decade <= last; decade++) {
     for (int i = 0; i < 3; i++) {
-      double v = power * factor[i];
+      double v = pow(10, decade) * factor[i];
       if (v >= c->bottom * (1 - 1e-9) && v <= c->top * (1 + 1e-9)) rung(svg, c, v, QTR_CHART_GRID, format, scale);
     }
   }

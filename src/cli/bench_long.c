@@ -8,6 +8,7 @@
 #include "checkpoint/heads.h"
 #include "cli/eval.h"
 #include "engine/engine_internal.h"
+#include "load/stats.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -114,20 +115,13 @@ static enum qtr_status run_round(struct run *run, int side, size_t length, int32
   return status;
 }
 
-static int compare_doubles(const void *a, const void *b) {
-  double x = *(const double *)a, y = *(const double *)b;
-  return (x > y) - (x < y);
-}
-
 static double median(const double *value, size_t n) {
-  double sorted[QTR_BENCH_MAX_ROUNDS];
+  double finite[QTR_BENCH_MAX_ROUNDS];
   size_t count = 0;
   for (size_t i = 0; i < n; i++) {
-    if (isfinite(value[i])) sorted[count++] = value[i];
+    if (isfinite(value[i])) finite[count++] = value[i];
   }
-  if (count == 0) return (double)NAN;
-  qsort(sorted, count, sizeof *sorted, compare_doubles);
-  return (sorted[(count - 1) / 2] + sorted[count / 2]) / 2;
+  return count == 0 ? (double)NAN : qtr_distribution_of(finite, count).p50;
 }
 
 static void summarize(struct qtr_long_cell *cell) {

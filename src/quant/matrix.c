@@ -222,6 +222,19 @@ static bool factorise(struct qtr_threads *team, struct factor *f) {
   return true;
 }
 
+/* L in memory of its own, and with it `slabs` over n_rows rows or columns. *memory: there was too little. */
+static bool with_factor(struct qtr_threads *team, struct factor *f, size_t n_rows,
+                        void (*slabs)(void *arg, size_t begin, size_t end, int thread), bool *memory) {
+  f->l = malloc(f->n * f->n * sizeof *f->l);
+  f->slab = malloc((size_t)qtr_threads_count(team) * f->n * SLAB * sizeof *f->slab);
+  *memory = !f->l || !f->slab;
+  bool ok = !*memory && factorise(team, f);
+  if (ok) qtr_threads_for(team, qtr_ceil_div(n_rows, SLAB), 1, slabs, f);
+  free(f->l);
+  free(f->slab);
+  return ok;
+}
+
 /* Columns of L⁻¹, reversed again: columns of U. */
 static void invert_slabs(void *arg, size_t begin, size_t end, int thread) {
   const struct factor *f = arg;
@@ -245,14 +258,7 @@ static void invert_slabs(void *arg, size_t begin, size_t end, int thread) {
 bool qtr_matrix_inverse_factor(struct qtr_threads *team, const float *h, const size_t *order, double damp, size_t n,
                                float *u, bool *memory) {
   struct factor f = {.n = n, .h = h, .order = order, .damp = damp, .u = u};
-  f.l = malloc(n * n * sizeof *f.l);
-  f.slab = malloc((size_t)qtr_threads_count(team) * n * SLAB * sizeof *f.slab);
-  *memory = !f.l || !f.slab;
-  bool ok = !*memory && factorise(team, &f);
-  if (ok) qtr_threads_for(team, qtr_ceil_div(n, SLAB), 1, invert_slabs, &f);
-  free(f.l);
-  free(f.slab);
-  return ok;
+  return with_factor(team, &f, n, invert_slabs, memory);
 }
 
 /* X L Lᵀ = B, for some rows of B; columns reversed as L is. */
@@ -276,12 +282,5 @@ static void solve_slabs(void *arg, size_t begin, size_t end, int thread) {
 
 bool qtr_matrix_solve(struct qtr_threads *team, const float *h, double damp, size_t n, float *b, size_t m, bool *memory) {
   struct factor f = {.n = n, .h = h, .damp = damp, .b = b, .m = m};
-  f.l = malloc(n * n * sizeof *f.l);
-  f.slab = malloc((size_t)qtr_threads_count(team) * n * SLAB * sizeof *f.slab);
-  *memory = !f.l || !f.slab;
-  bool ok = !*memory && factorise(team, &f);
-  if (ok) qtr_threads_for(team, qtr_ceil_div(m, SLAB), 1, solve_slabs, &f);
-  free(f.l);
-  free(f.slab);
-  return ok;
+  return with_factor(team, &f, m, solve_slabs, memory);
 }

@@ -17,32 +17,37 @@
 #define TINY_VOCAB 256
 #define TINY_EOS 6 /* ids 0 … 5 end a text: about one token in 43 */
 
-static inline struct qtr_model *tiny_model_seeded(const char *device, enum qtr_linear_format format, uint64_t seed) {
-  struct qtr_config config = {.architecture = "LlamaForCausalLM",
-                              .hidden_size = 32,
-                              .intermediate_size = 32,
-                              .n_layers = 2,
-                              .n_heads = 2,
-                              .n_kv_heads = 1,
-                              .head_dim = 32,
-                              .vocab_size = TINY_VOCAB,
-                              .max_position_embeddings = 1024,
-                              .rms_norm_eps = 1e-5f,
-                              .rope_theta = 10000,
-                              .bos_token = -1,
-                              .pad_token = -1,
-                              .n_eos = TINY_EOS};
-  for (int32_t i = 0; i < TINY_EOS; i++) config.eos_token[i] = i;
+/* Random weights of a shape, on a backend of their own; what every tiny shape has alike is filled in. */
+static inline struct qtr_model *tiny_model_shaped(const char *device, struct qtr_config config,
+                                                  enum qtr_linear_format format, bool head_int8, uint64_t seed) {
+  (void)snprintf(config.architecture, sizeof config.architecture, "LlamaForCausalLM");
+  config.vocab_size = TINY_VOCAB;
+  config.rms_norm_eps = 1e-5f;
+  config.rope_theta = 10000;
+  config.bos_token = config.pad_token = -1;
   struct qtr_backend *backend = NULL;
   struct qtr_model *model = NULL;
   struct qtr_error err = {0};
   const struct qtr_backend_options backend_options = {.threads = 2};
   const struct qtr_model_options model_options = {.quiet = true};
   if (qtr_backend_open(device, &backend_options, &backend, &err) ||
-      qtr_model_random(&config, format, false, seed, backend, &model_options, &model, &err)) {
+      qtr_model_random(&config, format, head_int8, seed, backend, &model_options, &model, &err)) {
     fail_msg("%s", err.message);
   }
   return model;
+}
+
+static inline struct qtr_model *tiny_model_seeded(const char *device, enum qtr_linear_format format, uint64_t seed) {
+  struct qtr_config config = {.hidden_size = 32,
+                              .intermediate_size = 32,
+                              .n_layers = 2,
+                              .n_heads = 2,
+                              .n_kv_heads = 1,
+                              .head_dim = 32,
+                              .max_position_embeddings = 1024,
+                              .n_eos = TINY_EOS};
+  for (int32_t i = 0; i < TINY_EOS; i++) config.eos_token[i] = i;
+  return tiny_model_shaped(device, config, format, false, seed);
 }
 
 static inline struct qtr_model *tiny_model_on(const char *device, enum qtr_linear_format format) {

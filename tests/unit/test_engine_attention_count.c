@@ -9,29 +9,14 @@ enum { LAYERS = 3, HEADS = 4, GROUP = 2, DIM = 16, MAX_LEN = 1200 };
 static const double table[LAYERS * HEADS] = {0, 0.1, 0, 0.05, 1, 0.9, 0.2, 1, 0.8, 0.3, 1, 0.95};
 
 static struct qtr_model *make_model(void) {
-  struct qtr_config config = {.architecture = "LlamaForCausalLM",
-                              .hidden_size = 64,
-                              .intermediate_size = 64,
-                              .n_layers = LAYERS,
-                              .n_heads = GROUP * HEADS,
-                              .n_kv_heads = HEADS,
-                              .head_dim = DIM,
-                              .vocab_size = TINY_VOCAB,
-                              .max_position_embeddings = MAX_LEN,
-                              .rms_norm_eps = 1e-5f,
-                              .rope_theta = 10000,
-                              .bos_token = -1,
-                              .pad_token = -1};
-  struct qtr_backend *backend = NULL;
-  struct qtr_model *model = NULL;
-  struct qtr_error err = {0};
-  const struct qtr_backend_options backend_options = {.threads = 2};
-  const struct qtr_model_options model_options = {.quiet = true};
-  if (qtr_backend_open("cpu", &backend_options, &backend, &err) ||
-      qtr_model_random(&config, QTR_LINEAR_W8A8, false, 5, backend, &model_options, &model, &err)) {
-    fail_msg("%s", err.message);
-  }
-  return model;
+  const struct qtr_config config = {.hidden_size = 64,
+                                    .intermediate_size = 64,
+                                    .n_layers = LAYERS,
+                                    .n_heads = GROUP * HEADS,
+                                    .n_kv_heads = HEADS,
+                                    .head_dim = DIM,
+                                    .max_position_embeddings = MAX_LEN};
+  return tiny_model_shaped("cpu", config, QTR_LINEAR_W8A8, false, 5);
 }
 
 struct expected {

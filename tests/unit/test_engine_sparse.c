@@ -22,29 +22,14 @@ static bool on_gpu(void) { return strcmp(device, "cuda") == 0; }
 
 /* GPUs: with an int8 head, as cuBLASLt chooses a kernel for a floating-point one by the number of rows. */
 static struct qtr_model *make_model(void) {
-  struct qtr_config config = {.architecture = "LlamaForCausalLM",
-                              .hidden_size = 64,
-                              .intermediate_size = 64,
-                              .n_layers = LAYERS,
-                              .n_heads = 2 * HEADS,
-                              .n_kv_heads = HEADS,
-                              .head_dim = head_dim,
-                              .vocab_size = TINY_VOCAB,
-                              .max_position_embeddings = MAX_LEN,
-                              .rms_norm_eps = 1e-5f,
-                              .rope_theta = 10000,
-                              .bos_token = -1,
-                              .pad_token = -1};
-  struct qtr_backend *backend = NULL;
-  struct qtr_model *model = NULL;
-  struct qtr_error err = {0};
-  const struct qtr_backend_options backend_options = {.threads = 2};
-  const struct qtr_model_options model_options = {.quiet = true};
-  if (qtr_backend_open(device, &backend_options, &backend, &err) ||
-      qtr_model_random(&config, QTR_LINEAR_W8A8, on_gpu(), 5, backend, &model_options, &model, &err)) {
-    fail_msg("%s", err.message);
-  }
-  return model;
+  const struct qtr_config config = {.hidden_size = 64,
+                                    .intermediate_size = 64,
+                                    .n_layers = LAYERS,
+                                    .n_heads = 2 * HEADS,
+                                    .n_kv_heads = HEADS,
+                                    .head_dim = head_dim,
+                                    .max_position_embeddings = MAX_LEN};
+  return tiny_model_shaped(device, config, QTR_LINEAR_W8A8, on_gpu(), 5);
 }
 
 /* Layer 0 has streaming heads only at half, layer 1 one of them, layer 2 one more. */

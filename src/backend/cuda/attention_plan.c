@@ -58,12 +58,6 @@ struct qtr_cuda_select_config qtr_cuda_select_config_of(const struct qtr_kv_head
 
 static int32_t tiles(int32_t n_tokens) { return (n_tokens + QTR_PAGE_TOKENS - 1) / QTR_PAGE_TOKENS; }
 
-/* The position where the pages that the query at `position` reads were chosen: it or one before it. */
-static int32_t chosen_at(const struct qtr_kv_sparse *s, int32_t position, int32_t decode_start) {
-  int32_t first = QTR_MAX(decode_start, s->budget), last = (position + 1) / s->interval * s->interval - 1;
-  return QTR_MAX(first, last);
-}
-
 /* An entry for the whole of one token, before it is cut. */
 static struct qtr_decode_entry entry_make(const struct qtr_cuda_plan_config *config, const struct qtr_batch *batch,
                                           int32_t s, int32_t token, enum qtr_head_class kind) {
@@ -77,7 +71,7 @@ static struct qtr_decode_entry entry_make(const struct qtr_cuda_plan_config *con
     int32_t sink = tiles(e.hole_from), local = e.hole_to / QTR_PAGE_TOKENS;
     if (local > sink) e.n_first = sink, e.skip = local - sink;
   } else if (qtr_sparse_selects(sparse, position, start)) {
-    int32_t tail = chosen_at(sparse, position, start) / QTR_PAGE_TOKENS;
+    int32_t tail = qtr_sparse_chosen_at(sparse, position, start) / QTR_PAGE_TOKENS;
     e.n_first = QTR_MIN(tail, qtr_sparse_limit(sparse) - 1);
     e.skip = tail - e.n_first;
     e.list = batch->slot ? batch->slot[s] : 0;

@@ -100,7 +100,10 @@ enum qtr_status qtr_cuda_linear_create(struct qtr_backend *b, const struct qtr_l
                                        struct qtr_linear **linear, struct qtr_error *err);
 void qtr_cuda_linear_free(struct qtr_backend *b, struct qtr_linear *linear);
 size_t qtr_cuda_linear_bytes(const struct qtr_linear *linear);
-cudaError_t qtr_cuda_linear_run(struct qtr_cuda *c, const struct qtr_linear_args *args);
+bool qtr_cuda_linear_takes_rows(const struct qtr_linear *linear, size_t n_tokens);
+/* rows: NULL, or what the product makes its input of, in place of args->input, where qtr_cuda_linear_takes_rows. */
+cudaError_t qtr_cuda_linear_run(struct qtr_cuda *c, const struct qtr_linear_args *args,
+                                const struct qtr_cuda_gemm_rows *rows);
 
 /* activation.c */
 enum qtr_status qtr_cuda_table_create(struct qtr_backend *b, const struct qtr_table_source *source, struct qtr_table **table,

@@ -58,8 +58,11 @@ cudaError_t qtr_cuda_gemm_planned(const struct qtr_cuda_gemm_args *a, const stru
   size_t tile_rows = w->path == QTR_CUDA_SM80 ? QTR_TILE_M : (size_t)plan->rows;
   size_t m_tiles = (n_rows + tile_rows - 1) / tile_rows, n_tiles = (a->n_tokens + (size_t)plan->n - 1) / (size_t)plan->n;
   size_t pairs = (m_tiles + (size_t)plan->pair - 1) / (size_t)plan->pair * n_tiles;
-  if (a->x_stride < k_steps * QTR_TILE_K || a->x_stride % QTR_TILE_K || (uintptr_t)a->x % 128 || w->gate_up != silu ||
-      a->n_tokens > (1u << 30) || pairs > (1u << 28) || (size_t)plan->split > k_steps) {
+  const struct qtr_cuda_gemm_rows *rows = a->rows;
+  bool input = rows ? w->path == QTR_CUDA_SM90 && a->n_tokens <= 8 && w->n_in % 8 == 0 && (uintptr_t)rows->x % 16 == 0 &&
+                          (uintptr_t)rows->weight % 16 == 0 && qtr_gemm_quantises_sm90(w->format, plan, k_steps)
+                    : a->x_stride >= k_steps * QTR_TILE_K && a->x_stride % QTR_TILE_K == 0 && (uintptr_t)a->x % 128 == 0;
+  if (!input || w->gate_up != silu || a->n_tokens > (1u << 30) || pairs > (1u << 28) || (size_t)plan->split > k_steps) {
     return cudaErrorInvalidValue;
   }
   if (a->n_tokens == 0) return cudaSuccess;
@@ -71,7 +74,8 @@ cudaError_t qtr_cuda_gemm_planned(const struct qtr_cuda_gemm_args *a, const stru
   p.x = a->x, p.x_stride = a->x_stride;
   p.x_rows = a->x_rows > a->n_tokens ? a->x_rows : a->n_tokens;
   p.out = a->out;
-  p.n_tokens = (int32_t)a->n_tokens, p.n_out = (int32_t)n_out;
+  if (rows) p.row = (const __half *)rows->x, p.norm = (const __half *)rows->weight, p.eps = rows->eps;
+  p.n_tokens = (int32_t)a->n_tokens, p.n_in = (int32_t)w->n_in, p.n_out = (int32_t)n_out;
   p.m_tiles = (int32_t)m_tiles, p.n_tiles = (int32_t)n_tiles, p.k_steps = (int32_t)k_steps;
   p.n_pairs = (int32_t)pairs, p.raster = plan->raster;
   p.epilogue = (int32_t)a->epilogue;
@@ -90,10 +94,23 @@ cudaError_t qtr_cuda_gemm_path(enum qtr_cuda_path *path) {
   return major >= 8 ? cudaSuccess : cudaErrorNotSupported;
 }
 
-cudaError_t qtr_cuda_gemm(const struct qtr_cuda_gemm_args *args, cudaStream_t stream) {
-  int device = 0, n_sms = 0;
+static cudaError_t sm_count(int *n_sms) {
+  int device = 0;
   cudaError_t e = cudaGetDevice(&device);
-  if (e == cudaSuccess) e = cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
+  return e == cudaSuccess ? cudaDeviceGetAttribute(n_sms, cudaDevAttrMultiProcessorCount, device) : e;
+}
+
+bool qtr_cuda_gemm_takes_rows(const struct qtr_cuda_matrix *w, size_t n_tokens) {
+  enum { MOST_TOKENS = 2 };
+  int n_sms = 0;
+  if (n_tokens > MOST_TOKENS || w->path != QTR_CUDA_SM90 || w->n_in % 8 != 0 || sm_count(&n_sms) != cudaSuccess) return false;
+  struct qtr_gemm_plan plan = qtr_gemm_choose(w->format, w->n_out, w->n_in, n_tokens, n_sms);
+  return qtr_gemm_quantises_sm90(w->format, &plan, (w->n_in + QTR_TILE_K - 1) / QTR_TILE_K);
+}
+
+cudaError_t qtr_cuda_gemm(const struct qtr_cuda_gemm_args *args, cudaStream_t stream) {
+  int n_sms = 0;
+  cudaError_t e = sm_count(&n_sms);
   if (e != cudaSuccess) return e;
   struct qtr_gemm_plan plan = qtr_gemm_choose(args->w->format, args->w->n_out, args->w->n_in, args->n_tokens, n_sms);
   return qtr_cuda_gemm_planned(args, &plan, stream);

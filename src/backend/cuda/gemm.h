@@ -55,8 +55,17 @@ cudaError_t qtr_cuda_matrix_repack(const struct qtr_cuda_matrix *m, const struct
 cudaError_t qtr_cuda_g128_count_bad(const struct qtr_cuda_part *part, size_t n_in, int32_t *n_bad, cudaStream_t stream);
 cudaError_t qtr_cuda_g128_expand(const struct qtr_cuda_part *part, size_t n_in, int8_t *out, cudaStream_t stream);
 
+/* Rows that a product normalises (weight not NULL: RMSNorm of B.8) and quantises itself: the bits of rows.h's kernels. All
+ * 16-byte aligned. */
+struct qtr_cuda_gemm_rows {
+  const void *x;      /* (n_tokens, n_in) fp16 */
+  const void *weight; /* (n_in) fp16, or NULL */
+  float eps;
+};
+
 struct qtr_cuda_gemm_args {
   const struct qtr_cuda_matrix *w;
+  const struct qtr_cuda_gemm_rows *rows; /* not NULL: instead of x, x_scale, x_sum, where qtr_cuda_gemm_takes_rows */
   const int8_t *x;      /* (n_tokens, x_stride) codes; x_stride: n_in rounded up to 128, the tail zero; 128-byte aligned */
   const float *x_scale; /* (n_tokens) */
   const float *x_sum;   /* (n_tokens) */
@@ -70,6 +79,9 @@ struct qtr_cuda_gemm_args {
   bool dependent; /* launched as a programmatic dependent: asks for weights while the kernel before it ends, waits for its
                      results before it reads or writes anything else (Hopper; ignored on the older path) */
 };
+/* Whether a product of n_tokens with w may be given rows: one or two tokens (each block makes all of them, so more would not
+ * pay), Hopper's kernels, columns that fit shared memory. */
+bool qtr_cuda_gemm_takes_rows(const struct qtr_cuda_matrix *w, size_t n_tokens);
 /* Capturable in a graph: no synchronisation, no allocation. */
 cudaError_t qtr_cuda_gemm(const struct qtr_cuda_gemm_args *args, cudaStream_t stream);
 

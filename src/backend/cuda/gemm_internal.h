@@ -32,9 +32,11 @@ struct qtr_gemm_work {
   const float *scale, *szero, *bias; /* kernel's row order, padded; szero, bias may be NULL */
   const float *x_scale, *x_sum;      /* (n_tokens) */
   const int8_t *x;                   /* (n_tokens, x_stride) */
+  const __half *row, *norm;          /* instead of x, x_scale, x_sum: (n_tokens, n_in), and RMSNorm's weight or NULL */
+  float eps;
   void *out;                         /* (n_tokens, n_out) */
   size_t x_stride, x_rows;           /* x_rows >= n_tokens: what may be read */
-  int32_t n_tokens, n_out;           /* n_out: values of an output row (half the matrix's rows with SILU_MUL) */
+  int32_t n_tokens, n_in, n_out;     /* n_out: values of an output row (half the matrix's rows with SILU_MUL) */
   int32_t m_tiles, n_tiles, k_steps; /* m_tiles: of the plan's rows */
   int32_t n_pairs;                   /* tiles in all, those of a pair as one */
   int32_t raster;                    /* token tiles that are walked together */
@@ -56,6 +58,8 @@ bool qtr_gemm_built_sm90(void); /* the running GPU has code for the Hopper kerne
 struct qtr_gemm_plan qtr_gemm_choose(enum qtr_linear_format format, size_t n_rows, size_t n_in, size_t n_tokens, int n_sms);
 cudaError_t qtr_cuda_gemm_planned(const struct qtr_cuda_gemm_args *args, const struct qtr_gemm_plan *plan,
                                   cudaStream_t stream);
+/* Products by this plan can make their activations themselves (work->row). */
+bool qtr_gemm_quantises_sm90(enum qtr_linear_format format, const struct qtr_gemm_plan *plan, size_t k_steps);
 cudaError_t qtr_gemm_launch_sm90(enum qtr_linear_format format, const struct qtr_gemm_plan *plan,
                                  const struct qtr_gemm_work *work, cudaStream_t stream);
 cudaError_t qtr_gemm_launch_sm80(enum qtr_linear_format format, const struct qtr_gemm_work *work, cudaStream_t stream);

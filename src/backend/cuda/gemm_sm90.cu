@@ -7,6 +7,10 @@
  * rotation), and nothing dequantised returns to memory. With a cluster of two, both blocks work on the same tokens: each
  * loads half of the activations and multicasts it.
  *
+ * One or two tokens: a block makes its activations itself (QUANT): it asks for as many weights as fit, waits for the kernel
+ * before, reads the fp16 rows, normalises and quantises them (row_quant.cuh: the bits of rows.cu) into a region that holds
+ * all columns. That costs each block about a microsecond, where a kernel of its own, one block of it, costs four or five.
+ *
  * Few tokens: tiles of 64 rows; the four warpgroups take every fourth block of 128 columns and add in shared memory. Some
  * more: a cluster of two blocks divides the columns of one tile; the int32 partial sums, exact in any order, meet in the
  * shared memory of the block that owns the tokens. Otherwise a persistent grid walks whole tiles.
@@ -18,6 +22,7 @@
 
 #include "backend/cuda/gemm_internal.h"
 #include "backend/cuda/gemm_wgmma.h"
+#include "backend/cuda/row_quant.cuh"
 
 #pragma nv_diag_suppress 177 /* other architectures use none of the device functions */
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
@@ -154,16 +159,86 @@ struct shape {
   static constexpr int FIT = (ROOM - FIXED) / (X_BYTES + W_BYTES);
   static constexpr int STAGES = FIT < 16 ? FIT : 16;
   static constexpr int BUFFER_AT = STAGES * X_BYTES, W_AT = BUFFER_AT + EPILOGUE;
-  static constexpr int TOKEN_AT = W_AT + STAGES * W_BYTES;           /* [writer][scale, sum][TOKENS] */
-  static constexpr int BAR_AT = TOKEN_AT + WRITERS * 2 * TOKENS * 4; /* full[STAGES], empty[STAGES] */
-  static constexpr int SHARED = BAR_AT + 16 * STAGES;
+  static constexpr int TOKEN_AT = W_AT + STAGES * W_BYTES; /* [writer][scale, sum][TOKENS] */
+  static constexpr int SHARED = TOKEN_AT + FIXED - EPILOGUE; /* then barriers: full[STAGES], empty[STAGES] */
   static constexpr int SUMS = NARROW ? (CONSUMERS - 1) * N * 256 : (SPLIT - 1) * TOKENS * 512; /* what an owner receives */
   static constexpr int SUMS_AT = SUMS <= STAGES * X_BYTES ? 0 : W_AT;
   static_assert(STAGES >= 3 && SHARED <= ROOM, "a stage is too large");
   static_assert(BUFFER_AT % 1024 == 0 && SUMS_AT + SUMS <= TOKEN_AT, "the sums must not meet the epilogue's buffers");
 };
 
+/* Where things lie in a block's shared memory, and the stages of its ring. With QUANT both depend on the columns: activations
+ * of all of them at the beginning, partial sums of reductions at the end. */
+struct layout {
+  uint32_t buffers, w, tokens, full, empty, part;
+  int32_t stages;
+};
+static constexpr int PARTS = 2 * QTR_ROW_SHARED * 4; /* bytes: rows alternate */
+
+template <class S, bool QUANT>
+static __host__ __device__ __forceinline__ struct layout layout_make(uint32_t shared, int32_t tile_stages) {
+  struct layout l;
+  const int x_bytes = (QUANT ? tile_stages : S::STAGES) * S::X_BYTES;
+  const int fit = (S::ROOM - S::FIXED - PARTS - x_bytes) / S::W_BYTES;
+  l.stages = !QUANT ? S::STAGES : fit < 16 ? fit : 16;
+  l.buffers = shared + x_bytes;
+  l.w = l.buffers + S::EPILOGUE;
+  l.tokens = l.w + l.stages * S::W_BYTES;
+  l.full = l.tokens + S::WRITERS * 2 * S::TOKENS * 4;
+  l.empty = l.full + 8 * l.stages;
+  l.part = l.empty + 8 * l.stages;
+  return l;
+}
+
+/* Groups of eight of a row that a consumer's thread keeps. */
+enum { ROW_GROUPS = 4 };
+
+/* Columns that a block can make itself, and room for three stages of weights beside them. */
+template <class S>
+static bool quant_fits(int32_t tile_stages) {
+  return tile_stages * S::BLOCKS * QTR_TILE_K <= ROW_GROUPS * 8 * 128 * S::CONSUMERS &&
+         layout_make<S, true>(0, tile_stages).stages >= 3;
+}
+
 /* ---- consumer ------------------------------------------------------------------------------------ */
+
+/* QUANT: waits for the kernel before and makes the activations of all n_tokens <= 8 rows, past n_in zeros; rows past n_tokens
+ * stay what they are, nobody looks at their products. This thread's scale and sum: those of token threadIdx.x % 128. */
+template <class S>
+static __device__ __forceinline__ void make_activations(const struct qtr_gemm_work &p, uint8_t *memory, uint32_t shared,
+                                                        const struct layout &l, int32_t tile_stages, float *x_scale,
+                                                        float *x_sum) {
+  constexpr int THREADS = S::CONSUMERS * 128, NV = ROW_GROUPS;
+  const int t = (int)threadIdx.x - 128, limit = tile_stages * S::BLOCKS * QTR_TILE_K;
+  float *part = (float *)(memory + (l.part - shared));
+  uint4 x[NV], w[NV];
+#pragma unroll
+  for (int k = 0; k < NV; k++) {
+    int at = (k * THREADS + t) * 8;
+    w[k] = p.norm && at < p.n_in ? *(const uint4 *)(p.norm + at) : make_uint4(0, 0, 0, 0);
+  }
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  for (int32_t token = 0; token < p.n_tokens; token++) {
+#pragma unroll
+    for (int k = 0; k < NV; k++) { /* from the L2: this block may be older than the values */
+      int at = (k * THREADS + t) * 8;
+      x[k] = at < p.n_in ? __ldcg((const uint4 *)(p.row + (size_t)token * p.n_in + at)) : make_uint4(0, 0, 0, 0);
+    }
+    struct qtr_row_result r = qtr_row_measure<NV, THREADS>(
+        x, w, p.norm != NULL, p.eps, p.n_in, t, part + token % 2 * QTR_ROW_SHARED,
+        [] { asm volatile("bar.sync 3, %0;" ::"n"(THREADS) : "memory"); });
+#pragma unroll
+    for (int k = 0; k < NV; k++) { /* rows of 128 bytes; row `token` of eight, swizzled */
+      int at = (k * THREADS + t) * 8;
+      uint2 c = qtr_row_codes(x[k], w[k], p.norm != NULL, r);
+      uint32_t to = shared + at / 128 * S::X_BLOCK + token * 128 + ((at / 16 ^ token) % 8) * 16 + at % 16;
+      if (at < limit) asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(c.x), "r"(c.y) : "memory");
+    }
+    if (t % 128 == token) *x_scale = r.scale, *x_sum = r.sum;
+  }
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  asm volatile("bar.sync 3, %0;" ::"n"(THREADS) : "memory");
+}
 
 /* Codes of one stage -> fragments of its four k32 steps. w: this half's codes in shared memory; group: its constants. */
 template <int FORMAT>
@@ -221,9 +296,8 @@ struct ring {
   int32_t stage;
   uint32_t phase;
 };
-template <int STAGES>
-static __device__ __forceinline__ void ring_advance(struct ring *r) {
-  if (++r->stage == STAGES) r->stage = 0, r->phase ^= 1u;
+static __device__ __forceinline__ void ring_advance(struct ring *r, int32_t n_stages) {
+  if (++r->stage == n_stages) r->stage = 0, r->phase ^= 1u;
 }
 
 template <int PAIR>
@@ -237,29 +311,28 @@ static __device__ __forceinline__ void stage_release(uint32_t empty) {
   }
 }
 
-/* acc = the product over n stages of the ring. */
-template <int FORMAT, int N, int ROWS, int PAIR, int SPLIT>
-static __device__ __forceinline__ void consume(int32_t (&acc)[N / 2], uint32_t shared, uint32_t half, int32_t n,
-                                               struct ring *r) {
+/* acc = the product over n stages of the ring. QUANT: activations are those of the tile's first column on. */
+template <int FORMAT, int N, int ROWS, int PAIR, int SPLIT, bool QUANT>
+static __device__ __forceinline__ void consume(int32_t (&acc)[N / 2], uint32_t shared, const struct layout &l, uint32_t half,
+                                               int32_t n, struct ring *r) {
   using S = shape<FORMAT, N, ROWS, SPLIT>;
-  uint32_t full = shared + S::BAR_AT, empty = full + 8 * S::STAGES;
   uint32_t a0[16], a1[16];
-  int32_t before = -1, now; /* stages in flight */
+  int32_t before = -1, now, k = 0; /* before: stage in flight; k: stages done */
 
 #define STAGE_LOAD(a)                                                                 \
-  barrier_wait(full + 8 * r->stage, r->phase);                                        \
+  barrier_wait(l.full + 8 * r->stage, r->phase);                                      \
   {                                                                                   \
-    uint32_t w_ = shared + S::W_AT + r->stage * S::W_BYTES;                           \
+    uint32_t w_ = l.w + r->stage * S::W_BYTES;                                        \
     load_fragments<FORMAT>(w_ + half * S::BLOCK, w_ + half * S::BLOCK + S::CODES, a); \
   }
-#define STAGE_STEP(a, next, first)                                                                \
-  now = r->stage;                                                                                 \
-  multiply<N>(acc, a, shared + now * S::X_BYTES + (S::NARROW ? half * S::X_BLOCK : 0), !(first)); \
-  ring_advance<S::STAGES>(r);                                                                     \
-  wgmma_wait<1>();                                                                                \
-  if (before >= 0) stage_release<PAIR>(empty + 8 * before);                                       \
-  before = now;                                                                                   \
-  if (--n == 0) break;                                                                            \
+#define STAGE_STEP(a, next, first)                                                                                 \
+  now = r->stage;                                                                                                  \
+  multiply<N>(acc, a, shared + (QUANT ? k++ : now) * S::X_BYTES + (S::NARROW ? half * S::X_BLOCK : 0), !(first)); \
+  ring_advance(r, l.stages);                                                                                       \
+  wgmma_wait<1>();                                                                                                 \
+  if (before >= 0) stage_release<PAIR>(l.empty + 8 * before);                                                      \
+  before = now;                                                                                                    \
+  if (--n == 0) break;                                                                                             \
   STAGE_LOAD(next)
 
   STAGE_LOAD(a0)
@@ -272,7 +345,7 @@ static __device__ __forceinline__ void consume(int32_t (&acc)[N / 2], uint32_t s
   wgmma_wait<0>();
 #pragma unroll
   for (int i = 0; i < N / 2; i++) asm volatile("" : "+r"(acc[i])::"memory");
-  stage_release<PAIR>(empty + 8 * before);
+  stage_release<PAIR>(l.empty + 8 * before);
 }
 
 /* ROWS 64: the other consumers' acc are added to the first one's; theirs go to the stages' memory. */
@@ -345,7 +418,7 @@ struct scales {
   struct row_params row[2];                               /* rows g and g + 8 of the warp's sixteen */
   float x_scale[(T + 127) / 128], x_sum[(T + 127) / 128]; /* tokens t, t + 128 */
 };
-template <bool ZERO, int T>
+template <bool ZERO, int T, bool QUANT>
 static __device__ __forceinline__ struct scales<T> load_scales(const struct qtr_gemm_work &p, int32_t row0, int32_t token0) {
   const int32_t t = (int32_t)threadIdx.x % 128, r0 = row0 + t / 32 * 16 + t % 32 / 4;
   struct scales<T> s;
@@ -357,7 +430,7 @@ static __device__ __forceinline__ struct scales<T> load_scales(const struct qtr_
   }
 #pragma unroll
   for (int i = 0; i < (T + 127) / 128; i++) {
-    bool in = t + 128 * i < T && token0 + t + 128 * i < p.n_tokens;
+    bool in = !QUANT && t + 128 * i < T && token0 + t + 128 * i < p.n_tokens;
     s.x_scale[i] = in ? p.x_scale[token0 + t + 128 * i] : 0;
     s.x_sum[i] = ZERO && in ? p.x_sum[token0 + t + 128 * i] : 0;
   }
@@ -452,41 +525,43 @@ static __device__ __forceinline__ void epilogue(const int32_t (&acc)[T / 2], con
 
 /* Stage k of the tile of blocks in row m. ROWS 64: past the last column whatever was there stays, the activations are zero.
  */
-template <class S>
+template <class S, bool QUANT>
 static __device__ __forceinline__ void load_weights(uint32_t to, const struct qtr_gemm_work &p, int32_t m, int32_t k,
                                                     uint32_t bar) {
   const uint32_t n = S::NARROW ? (uint32_t)min(S::BLOCKS, p.k_steps - k * S::BLOCKS) : 1;
   const uint8_t *from = p.code + ((size_t)(S::NARROW ? m : 2 * m) * p.k_steps + (size_t)k * S::BLOCKS) * S::BLOCK;
-  barrier_expect(bar, S::X_BYTES + (S::NARROW ? n * S::BLOCK : S::W_BYTES));
+  barrier_expect(bar, (QUANT ? 0 : S::X_BYTES) + (S::NARROW ? n * S::BLOCK : S::W_BYTES));
   load_bulk(to, from, n * S::BLOCK, bar);
   if (!S::NARROW) load_bulk(to + S::BLOCK, from + (size_t)p.k_steps * S::BLOCK, S::BLOCK, bar);
 }
 
-/* PAIR blocks of a cluster share activations, or SPLIT blocks share a tile; not both. */
-template <int FORMAT, int N, int ROWS, int PAIR, int SPLIT>
+/* PAIR blocks of a cluster share activations, or SPLIT blocks share a tile; not both. QUANT: one tile of tokens, made here. */
+template <int FORMAT, int N, int ROWS, int PAIR, int SPLIT, bool QUANT>
 __global__ void __launch_bounds__((shape<FORMAT, N, ROWS, SPLIT>::THREADS), (shape<FORMAT, N, ROWS, SPLIT>::CTAS))
     k_gemm_sm90(const __grid_constant__ struct qtr_gemm_work p, const __grid_constant__ CUtensorMap x_map,
                 const __grid_constant__ CUtensorMap out_map) {
 #ifdef HAVE_SM90A
   static_assert(PAIR == 1 || SPLIT == 1, "one kind of cluster");
   static_assert(ROWS == 128 || (PAIR == 1 && SPLIT == 1), "narrow tiles are whole");
+  static_assert(!QUANT || (N == 8 && PAIR == 1 && SPLIT == 1), "activations are made for one group of eight tokens");
   using S = shape<FORMAT, N, ROWS, SPLIT>;
   constexpr int CLUSTER = PAIR * SPLIT;
   constexpr bool ZERO = FORMAT == QTR_LINEAR_W4A8;
   extern __shared__ __align__(1024) uint8_t memory[];
-  const uint32_t shared = shared_address(memory), full = shared + S::BAR_AT, empty = full + 8 * S::STAGES;
+  const uint32_t shared = shared_address(memory);
   const uint32_t rank = CLUSTER == 1 ? 0 : cluster_rank();
   const int32_t m_groups = (p.m_tiles + PAIR - 1) / PAIR, first = (int32_t)blockIdx.x / CLUSTER,
                 step = (int32_t)gridDim.x / CLUSTER;
   const int32_t stages = (p.k_steps + S::BLOCKS - 1) / S::BLOCKS; /* of a tile; this block's are s0 ... s1 - 1 */
   const int32_t s0 = SPLIT == 1 ? 0 : (int32_t)rank * stages / SPLIT,
                 s1 = SPLIT == 1 ? stages : ((int32_t)rank + 1) * stages / SPLIT;
+  const struct layout l = layout_make<S, QUANT>(shared, stages);
 
   if (threadIdx.x == 0) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&x_map) : "memory");
-    for (int i = 0; i < S::STAGES; i++) {
-      barrier_init(full + 8 * i, 1);
-      barrier_init(empty + 8 * i, 4 * S::CONSUMERS * PAIR);
+    if (!QUANT) asm volatile("prefetch.tensormap [%0];" ::"l"(&x_map) : "memory");
+    for (int i = 0; i < l.stages; i++) {
+      barrier_init(l.full + 8 * i, 1);
+      barrier_init(l.empty + 8 * i, 4 * S::CONSUMERS * PAIR);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -504,23 +579,25 @@ __global__ void __launch_bounds__((shape<FORMAT, N, ROWS, SPLIT>::THREADS), (sha
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == 0) {
       /* Weights do not depend on the kernel before this one: as many as fit are asked for while it may still run. */
-      const int32_t early = p.dependent ? min(S::STAGES, s1 - s0) : 0;
+      const int32_t early = p.dependent ? min(l.stages, s1 - s0) : 0;
       for (int32_t tile = first; tile < p.n_pairs; tile += step) {
         int32_t m, n;
         qtr_tile_place(p.raster, p.n_tiles, m_groups, tile, &m, &n);
         m = min(m * PAIR + (PAIR > 1 ? (int32_t)rank : 0), p.m_tiles - 1);
         if (tile == first) {
-          for (int32_t i = 0; i < early; i++) load_weights<S>(shared + S::W_AT + i * S::W_BYTES, p, m, s0 + i, full + 8 * i);
-          asm volatile("griddepcontrol.wait;" ::: "memory");
+          for (int32_t i = 0; i < early; i++) load_weights<S, QUANT>(l.w + i * S::W_BYTES, p, m, s0 + i, l.full + 8 * i);
+          if (!QUANT) asm volatile("griddepcontrol.wait;" ::: "memory"); /* else consumers wait, this warp reads weights only */
         }
         for (int32_t k = s0; k < s1; k++) {
-          const uint32_t bar = full + 8 * r.stage, x = shared + r.stage * S::X_BYTES, part = PAIR > 1 ? rank : 0;
+          const uint32_t bar = l.full + 8 * r.stage, x = shared + r.stage * S::X_BYTES, part = PAIR > 1 ? rank : 0;
           if (tile != first || k - s0 >= early) {
-            barrier_wait(empty + 8 * r.stage, r.phase ^ 1u);
-            load_weights<S>(shared + S::W_AT + r.stage * S::W_BYTES, p, m, k, bar);
+            barrier_wait(l.empty + 8 * r.stage, r.phase ^ 1u);
+            load_weights<S, QUANT>(l.w + r.stage * S::W_BYTES, p, m, k, bar);
           }
-          load_tile<PAIR>(x + part * (S::X_BYTES / PAIR), &x_map, k * S::BLOCKS, n * N + (int32_t)part * (N / PAIR), bar);
-          ring_advance<S::STAGES>(&r);
+          if (!QUANT) {
+            load_tile<PAIR>(x + part * (S::X_BYTES / PAIR), &x_map, k * S::BLOCKS, n * N + (int32_t)part * (N / PAIR), bar);
+          }
+          ring_advance(&r, l.stages);
         }
       }
     }
@@ -529,20 +606,25 @@ __global__ void __launch_bounds__((shape<FORMAT, N, ROWS, SPLIT>::THREADS), (sha
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(S::REGISTERS));
     const uint32_t half = group - 1, place = S::NARROW ? 0 : half;
-    const uint32_t buffers = shared + S::BUFFER_AT + place * S::BUFFERS * S::BUFFER,
-                   tokens = shared + S::TOKEN_AT + place * 2 * S::TOKENS * 4;
+    const uint32_t buffers = l.buffers + place * S::BUFFERS * S::BUFFER, tokens = l.tokens + place * 2 * S::TOKENS * 4;
     int32_t acc[N / 2];
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    float x_scale = 0, x_sum = 0; /* QUANT: of token threadIdx.x % 128 */
+    if constexpr (QUANT) {
+      make_activations<S>(p, memory, shared, l, stages, &x_scale, &x_sum);
+    } else {
+      asm volatile("griddepcontrol.wait;" ::: "memory");
+    }
     for (int32_t tile = first; tile < p.n_pairs; tile += step) {
       int32_t m, n;
       qtr_tile_place(p.raster, p.n_tiles, m_groups, tile, &m, &n);
       if (PAIR > 1) m = m * PAIR + (int32_t)rank;
       const int32_t row0 = m * ROWS + 64 * (int32_t)place, token0 = n * N + (SPLIT > 1 ? (int32_t)rank * S::TOKENS : 0);
       struct scales<S::TOKENS> s = {};
-      if (m < p.m_tiles) s = load_scales<ZERO, S::TOKENS>(p, row0, token0);
-      consume<FORMAT, N, ROWS, PAIR, SPLIT>(acc, shared, half, s1 - s0, &r);
+      if (m < p.m_tiles) s = load_scales<ZERO, S::TOKENS, QUANT>(p, row0, token0);
+      if (QUANT) s.x_scale[0] = x_scale, s.x_sum[0] = x_sum;
+      consume<FORMAT, N, ROWS, PAIR, SPLIT, QUANT>(acc, shared, l, half, s1 - s0, &r);
       if (S::NARROW) {
-        combine_columns<N, S::CONSUMERS>(acc, shared + S::SUMS_AT, half);
+        combine_columns<N, S::CONSUMERS>(acc, QUANT ? l.w : shared + S::SUMS_AT, half);
         if (half) break; /* one tile a block */
       }
       if constexpr (SPLIT > 1) {
@@ -587,16 +669,20 @@ static cudaError_t make_map(CUtensorMap *map, CUtensorMapDataType type, const vo
   return r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-template <int FORMAT, int N, int ROWS, int PAIR, int SPLIT>
+template <int FORMAT, int N, int ROWS, int PAIR, int SPLIT, bool QUANT = false>
 static cudaError_t launch(const struct qtr_gemm_plan *plan, const struct qtr_gemm_work *p, cudaStream_t stream) {
   using S = shape<FORMAT, N, ROWS, SPLIT>;
+  auto *const kernel = k_gemm_sm90<FORMAT, N, ROWS, PAIR, SPLIT, QUANT>;
+  const int32_t tile_stages = (p->k_steps + S::BLOCKS - 1) / S::BLOCKS;
+  const int n_shared = QUANT ? (int)layout_make<S, true>(0, tile_stages).part + PARTS : S::SHARED;
   CUtensorMap x_map, out_map;
+  memset(&x_map, 0, sizeof x_map);
   memset(&out_map, 0, sizeof out_map);
   const cuuint64_t tokens = (cuuint64_t)p->n_tokens;
   const cuuint64_t x_dims[3] = {QTR_TILE_K, p->x_rows, (cuuint64_t)p->k_steps}, x_strides[2] = {p->x_stride, QTR_TILE_K};
   const cuuint32_t x_box[3] = {QTR_TILE_K, N / PAIR, S::BLOCKS};
-  cudaError_t e =
-      make_map(&x_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, p->x, x_dims, x_strides, x_box, CU_TENSOR_MAP_SWIZZLE_128B);
+  cudaError_t e = cudaSuccess;
+  if (!QUANT) e = make_map(&x_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, p->x, x_dims, x_strides, x_box, CU_TENSOR_MAP_SWIZZLE_128B);
   if (e == cudaSuccess && p->vector && p->epilogue != QTR_EPILOGUE_LOGITS) {
     bool silu = p->epilogue == QTR_EPILOGUE_SILU_MUL;
     const cuuint64_t dims[3] = {(cuuint64_t)p->n_out, tokens, 1}, strides[2] = {dims[0] * 2, dims[0] * tokens * 2};
@@ -605,8 +691,7 @@ static cudaError_t launch(const struct qtr_gemm_plan *plan, const struct qtr_gem
                  silu ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B);
   }
   if (e == cudaSuccess) {
-    e = cudaFuncSetAttribute((const void *)k_gemm_sm90<FORMAT, N, ROWS, PAIR, SPLIT>,
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, S::SHARED);
+    e = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, QUANT ? S::ROOM : n_shared);
   }
   if (e != cudaSuccess) return e;
   /* Split and narrow launches have one cluster a tile; otherwise the grid is what fits on the GPU, or less. */
@@ -621,11 +706,11 @@ static cudaError_t launch(const struct qtr_gemm_plan *plan, const struct qtr_gem
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3((unsigned)(n_clusters * PAIR * SPLIT));
   config.blockDim = dim3(S::THREADS);
-  config.dynamicSmemBytes = S::SHARED;
+  config.dynamicSmemBytes = (size_t)n_shared;
   config.stream = stream;
   config.attrs = attribute;
   config.numAttrs = PAIR * SPLIT > 1 ? 2 : 1;
-  return cudaLaunchKernelEx(&config, k_gemm_sm90<FORMAT, N, ROWS, PAIR, SPLIT>, *p, x_map, out_map);
+  return cudaLaunchKernelEx(&config, kernel, *p, x_map, out_map);
 }
 
 #define KEY(n, rows, pair, split) ((n)*100000 + (rows)*100 + (pair)*10 + (split))
@@ -634,6 +719,9 @@ static cudaError_t launch(const struct qtr_gemm_plan *plan, const struct qtr_gem
 
 template <int FORMAT>
 static cudaError_t launch_format(const struct qtr_gemm_plan *plan, const struct qtr_gemm_work *p, cudaStream_t s) {
+  if (p->row) {
+    return plan->rows == 64 ? launch<FORMAT, 8, 64, 1, 1, true>(plan, p, s) : launch<FORMAT, 8, 128, 1, 1, true>(plan, p, s);
+  }
   switch (KEY(plan->n, plan->rows, plan->pair, plan->split)) {
     CASE(8, 128, 1, 1);
     CASE(8, 64, 1, 1);
@@ -658,8 +746,26 @@ static cudaError_t launch_format(const struct qtr_gemm_plan *plan, const struct 
 /* Static shared memory marks a kernel without its body: code for sm_90 that is not sm_90a, or for something older. */
 bool qtr_gemm_built_sm90(void) {
   struct cudaFuncAttributes a;
-  return cudaFuncGetAttributes(&a, (const void *)k_gemm_sm90<QTR_LINEAR_W4A8, 8, 64, 1, 1>) == cudaSuccess &&
+  return cudaFuncGetAttributes(&a, (const void *)k_gemm_sm90<QTR_LINEAR_W4A8, 8, 64, 1, 1, false>) == cudaSuccess &&
          a.sharedSizeBytes == 0;
+}
+
+template <int FORMAT>
+static bool format_quantises(const struct qtr_gemm_plan *plan, int32_t k_steps) {
+  using narrow = shape<FORMAT, 8, 64, 1>;
+  using wide = shape<FORMAT, 8, 128, 1>;
+  if (plan->n != 8 || plan->pair != 1 || plan->split != 1) return false;
+  return plan->rows == 64 ? quant_fits<narrow>((k_steps + narrow::BLOCKS - 1) / narrow::BLOCKS) : quant_fits<wide>(k_steps);
+}
+
+bool qtr_gemm_quantises_sm90(enum qtr_linear_format format, const struct qtr_gemm_plan *plan, size_t k_steps) {
+  if (k_steps > 1024) return false;
+  switch (format) {
+    case QTR_LINEAR_W8A8: return format_quantises<QTR_LINEAR_W8A8>(plan, (int32_t)k_steps);
+    case QTR_LINEAR_W4A8: return format_quantises<QTR_LINEAR_W4A8>(plan, (int32_t)k_steps);
+    case QTR_LINEAR_W4A8_G128: return format_quantises<QTR_LINEAR_W4A8_G128>(plan, (int32_t)k_steps);
+    default: return false;
+  }
 }
 
 cudaError_t qtr_gemm_launch_sm90(enum qtr_linear_format format, const struct qtr_gemm_plan *plan,

@@ -320,10 +320,16 @@ static cudaError_t run_float(struct qtr_cuda *c, const struct qtr_linear_args *a
   return error;
 }
 
-cudaError_t qtr_cuda_linear_run(struct qtr_cuda *c, const struct qtr_linear_args *args) {
+bool qtr_cuda_linear_takes_rows(const struct qtr_linear *l, size_t n_tokens) {
+  return l->format > QTR_LINEAR_BF16 && qtr_cuda_gemm_takes_rows(&l->matrix, n_tokens);
+}
+
+cudaError_t qtr_cuda_linear_run(struct qtr_cuda *c, const struct qtr_linear_args *args,
+                                const struct qtr_cuda_gemm_rows *rows) {
   const struct qtr_linear *l = args->linear;
   if (l->format <= QTR_LINEAR_BF16) return run_float(c, args);
   const struct qtr_cuda_gemm_args gemm = {.w = &l->matrix,
+                                          .rows = rows,
                                           .x = args->input->data,
                                           .x_scale = args->input->scale,
                                           .x_sum = args->input->sum,

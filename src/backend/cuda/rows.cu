@@ -5,6 +5,7 @@
 #include "backend/cuda/rows.h"
 
 #include "backend/cuda/launch.cuh"
+#include "backend/cuda/row_quant.cuh"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -35,100 +36,38 @@ __device__ static float block_reduce(float x, int n_warps) {
 
 /* ---- quantise, normalise ------------------------------------------------------------------------- */
 
-/* sat8(rni(x)); NaN becomes 0, as in the reference. */
-__device__ static int code_round(float x) {
-  int c = __float2int_rn(x);
-  return max(-128, min(127, c));
-}
-
-/* B.6: scale and factor of a row with this largest magnitude. */
-__device__ static void row_scale(float amax, float *scale, float *inverse) {
-  float s = __half2float(__float2half_rn(amax / 127.0f));
-  *scale = s < 65504.0f ? s : 65504.0f;
-  *inverse = amax > 0 ? 127.0f / amax : 0.0f;
-}
-
-/* Eight values of a row. */
-struct eight {
-  float v[8];
-};
-__device__ static eight load_eight(const __half *x) {
-  uint4 raw = *reinterpret_cast<const uint4 *>(x);
-  const __half2 *h = reinterpret_cast<const __half2 *>(&raw);
-  eight e;
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    float2 f = __half22float2(h[i]);
-    e.v[2 * i] = f.x;
-    e.v[2 * i + 1] = f.y;
-  }
-  return e;
-}
-
 /* One row a block. NV: groups of eight that a thread keeps in registers; dim <= 8 * THREADS * NV, a multiple of 8.
- * weight: NULL, or RMSNorm with it first. */
+ * weight: NULL, or RMSNorm with it first; it depends on no kernel, so it is asked for while the one before still runs. */
 template <int NV>
 __global__ void __launch_bounds__(THREADS)
     k_quant_rows(const __half *x, const __half *weight, float eps, size_t dim, qtr_cuda_rows_out out) {
+  __shared__ float part[QTR_ROW_SHARED];
+  const int n = (int)dim, t = (int)threadIdx.x;
+  const size_t row = blockIdx.x;
+  uint4 e[NV], w[NV];
+#pragma unroll
+  for (int k = 0; k < NV; k++) {
+    int at = (k * THREADS + t) * 8;
+    e[k] = w[k] = make_uint4(0, 0, 0, 0);
+    if (weight && at < n) w[k] = *reinterpret_cast<const uint4 *>(weight + at);
+  }
   qtr_begin();
-  size_t row = blockIdx.x;
-  const __half *from = x + row * dim;
-  eight e[NV];
-  float squares = 0;
 #pragma unroll
   for (int k = 0; k < NV; k++) {
-    size_t at = (k * (size_t)THREADS + threadIdx.x) * 8;
-    if (at < dim) {
-      e[k] = load_eight(from + at);
-#pragma unroll
-      for (int i = 0; i < 8; i++) squares += e[k].v[i] * e[k].v[i];
-    }
+    int at = (k * THREADS + t) * 8;
+    if (at < n) e[k] = *reinterpret_cast<const uint4 *>(x + row * dim + at);
   }
-  if (weight) {
-    float rstd = 1.0f / sqrtf(block_reduce<add_op>(squares, WARPS) / (float)dim + eps);
-#pragma unroll
-    for (int k = 0; k < NV; k++) {
-      size_t at = (k * (size_t)THREADS + threadIdx.x) * 8;
-      if (at < dim) {
-        eight w = load_eight(weight + at);
-#pragma unroll
-        for (int i = 0; i < 8; i++) e[k].v[i] = e[k].v[i] * rstd * w.v[i];
-      }
-    }
-  }
-  float amax = 0, sum = 0;
-#pragma unroll
-  for (int k = 0; k < NV; k++) {
-    size_t at = (k * (size_t)THREADS + threadIdx.x) * 8;
-    if (at < dim) {
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        amax = fmaxf(amax, fabsf(e[k].v[i]));
-        sum += e[k].v[i];
-      }
-    }
-  }
-  amax = block_reduce<max_op>(amax, WARPS);
-  sum = block_reduce<add_op>(sum, WARPS);
-  float scale, inverse;
-  row_scale(amax, &scale, &inverse);
+  struct qtr_row_result r =
+      qtr_row_measure<NV, THREADS>(e, w, weight != NULL, eps, n, t, part, [] { __syncthreads(); });
   int8_t *to = out.code + row * out.stride;
 #pragma unroll
   for (int k = 0; k < NV; k++) {
-    size_t at = (k * (size_t)THREADS + threadIdx.x) * 8;
-    if (at < out.stride) {
-      union {
-        int8_t b[8];
-        uint2 u;
-      } c;
-#pragma unroll
-      for (int i = 0; i < 8; i++) c.b[i] = at < dim ? (int8_t)code_round(e[k].v[i] * inverse) : (int8_t)0;
-      *reinterpret_cast<uint2 *>(to + at) = c.u;
-    }
+    size_t at = (k * (size_t)THREADS + threadIdx.x) * 8; /* past dim: zeros */
+    if (at < out.stride) *reinterpret_cast<uint2 *>(to + at) = qtr_row_codes(e[k], w[k], weight != NULL, r);
   }
-  if (threadIdx.x == 0) {
-    out.scale[row] = scale;
-    out.sum[row] = sum;
+  if (t == 0) {
+    out.scale[row] = r.scale;
+    out.sum[row] = r.sum;
   }
 }
 
@@ -152,11 +91,11 @@ __global__ void __launch_bounds__(THREADS)
   amax = block_reduce<max_op>(amax, WARPS);
   sum = block_reduce<add_op>(sum, WARPS);
   float scale, inverse;
-  row_scale(amax, &scale, &inverse);
+  qtr_row_scale(amax, &scale, &inverse);
   for (size_t i = threadIdx.x; i < out.stride; i += THREADS) {
     float v = i < dim ? __half2float(from[i]) : 0.0f;
     if (weight && i < dim) v = v * rstd * __half2float(weight[i]);
-    out.code[row * out.stride + i] = (int8_t)code_round(v * inverse);
+    out.code[row * out.stride + i] = (int8_t)qtr_code_round(v * inverse);
   }
   if (threadIdx.x == 0) {
     out.scale[row] = scale;
@@ -189,11 +128,11 @@ __global__ void __launch_bounds__(QSERVE_THREADS)
   amax = block_reduce<max_op>(amax, n_warps);
   part = block_reduce<add_op>(part, n_warps);
   float scale, inverse;
-  row_scale(amax, &scale, &inverse);
+  qtr_row_scale(amax, &scale, &inverse);
   for (size_t i = threadIdx.x; i < out.stride; i += blockDim.x) {
     float v = 0;
     if (i < dim) v = (__half2float(from[i]) - mean) * rstd * __half2float(weight[i]);
-    out.code[row * out.stride + i] = (int8_t)code_round(v * inverse);
+    out.code[row * out.stride + i] = (int8_t)qtr_code_round(v * inverse);
   }
   if (threadIdx.x == 0) {
     out.scale[row] = scale;

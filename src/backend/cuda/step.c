@@ -69,6 +69,7 @@ struct graph {
 struct qtr_cuda_step {
   /* the running step */
   bool open, single, capturing; /* single: nothing was flushed before the end */
+  bool whole;                   /* the record that runs is the whole step */
   struct qtr_batch batch;
   const float *inv_freq;
   size_t half_dim;
@@ -445,7 +446,40 @@ static cudaError_t run_quant(struct qtr_cuda *c, const struct qtr_quant_args *a)
   return qtr_cuda_rows_quant(a->x, a->n_tokens, a->dim, &out, c->stream);
 }
 
-static cudaError_t run_op(struct qtr_cuda *c, const struct op *op) {
+/* What operation i, if it is one, writes for a matrix. */
+static const struct qtr_input *input_of(const struct op *op) {
+  return op->kind == OP_RMSNORM ? op->as.norm.out : op->kind == OP_QUANT ? op->as.quant.out : NULL;
+}
+
+/* Whether operation i normalises or quantises a few rows for the matrix that comes next, and for nobody else: then that
+ * product does it itself (gemm.h). Only in the record of a whole step, where all readers can be seen: what an input held is
+ * not kept after a step. */
+static bool made_by_product(const struct qtr_cuda_step *s, size_t i, struct qtr_cuda_gemm_rows *rows) {
+  const struct op *op = &s->op[i];
+  const struct qtr_input *in = input_of(op);
+  const struct qtr_rmsnorm_args *norm = &op->as.norm;
+  const struct qtr_quant_args *quant = &op->as.quant;
+  bool is_norm = op->kind == OP_RMSNORM;
+  if (!s->whole || !in || (is_norm ? norm->quant : quant->quant) == QTR_QUANT_NONE) return false;
+  if (is_norm && norm->norm == QTR_NORM_QSERVE) return false;
+  do i++;
+  while (i < s->n_op && s->op[i].kind == OP_STAMP);
+  if (i == s->n_op || s->op[i].kind != OP_LINEAR || s->op[i].as.linear.input != in) return false;
+  const struct qtr_linear_args *linear = &s->op[i].as.linear;
+  *rows = is_norm ? (struct qtr_cuda_gemm_rows){.x = norm->x, .weight = norm->weight, .eps = norm->eps}
+                  : (struct qtr_cuda_gemm_rows){.x = quant->x};
+  size_t n = is_norm ? norm->n_tokens : quant->n_tokens, dim = is_norm ? norm->dim : quant->dim;
+  if (n != linear->n_tokens || dim != linear->linear->n_in || (uintptr_t)rows->x % 16 || (uintptr_t)rows->weight % 16 ||
+      !qtr_cuda_linear_takes_rows(linear->linear, n))
+    return false;
+  for (i++; i < s->n_op && input_of(&s->op[i]) != in; i++) {
+    if (s->op[i].kind == OP_LINEAR && s->op[i].as.linear.input == in) return false;
+  }
+  return true;
+}
+
+/* rows: of a matrix, NULL or what made_by_product gave for the operation before it. */
+static cudaError_t run_op(struct qtr_cuda *c, const struct op *op, const struct qtr_cuda_gemm_rows *rows) {
   struct qtr_cuda_step *s = c->step;
   const struct qtr_cuda_batch batch = device_batch(s);
   const char *d = s->device;
@@ -458,7 +492,7 @@ static cudaError_t run_op(struct qtr_cuda *c, const struct op *op) {
     }
     case OP_RMSNORM: return run_norm(c, &op->as.norm);
     case OP_QUANT: return run_quant(c, &op->as.quant);
-    case OP_LINEAR: return qtr_cuda_linear_run(c, &op->as.linear);
+    case OP_LINEAR: return qtr_cuda_linear_run(c, &op->as.linear, rows);
     case OP_ROPE_KV: return qtr_cuda_rope_kv_write(&op->as.rope, &batch, c->stream);
     case OP_ATTENTION:
       return qtr_cuda_attention(&op->as.attention, &batch, s->host + s->shape.plan, s->scratch, s->select_scratch, c->n_sms,
@@ -489,8 +523,15 @@ static void run_record(struct qtr_cuda *c) {
                                             (size_t)s->shape.n_tokens, s->half_dim, s->cos, s->sin, c->stream);
     if (!qtr_cuda_ok(c, error, "angles of RoPE")) return;
   }
+  struct qtr_cuda_gemm_rows rows;
+  bool pending = false; /* rows are for the next matrix */
   for (size_t i = 0; i < s->n_op && c->error == cudaSuccess; i++) {
-    (void)qtr_cuda_ok(c, run_op(c, &s->op[i]), op_name(s->op[i].kind));
+    if (made_by_product(s, i, &rows)) {
+      pending = true;
+      continue;
+    }
+    (void)qtr_cuda_ok(c, run_op(c, &s->op[i], pending ? &rows : NULL), op_name(s->op[i].kind));
+    if (s->op[i].kind == OP_LINEAR) pending = false;
   }
 }
 
@@ -550,6 +591,7 @@ static void graph_capture(struct qtr_cuda *c, struct graph *g) {
 static void run_graph(struct qtr_cuda *c) {
   struct qtr_cuda_step *s = c->step;
   struct graph *g = graph_find(c);
+  s->whole = true;
   if (g && g->used > 0 && !g->exec) {
     s->n_stamps = 0;
     graph_capture(c, g);
@@ -563,6 +605,7 @@ static void run_graph(struct qtr_cuda *c) {
   } else if (c->error == cudaSuccess) {
     run_record(c);
   }
+  s->whole = false;
 }
 
 /* ---- the step ------------------------------------------------------------------------------------ */

@@ -1,12 +1,15 @@
 /* lab_cuda_gemm.cu - laboratory of src/backend/cuda/gemm*.cu: checks against exact sums on the host, then times.
  *
  *   nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -Isrc -Iinclude bench/lab_cuda_gemm.cu \
- *        src/backend/cuda/gemm*.cu
- *   ./a.out [rows] [dependent] check | check80 | small | time TOKENS ... | time80 TOKENS ... | sweep FORMAT TOKENS N ...
+ *        src/backend/cuda/gemm*.cu src/backend/cuda/rows.cu
+ *   ./a.out [rows] [dependent] check | check80 | small | quant | time TOKENS ... | time80 TOKENS ... | timequant TOKENS ...
+ *           | sweep FORMAT TOKENS N ...
  *
  * check: every format, epilogue, many shapes and token counts; poisoned outputs, fresh inputs, guard bytes, the same bits
  * twice and alone. time: the four Llama-3-8B shapes with the plan of gemm.cu. sweep: other plans beside it. Times are
- * medians of graph replays over weight copies that exceed L2. bench/NOTES.md has versions, predictions, outcomes. */
+ * medians of graph replays over weight copies that exceed L2. quant, timequant: products that make their activations
+ * themselves against those behind a kernel of rows.cu, bits and times. bench/NOTES.md has versions, predictions, outcomes.
+ */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -15,6 +18,7 @@
 #include <vector>
 
 #include "backend/cuda/gemm_internal.h"
+#include "backend/cuda/rows.h"
 #include "checkpoint/packing.h"
 
 #define TRY(call)                                                                   \
@@ -179,8 +183,7 @@ static bool check_one(enum qtr_cuda_path path, enum qtr_linear_format format, si
     }
     uint8_t *out;
     TRY(cudaMalloc(&out, before.size()));
-    struct qtr_cuda_gemm_args a = {&w.m,     t.d_x, t.d_scale, t.d_sum,   t.stride, t.rows,
-                                   epilogue, out,   n,         dependent};
+    struct qtr_cuda_gemm_args a = {&w.m, NULL, t.d_x, t.d_scale, t.d_sum, t.stride, t.rows, epilogue, out, n, dependent};
     for (int run = 0; run < 2; run++) {
       TRY(cudaMemcpy(out, before.data(), before.size(), cudaMemcpyHostToDevice));
       cudaError_t e = plan ? qtr_cuda_gemm_planned(&a, plan, 0) : qtr_cuda_gemm(&a, 0);
@@ -347,8 +350,8 @@ static void check_dependent(int n_sms) {
     uint8_t *out, *copy;
     TRY(cudaMalloc(&out, bytes));
     TRY(cudaMalloc(&copy, bytes));
-    struct qtr_cuda_gemm_args a = {&w.m, right.d_x, right.d_scale, right.d_sum, right.stride, 0, QTR_EPILOGUE_STORE,
-                                   out,  n,         false};
+    struct qtr_cuda_gemm_args a = {&w.m, NULL, right.d_x, right.d_scale, right.d_sum, right.stride, 0, QTR_EPILOGUE_STORE,
+                                   out,  n,    false};
     TRY(qtr_cuda_gemm_planned(&a, &plan, stream));
     TRY(cudaStreamSynchronize(stream));
     TRY(cudaMemcpy(want.data(), out, bytes, cudaMemcpyDeviceToHost));
@@ -372,6 +375,98 @@ static void check_dependent(int n_sms) {
     tokens_free(&right), tokens_free(&wrong), matrix_free(&w);
   }
   printf("check dependent: %s\n", n_bad == bad ? "good" : "BAD");
+}
+
+/* Rows of fp16 and what a kernel of rows.cu makes of them. */
+struct row_data {
+  __half *x, *weight; /* weight NULL: no norm */
+  struct qtr_cuda_rows_out made;
+};
+static struct row_data rows_make(size_t n, size_t n_in, bool norm) {
+  struct row_data r = {};
+  std::vector<__half> x(n * n_in), weight(n_in);
+  for (size_t i = 0; i < n * n_in; i++) x[i] = __float2half_rn(uniform(-2, 2) * (draw() >> 60 ? 1.0f : 20.0f));
+  for (__half &h : weight) h = __float2half_rn(uniform(0.2f, 2));
+  r.x = to_device(x), r.weight = norm ? to_device(weight) : NULL;
+  r.made.stride = (n_in + 127) / 128 * 128;
+  r.made.code = to_device(std::vector<int8_t>(n * r.made.stride, 0x55));
+  r.made.scale = to_device(std::vector<float>(n, NAN)), r.made.sum = to_device(std::vector<float>(n, NAN));
+  return r;
+}
+static cudaError_t rows_run(const struct row_data *r, size_t n, size_t n_in) {
+  return r->weight ? qtr_cuda_rows_norm_quant(r->x, r->weight, 1e-5f, false, n, n_in, &r->made, stream)
+                   : qtr_cuda_rows_quant(r->x, n, n_in, &r->made, stream);
+}
+static void rows_free(struct row_data *r) {
+  cudaFree(r->x), cudaFree(r->weight), cudaFree(r->made.code), cudaFree(r->made.scale), cudaFree(r->made.sum);
+}
+/* A product of r's rows: behind their kernel, or on its own. */
+static cudaError_t rows_product(const struct matrix *w, const struct qtr_cuda_matrix *m, const struct row_data *r, size_t n,
+                                enum qtr_epilogue epilogue, void *out, const struct qtr_gemm_plan *plan, bool own) {
+  const struct qtr_cuda_gemm_rows rows = {r->x, r->weight, 1e-5f};
+  struct qtr_cuda_gemm_args a = {
+      m, own ? &rows : NULL, r->made.code, r->made.scale, r->made.sum, r->made.stride, 0, epilogue, out, n, true};
+  cudaError_t e = own ? cudaSuccess : rows_run(r, n, w->n_in);
+  return e == cudaSuccess ? qtr_cuda_gemm_planned(&a, plan, stream) : e;
+}
+
+/* Own activations: the same bits, also where the rows change late, in the kernel before. */
+static void check_quant(int n_sms) {
+  static const struct {
+    size_t n_out, n_in;
+    enum qtr_epilogue epilogue;
+  } cases[] = {{160, 256, QTR_EPILOGUE_STORE},   {320, 640, QTR_EPILOGUE_ADD},         {960, 1152, QTR_EPILOGUE_SILU_MUL},
+               {288, 384, QTR_EPILOGUE_LOGITS},  {6144, 4096, QTR_EPILOGUE_STORE},     {4096, 14336, QTR_EPILOGUE_ADD},
+               {2048, 2048, QTR_EPILOGUE_STORE}, {28672, 4096, QTR_EPILOGUE_SILU_MUL}, {4096, 11008, QTR_EPILOGUE_ADD},
+               {1024, 8192, QTR_EPILOGUE_STORE}, {96, 200, QTR_EPILOGUE_STORE},        {20032, 1024, QTR_EPILOGUE_LOGITS}};
+  int bad = n_bad, n_done = 0, n_refused = 0;
+  for (auto &c : cases) {
+    for (int f = QTR_LINEAR_W8A8; f <= QTR_LINEAR_W4A8_G128; f++) {
+      if (f != QTR_LINEAR_W8A8 && c.n_in % (f == QTR_LINEAR_W4A8 ? 32 : 128)) continue;
+      bool silu = c.epilogue == QTR_EPILOGUE_SILU_MUL;
+      struct matrix w =
+          matrix_make(QTR_CUDA_SM90, (enum qtr_linear_format)f, c.n_in,
+                      silu ? std::vector<size_t>{c.n_out / 2, c.n_out / 2} : std::vector<size_t>{c.n_out}, silu, true);
+      for (int rows : {64, 128}) {
+        for (size_t n : {1, 2, 8}) {
+          struct qtr_gemm_plan plan = {8, rows, 1, 1, 8, n_sms};
+          if (!qtr_gemm_quantises_sm90((enum qtr_linear_format)f, &plan, (c.n_in + 127) / 128)) {
+            n_refused++;
+            continue;
+          }
+          for (bool norm : {false, true}) {
+            struct row_data r = rows_make(n, c.n_in, norm), late = rows_make(n, c.n_in, norm);
+            size_t bytes = n * c.n_out * 4;
+            std::vector<uint8_t> want(bytes), got(bytes), again(bytes);
+            uint8_t *out;
+            TRY(cudaMalloc(&out, bytes));
+            for (int run = 0; run < 3; run++) {
+              TRY(cudaMemset(out, 0x11, bytes));
+              TRY(cudaDeviceSynchronize());
+              if (run == 2) {
+                if (late.weight) TRY(cudaMemcpy(late.weight, r.weight, c.n_in * 2, cudaMemcpyDeviceToDevice));
+                TRY(cudaDeviceSynchronize());
+                k_late_copy<<<8, 256, 0, stream>>>((uint8_t *)late.x, (const uint8_t *)r.x, n * c.n_in * 2);
+              }
+              TRY(rows_product(&w, &w.m, run == 2 ? &late : &r, n, c.epilogue, out, &plan, run > 0));
+              TRY(cudaStreamSynchronize(stream));
+              TRY(cudaMemcpy((run == 0 ? want : run == 1 ? got : again).data(), out, bytes, cudaMemcpyDeviceToHost));
+            }
+            n_done++;
+            if (want != got || want != again) {
+              size_t differ = 0;
+              for (size_t i = 0; i < bytes; i++) differ += want[i] != got[i];
+              n_bad++, printf("BAD quant %s %zux%zu rows %d tokens %zu norm %d: %zu of %zu bytes, late %d\n", format_name(f),
+                              c.n_out, c.n_in, rows, n, norm, differ, bytes, want == again);
+            }
+            cudaFree(out), rows_free(&r), rows_free(&late);
+          }
+        }
+      }
+      matrix_free(&w);
+    }
+  }
+  printf("check quant: %s, %d cases, %d do not fit\n", n_bad == bad ? "good" : "BAD", n_done, n_refused);
 }
 
 /* ---- times --------------------------------------------------------------------------------------- */
@@ -407,8 +502,8 @@ static double time_one(const struct matrix *w, const struct tokens *t, enum qtr_
   for (int i = 0; i < launches; i++) {
     struct qtr_cuda_matrix m = w->m;
     m.code = code[i % copies];
-    struct qtr_cuda_gemm_args a = {&m,       t->d_x, t->d_scale, t->d_sum,  t->stride, t->rows,
-                                   epilogue, out,    t->n,       dependent};
+    struct qtr_cuda_gemm_args a = {&m,      NULL,     t->d_x, t->d_scale, t->d_sum, t->stride,
+                                   t->rows, epilogue, out,    t->n,       dependent};
     TRY(plan ? qtr_cuda_gemm_planned(&a, plan, stream) : qtr_cuda_gemm(&a, stream));
   }
   TRY(cudaStreamEndCapture(stream, &graph));
@@ -496,6 +591,82 @@ static void sweep(int f, size_t n, int n_sms, std::vector<int> tiles) {
   }
 }
 
+/* The four products of a layer in turn, each behind its norm or quantisation or doing it itself. */
+static void time_quant(int n_sms, std::vector<size_t> counts) {
+  const int layers = 8;
+  for (int f : {QTR_LINEAR_W4A8, QTR_LINEAR_W4A8_G128}) {
+    for (size_t n : counts) {
+      double us[2][5] = {};
+      for (int which = 0; which < 5; which++) { /* each alone, then all four */
+        std::vector<struct matrix> w;
+        std::vector<struct row_data> r;
+        std::vector<std::vector<void *>> code;
+        for (int i = 0; i < 4; i++) {
+          auto &s = llama[i];
+          w.push_back(
+              matrix_random(QTR_CUDA_SM90, (enum qtr_linear_format)f, s.n_out, s.n_in, s.epilogue == QTR_EPILOGUE_SILU_MUL));
+          r.push_back(rows_make(n, s.n_in, i % 2 == 0));
+          size_t bytes = qtr_cuda_matrix_code_bytes(QTR_CUDA_SM90, (enum qtr_linear_format)f, s.n_out, s.n_in);
+          code.push_back({});
+          for (int l = 0; l < layers; l++) {
+            void *p;
+            TRY(cudaMalloc(&p, bytes));
+            TRY(cudaMemcpy(p, w[i].m.code, bytes, cudaMemcpyDeviceToDevice));
+            code[i].push_back(p);
+          }
+        }
+        void *out;
+        TRY(cudaMalloc(&out, n * 28672 * 4));
+        TRY(cudaMemset(out, 0, n * 28672 * 4));
+        for (int own = 0; own < 2; own++) {
+          cudaGraph_t graph;
+          cudaGraphExec_t exec;
+          TRY(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+          int n_layers = 0;
+          for (int round = 0; round < 4; round++) {
+            for (int l = 0; l < layers; l++, n_layers++) {
+              for (int i = 0; i < 4; i++) {
+                if (which < 4 && i != which) continue;
+                struct qtr_cuda_matrix m = w[i].m;
+                m.code = code[i][l];
+                struct qtr_gemm_plan p = qtr_gemm_choose((enum qtr_linear_format)f, llama[i].n_out, llama[i].n_in, n, n_sms);
+                TRY(rows_product(&w[i], &m, &r[i], n, llama[i].epilogue, out, &p, own));
+              }
+            }
+          }
+          TRY(cudaStreamEndCapture(stream, &graph));
+          TRY(cudaGraphInstantiate(&exec, graph, 0));
+          cudaEvent_t e0, e1;
+          TRY(cudaEventCreate(&e0));
+          TRY(cudaEventCreate(&e1));
+          std::vector<double> t;
+          for (int i = 0; i < 7; i++) {
+            TRY(cudaEventRecord(e0, stream));
+            TRY(cudaGraphLaunch(exec, stream));
+            TRY(cudaEventRecord(e1, stream));
+            TRY(cudaEventSynchronize(e1));
+            float ms;
+            TRY(cudaEventElapsedTime(&ms, e0, e1));
+            t.push_back(ms * 1e3 / n_layers);
+          }
+          std::sort(t.begin(), t.end());
+          us[own][which] = t[3];
+          cudaEventDestroy(e0), cudaEventDestroy(e1), cudaGraphExecDestroy(exec), cudaGraphDestroy(graph);
+        }
+        for (int i = 0; i < 4; i++) {
+          for (void *p : code[i]) cudaFree(p);
+          rows_free(&r[i]), matrix_free(&w[i]);
+        }
+        cudaFree(out);
+      }
+      for (int i = 0; i < 5; i++) {
+        printf("%-5s %-8s %3zu tokens: kernel of rows + product %7.2f us, product alone %7.2f us\n", format_name(f),
+               i < 4 ? llama[i].name : "all four", n, us[0][i], us[1][i]);
+      }
+    }
+  }
+}
+
 int main(int argc, char **argv) {
   setvbuf(stdout, NULL, _IOLBF, 0);
   struct cudaDeviceProp prop;
@@ -537,6 +708,12 @@ int main(int argc, char **argv) {
       std::vector<size_t> counts;
       while (i + 1 < argc && atoi(argv[i + 1]) > 0) counts.push_back((size_t)atoi(argv[++i]));
       time_counts(QTR_CUDA_SM90, n_sms, counts, all);
+    } else if (!strcmp(argv[i], "quant")) {
+      check_quant(n_sms);
+    } else if (!strcmp(argv[i], "timequant")) {
+      std::vector<size_t> counts;
+      while (i + 1 < argc && atoi(argv[i + 1]) > 0) counts.push_back((size_t)atoi(argv[++i]));
+      time_quant(n_sms, counts);
     } else if (!strcmp(argv[i], "time80")) {
       std::vector<size_t> counts;
       while (i + 1 < argc && atoi(argv[i + 1]) > 0) counts.push_back((size_t)atoi(argv[++i]));

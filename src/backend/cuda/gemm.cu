@@ -103,7 +103,8 @@ static cudaError_t sm_count(int *n_sms) {
 bool qtr_cuda_gemm_takes_rows(const struct qtr_cuda_matrix *w, size_t n_tokens) {
   enum { MOST_TOKENS = 2 };
   int n_sms = 0;
-  if (n_tokens > MOST_TOKENS || w->path != QTR_CUDA_SM90 || w->n_in % 8 != 0 || sm_count(&n_sms) != cudaSuccess) return false;
+  if (n_tokens > MOST_TOKENS || w->path != QTR_CUDA_SM90 || w->n_in % 8 != 0 || sm_count(&n_sms) != cudaSuccess)
+    return false;
   struct qtr_gemm_plan plan = qtr_gemm_choose(w->format, w->n_out, w->n_in, n_tokens, n_sms);
   return qtr_gemm_quantises_sm90(w->format, &plan, (w->n_in + QTR_TILE_K - 1) / QTR_TILE_K);
 }

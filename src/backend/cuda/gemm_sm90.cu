@@ -159,7 +159,7 @@ struct shape {
   static constexpr int FIT = (ROOM - FIXED) / (X_BYTES + W_BYTES);
   static constexpr int STAGES = FIT < 16 ? FIT : 16;
   static constexpr int BUFFER_AT = STAGES * X_BYTES, W_AT = BUFFER_AT + EPILOGUE;
-  static constexpr int TOKEN_AT = W_AT + STAGES * W_BYTES; /* [writer][scale, sum][TOKENS] */
+  static constexpr int TOKEN_AT = W_AT + STAGES * W_BYTES;   /* [writer][scale, sum][TOKENS] */
   static constexpr int SHARED = TOKEN_AT + FIXED - EPILOGUE; /* then barriers: full[STAGES], empty[STAGES] */
   static constexpr int SUMS = NARROW ? (CONSUMERS - 1) * N * 256 : (SPLIT - 1) * TOKENS * 512; /* what an owner receives */
   static constexpr int SUMS_AT = SUMS <= STAGES * X_BYTES ? 0 : W_AT;
@@ -167,8 +167,8 @@ struct shape {
   static_assert(BUFFER_AT % 1024 == 0 && SUMS_AT + SUMS <= TOKEN_AT, "the sums must not meet the epilogue's buffers");
 };
 
-/* Where things lie in a block's shared memory, and the stages of its ring. With QUANT both depend on the columns: activations
- * of all of them at the beginning, partial sums of reductions at the end. */
+/* Where things lie in a block's shared memory, and the stages of its ring. With QUANT both depend on the columns:
+ * activations of all of them at the beginning, partial sums of reductions at the end. */
 struct layout {
   uint32_t buffers, w, tokens, full, empty, part;
   int32_t stages;
@@ -202,8 +202,9 @@ static bool quant_fits(int32_t tile_stages) {
 
 /* ---- consumer ------------------------------------------------------------------------------------ */
 
-/* QUANT: waits for the kernel before and makes the activations of all n_tokens <= 8 rows, past n_in zeros; rows past n_tokens
- * stay what they are, nobody looks at their products. This thread's scale and sum: those of token threadIdx.x % 128. */
+/* QUANT: waits for the kernel before and makes the activations of all n_tokens <= 8 rows, past n_in zeros; rows past
+ * n_tokens stay what they are, nobody looks at their products. This thread's scale and sum: those of token threadIdx.x %
+ * 128. */
 template <class S>
 static __device__ __forceinline__ void make_activations(const struct qtr_gemm_work &p, uint8_t *memory, uint32_t shared,
                                                         const struct layout &l, int32_t tile_stages, float *x_scale,
@@ -224,9 +225,10 @@ static __device__ __forceinline__ void make_activations(const struct qtr_gemm_wo
       int at = (k * THREADS + t) * 8;
       x[k] = at < p.n_in ? __ldcg((const uint4 *)(p.row + (size_t)token * p.n_in + at)) : make_uint4(0, 0, 0, 0);
     }
-    struct qtr_row_result r = qtr_row_measure<NV, THREADS>(
-        x, w, p.norm != NULL, p.eps, p.n_in, t, part + token % 2 * QTR_ROW_SHARED,
-        [] { asm volatile("bar.sync 3, %0;" ::"n"(THREADS) : "memory"); });
+    struct qtr_row_result r =
+        qtr_row_measure<NV, THREADS>(x, w, p.norm != NULL, p.eps, p.n_in, t, part + token % 2 * QTR_ROW_SHARED, [] {
+          asm volatile("bar.sync 3, %0;" ::"n"(THREADS) : "memory");
+        });
 #pragma unroll
     for (int k = 0; k < NV; k++) { /* rows of 128 bytes; row `token` of eight, swizzled */
       int at = (k * THREADS + t) * 8;
@@ -325,14 +327,14 @@ static __device__ __forceinline__ void consume(int32_t (&acc)[N / 2], uint32_t s
     uint32_t w_ = l.w + r->stage * S::W_BYTES;                                        \
     load_fragments<FORMAT>(w_ + half * S::BLOCK, w_ + half * S::BLOCK + S::CODES, a); \
   }
-#define STAGE_STEP(a, next, first)                                                                                 \
-  now = r->stage;                                                                                                  \
+#define STAGE_STEP(a, next, first)                                                                                \
+  now = r->stage;                                                                                                 \
   multiply<N>(acc, a, shared + (QUANT ? k++ : now) * S::X_BYTES + (S::NARROW ? half * S::X_BLOCK : 0), !(first)); \
-  ring_advance(r, l.stages);                                                                                       \
-  wgmma_wait<1>();                                                                                                 \
-  if (before >= 0) stage_release<PAIR>(l.empty + 8 * before);                                                      \
-  before = now;                                                                                                    \
-  if (--n == 0) break;                                                                                             \
+  ring_advance(r, l.stages);                                                                                      \
+  wgmma_wait<1>();                                                                                                \
+  if (before >= 0) stage_release<PAIR>(l.empty + 8 * before);                                                     \
+  before = now;                                                                                                   \
+  if (--n == 0) break;                                                                                            \
   STAGE_LOAD(next)
 
   STAGE_LOAD(a0)
@@ -535,7 +537,8 @@ static __device__ __forceinline__ void load_weights(uint32_t to, const struct qt
   if (!S::NARROW) load_bulk(to + S::BLOCK, from + (size_t)p.k_steps * S::BLOCK, S::BLOCK, bar);
 }
 
-/* PAIR blocks of a cluster share activations, or SPLIT blocks share a tile; not both. QUANT: one tile of tokens, made here. */
+/* PAIR blocks of a cluster share activations, or SPLIT blocks share a tile; not both. QUANT: one tile of tokens, made here.
+ */
 template <int FORMAT, int N, int ROWS, int PAIR, int SPLIT, bool QUANT>
 __global__ void __launch_bounds__((shape<FORMAT, N, ROWS, SPLIT>::THREADS), (shape<FORMAT, N, ROWS, SPLIT>::CTAS))
     k_gemm_sm90(const __grid_constant__ struct qtr_gemm_work p, const __grid_constant__ CUtensorMap x_map,
@@ -586,7 +589,8 @@ __global__ void __launch_bounds__((shape<FORMAT, N, ROWS, SPLIT>::THREADS), (sha
         m = min(m * PAIR + (PAIR > 1 ? (int32_t)rank : 0), p.m_tiles - 1);
         if (tile == first) {
           for (int32_t i = 0; i < early; i++) load_weights<S, QUANT>(l.w + i * S::W_BYTES, p, m, s0 + i, l.full + 8 * i);
-          if (!QUANT) asm volatile("griddepcontrol.wait;" ::: "memory"); /* else consumers wait, this warp reads weights only */
+          if (!QUANT)
+            asm volatile("griddepcontrol.wait;" ::: "memory"); /* else consumers wait, this warp reads weights only */
         }
         for (int32_t k = s0; k < s1; k++) {
           const uint32_t bar = l.full + 8 * r.stage, x = shared + r.stage * S::X_BYTES, part = PAIR > 1 ? rank : 0;
@@ -682,7 +686,8 @@ static cudaError_t launch(const struct qtr_gemm_plan *plan, const struct qtr_gem
   const cuuint64_t x_dims[3] = {QTR_TILE_K, p->x_rows, (cuuint64_t)p->k_steps}, x_strides[2] = {p->x_stride, QTR_TILE_K};
   const cuuint32_t x_box[3] = {QTR_TILE_K, N / PAIR, S::BLOCKS};
   cudaError_t e = cudaSuccess;
-  if (!QUANT) e = make_map(&x_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, p->x, x_dims, x_strides, x_box, CU_TENSOR_MAP_SWIZZLE_128B);
+  if (!QUANT)
+    e = make_map(&x_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, p->x, x_dims, x_strides, x_box, CU_TENSOR_MAP_SWIZZLE_128B);
   if (e == cudaSuccess && p->vector && p->epilogue != QTR_EPILOGUE_LOGITS) {
     bool silu = p->epilogue == QTR_EPILOGUE_SILU_MUL;
     const cuuint64_t dims[3] = {(cuuint64_t)p->n_out, tokens, 1}, strides[2] = {dims[0] * 2, dims[0] * tokens * 2};

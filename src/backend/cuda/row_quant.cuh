@@ -1,5 +1,5 @@
-/* row_quant.cuh - one row of fp16 values made int8 (spec B.6), RMSNorm before it if wanted (B.8): what rows.cu does in a kernel
- * of its own and gemm_sm90.cu at the beginning of a product with few tokens. Both give the same bits.
+/* row_quant.cuh - one row of fp16 values made int8 (spec B.6), RMSNorm before it if wanted (B.8): what rows.cu does in a
+ * kernel of its own and gemm_sm90.cu at the beginning of a product with few tokens. Both give the same bits.
  *
  * The order of sums is that of 512 lanes, however many threads there are: lane v has the groups of eight values v, v + 512,
  * ... and adds them in order; 32 lanes meet by shuffles, the sixteen sums of those in order. THREADS is 256 or 512; thread t

@@ -57,8 +57,7 @@ __global__ void __launch_bounds__(THREADS)
     int at = (k * THREADS + t) * 8;
     if (at < n) e[k] = *reinterpret_cast<const uint4 *>(x + row * dim + at);
   }
-  struct qtr_row_result r =
-      qtr_row_measure<NV, THREADS>(e, w, weight != NULL, eps, n, t, part, [] { __syncthreads(); });
+  struct qtr_row_result r = qtr_row_measure<NV, THREADS>(e, w, weight != NULL, eps, n, t, part, [] { __syncthreads(); });
   int8_t *to = out.code + row * out.stride;
 #pragma unroll
   for (int k = 0; k < NV; k++) {

@@ -59,9 +59,19 @@ __device__ static best better(best a, best b) {
 __device__ static best row_best(const float *x, int32_t n) {
   __shared__ best part[WARPS];
   best b = {-INFINITY, -1};
-  for (int32_t i = threadIdx.x; i < n; i += THREADS) {
+  int32_t whole = (size_t)x % 16 == 0 ? n / 4 : 0; /* fours: one block has to read it all, so few long loads, many at once */
+#pragma unroll 8
+  for (int32_t i = threadIdx.x; i < whole; i += THREADS) {
+    const float4 four = reinterpret_cast<const float4 *>(x)[i];
+    const float value[4] = {clean(four.x), clean(four.y), clean(four.z), clean(four.w)};
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      if (value[j] > b.logit) b = {value[j], 4 * i + j}; /* ascending ids: the first of equals stays */
+    }
+  }
+  for (int32_t i = 4 * whole + (int32_t)threadIdx.x; i < n; i += THREADS) {
     float v = clean(x[i]);
-    if (v > b.logit) b = {v, i}; /* ascending ids: the first of equals stays */
+    if (v > b.logit) b = {v, i};
   }
   for (int i = 16; i > 0; i /= 2) {
     best other = {__shfl_xor_sync(0xffffffffu, b.logit, i), __shfl_xor_sync(0xffffffffu, b.token, i)};

@@ -63,32 +63,39 @@ __device__ static __forceinline__ void qtr_row_part(float (&x)[LANES], int threa
   }
 }
 
-/* x, weight: this thread's groups, NV of them, where (k * THREADS + thread) * 8 < dim. part: QTR_ROW_SHARED floats of shared
- * memory that nobody reads any more; sync: a barrier of the THREADS. The result is the same in all threads. */
+/* 1 / sqrt(mean of squares + eps), the same in all threads. x: this thread's groups, NV of them, where (k * THREADS +
+ * thread) * 8 < dim; part: QTR_ROW_PARTS floats of shared memory that nobody reads any more; sync: a barrier of the THREADS.
+ */
+template <int NV, int THREADS, class Sync>
+__device__ static __forceinline__ float qtr_row_rstd(const uint4 (&x)[NV], float eps, int dim, int thread, float *part,
+                                                     Sync sync) {
+  enum { LANES = QTR_ROW_LANES / THREADS };
+  float squares[LANES] = {};
+#pragma unroll
+  for (int k = 0; k < NV; k++) {
+    if ((k * THREADS + thread) * 8 < dim) {
+      float v[8];
+      qtr_row_values(x[k], x[k], false, 1, v);
+#pragma unroll
+      for (int i = 0; i < 8; i++) squares[k % LANES] = __fmaf_rn(v[i], v[i], squares[k % LANES]);
+    }
+  }
+  qtr_row_part<false>(squares, thread, part);
+  sync();
+  float sum = part[0];
+#pragma unroll
+  for (int i = 1; i < QTR_ROW_PARTS; i++) sum = __fadd_rn(sum, part[i]);
+  return 1.0f / sqrtf(sum / (float)dim + eps);
+}
+
+/* As above; weight: its groups as x, looked at with `norm`. part: QTR_ROW_SHARED floats. */
 template <int NV, int THREADS, class Sync>
 __device__ static __forceinline__ struct qtr_row_result qtr_row_measure(const uint4 (&x)[NV], const uint4 (&weight)[NV],
                                                                         bool norm, float eps, int dim, int thread,
                                                                         float *part, Sync sync) {
   enum { LANES = QTR_ROW_LANES / THREADS };
   struct qtr_row_result r = {0, 0, 0, 1};
-  if (norm) {
-    float squares[LANES] = {};
-#pragma unroll
-    for (int k = 0; k < NV; k++) {
-      if ((k * THREADS + thread) * 8 < dim) {
-        float v[8];
-        qtr_row_values(x[k], weight[k], false, 1, v);
-#pragma unroll
-        for (int i = 0; i < 8; i++) squares[k % LANES] = __fmaf_rn(v[i], v[i], squares[k % LANES]);
-      }
-    }
-    qtr_row_part<false>(squares, thread, part);
-    sync();
-    float sum = part[0];
-#pragma unroll
-    for (int i = 1; i < QTR_ROW_PARTS; i++) sum = __fadd_rn(sum, part[i]);
-    r.rstd = 1.0f / sqrtf(sum / (float)dim + eps);
-  }
+  if (norm) r.rstd = qtr_row_rstd<NV, THREADS>(x, eps, dim, thread, part, sync);
   float amax[1] = {0}, sum[LANES] = {};
 #pragma unroll
   for (int k = 0; k < NV; k++) {

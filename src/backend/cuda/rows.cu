@@ -139,8 +139,41 @@ __global__ void __launch_bounds__(QSERVE_THREADS)
   }
 }
 
+/* RMSNorm alone; rows as in k_quant_rows. */
+template <int NV>
 __global__ void __launch_bounds__(THREADS)
     k_norm_rows(const __half *x, const __half *weight, float eps, size_t dim, __half *out) {
+  __shared__ float part[QTR_ROW_PARTS];
+  const int n = (int)dim, t = (int)threadIdx.x;
+  const size_t row = blockIdx.x;
+  uint4 e[NV], w[NV];
+  qtr_begin();
+#pragma unroll
+  for (int k = 0; k < NV; k++) {
+    int at = (k * THREADS + t) * 8;
+    if (at < n) e[k] = *reinterpret_cast<const uint4 *>(x + row * dim + at);
+    if (at < n) w[k] = *reinterpret_cast<const uint4 *>(weight + at);
+  }
+  float rstd = qtr_row_rstd<NV, THREADS>(e, eps, n, t, part, [] { __syncthreads(); });
+#pragma unroll
+  for (int k = 0; k < NV; k++) {
+    int at = (k * THREADS + t) * 8;
+    if (at >= n) continue;
+    float v[8];
+    union {
+      __half2 h[4];
+      uint4 u;
+    } c;
+    qtr_row_values(e[k], w[k], true, rstd, v);
+#pragma unroll
+    for (int i = 0; i < 4; i++) c.h[i] = __floats2half2_rn(v[2 * i], v[2 * i + 1]);
+    *reinterpret_cast<uint4 *>(out + row * dim + at) = c.u;
+  }
+}
+
+/* The same for any row. */
+__global__ void __launch_bounds__(THREADS)
+    k_norm_rows_any(const __half *x, const __half *weight, float eps, size_t dim, __half *out) {
   qtr_begin();
   size_t row = blockIdx.x;
   const __half *from = x + row * dim;
@@ -189,9 +222,15 @@ cudaError_t qtr_cuda_rows_norm_quant(const void *x, const void *weight, float ep
 
 cudaError_t qtr_cuda_rows_norm(const void *x, const void *weight, float eps, size_t n_tokens, size_t dim, void *out,
                                cudaStream_t stream) {
+  const __half *from = (const __half *)x, *w = (const __half *)weight;
+  __half *to = (__half *)out;
+  bool aligned = dim % 8 == 0 && (size_t)x % 16 == 0 && (size_t)weight % 16 == 0 && (size_t)out % 16 == 0;
   if (n_tokens == 0) return cudaSuccess;
-  return qtr_launch(k_norm_rows, (unsigned)n_tokens, THREADS, 0, stream, (const __half *)x, (const __half *)weight, eps, dim,
-                    (__half *)out);
+  if (aligned && dim <= 8 * (size_t)THREADS)
+    return qtr_launch(k_norm_rows<1>, (unsigned)n_tokens, THREADS, 0, stream, from, w, eps, dim, to);
+  if (aligned && dim <= 4 * 8 * (size_t)THREADS)
+    return qtr_launch(k_norm_rows<4>, (unsigned)n_tokens, THREADS, 0, stream, from, w, eps, dim, to);
+  return qtr_launch(k_norm_rows_any, (unsigned)n_tokens, THREADS, 0, stream, from, w, eps, dim, to);
 }
 
 /* ---- rows from tables ---------------------------------------------------------------------------- */
@@ -213,7 +252,7 @@ __global__ void __launch_bounds__(THREADS) k_embed(qtr_dtype dtype, const void *
   int32_t t = token[blockIdx.x];
   size_t row = t >= 0 && (size_t)t < n_rows ? (size_t)t : 0;
   float s = scale ? scale[row] : 1.0f;
-  for (size_t i = threadIdx.x; i < dim; i += THREADS) {
+  for (size_t i = blockIdx.y * (size_t)THREADS + threadIdx.x; i < dim; i += THREADS * (size_t)gridDim.y) {
     out[blockIdx.x * dim + i] = to_half(value_at(dtype, data, row * dim + i) * s);
   }
 }
@@ -221,7 +260,8 @@ __global__ void __launch_bounds__(THREADS) k_embed(qtr_dtype dtype, const void *
 cudaError_t qtr_cuda_rows_embed(qtr_dtype dtype, const void *data, const float *scale, size_t n_rows, size_t dim,
                                 const int32_t *token, size_t n_tokens, void *out, cudaStream_t stream) {
   if (n_tokens == 0) return cudaSuccess;
-  return qtr_launch(k_embed, (unsigned)n_tokens, THREADS, 0, stream, dtype, data, scale, n_rows, dim, token, (__half *)out);
+  dim3 grid((unsigned)n_tokens, n_tokens < 64 ? (unsigned)((dim + THREADS - 1) / THREADS) : 1u);
+  return qtr_launch(k_embed, grid, THREADS, 0, stream, dtype, data, scale, n_rows, dim, token, (__half *)out);
 }
 
 __global__ void __launch_bounds__(THREADS) k_gather(const __half *x, const int32_t *row, size_t dim, __half *out) {

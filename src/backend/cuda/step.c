@@ -469,8 +469,8 @@ static bool made_by_product(const struct qtr_cuda_step *s, size_t i, struct qtr_
   *rows = is_norm ? (struct qtr_cuda_gemm_rows){.x = norm->x, .weight = norm->weight, .eps = norm->eps}
                   : (struct qtr_cuda_gemm_rows){.x = quant->x};
   size_t n = is_norm ? norm->n_tokens : quant->n_tokens, dim = is_norm ? norm->dim : quant->dim;
-  if (n != linear->n_tokens || dim != linear->linear->n_in || (uintptr_t)rows->x % 16 || (uintptr_t)rows->weight % 16 ||
-      !qtr_cuda_linear_takes_rows(linear->linear, n))
+  if (n != linear->n_tokens || dim != linear->linear->n_in || rows->x == linear->out || (uintptr_t)rows->x % 16 ||
+      (uintptr_t)rows->weight % 16 || !qtr_cuda_linear_takes_rows(linear->linear, n))
     return false;
   for (i++; i < s->n_op && input_of(&s->op[i]) != in; i++) {
     if (s->op[i].kind == OP_LINEAR && s->op[i].as.linear.input == in) return false;

@@ -12,9 +12,18 @@
 #include "backend/cuda/launch.cuh"
 #include "base/philox.h"
 
+#include <cooperative_groups.h>
 #include <float.h>
 
-enum { THREADS = 512, WARPS = THREADS / 32, BLOCK = 512, LANES = 8, CANDIDATES = 1024, MAX_TOP = 20 };
+enum {
+  THREADS = 512,
+  WARPS = THREADS / 32,
+  BLOCK = 512,
+  LANES = 8,
+  CANDIDATES = 1024,
+  MAX_TOP = 20,
+  SHARE = 8 /* blocks of a greedy row */
+};
 #define GREEDY_TEMPERATURE 1e-5f
 
 /* ---- the sampler's arithmetic, without contraction ----------------------------------------------- */
@@ -55,13 +64,14 @@ __device__ static best better(best a, best b) {
   return b.logit > a.logit || (b.logit == a.logit && b.token < a.token) ? b : a;
 }
 
-/* Largest cleaned logit of a row, lowest id among equals; token -1: nothing above -inf. The same for all threads. */
-__device__ static best row_best(const float *x, int32_t n) {
+/* Largest cleaned logit of tokens from ... n - 1 of a row, lowest id among equals; token -1: nothing above -inf. The same
+ * for all threads. from: a multiple of four. */
+__device__ static best row_best(const float *x, int32_t from, int32_t n) {
   __shared__ best part[WARPS];
   best b = {-INFINITY, -1};
   int32_t whole = (size_t)x % 16 == 0 ? n / 4 : 0; /* fours: one block has to read it all, so few long loads, many at once */
 #pragma unroll 8
-  for (int32_t i = threadIdx.x; i < whole; i += THREADS) {
+  for (int32_t i = from / 4 + (int32_t)threadIdx.x; i < whole; i += THREADS) {
     const float4 four = reinterpret_cast<const float4 *>(x)[i];
     const float value[4] = {clean(four.x), clean(four.y), clean(four.z), clean(four.w)};
 #pragma unroll
@@ -69,7 +79,7 @@ __device__ static best row_best(const float *x, int32_t n) {
       if (value[j] > b.logit) b = {value[j], 4 * i + j}; /* ascending ids: the first of equals stays */
     }
   }
-  for (int32_t i = 4 * whole + (int32_t)threadIdx.x; i < n; i += THREADS) {
+  for (int32_t i = max(from, 4 * whole) + (int32_t)threadIdx.x; i < n; i += THREADS) {
     float v = clean(x[i]);
     if (v > b.logit) b = {v, i};
   }
@@ -285,7 +295,7 @@ __global__ void __launch_bounds__(THREADS) k_choose(float *logits, const qtr_cho
     x[a.token] = adjusted(was, p, a);
   }
   __syncthreads();
-  best b = row_best(x, n);
+  best b = row_best(x, 0, n);
   bool greedy = p.temperature < GREEDY_TEMPERATURE || p.top_k == 1;
   if (threadIdx.x == 0) token = b.token;
   if (b.token >= 0 && !greedy) {
@@ -311,7 +321,7 @@ __global__ void __launch_bounds__(THREADS) k_choose(float *logits, const qtr_cho
       x[adjust.adjust[p.first_adjust + i].token] = adjust.original[p.first_adjust + i];
     }
     __syncthreads();
-    best untouched = row_best(x, n);
+    best untouched = row_best(x, 0, n);
     if (b.token >= 0) b = untouched;
   }
   if (threadIdx.x == 0) {
@@ -333,15 +343,30 @@ __global__ void __launch_bounds__(THREADS) k_choose(float *logits, const qtr_cho
   }
 }
 
+/* A row takes a block or, where rows are few, a cluster of BLOCKS. */
+template <int BLOCKS>
 __global__ void __launch_bounds__(THREADS)
     k_choose_greedy(const float *logits, const qtr_choose_row *rows, qtr_choose_result *results, int32_t n) {
   qtr_begin();
+  const int32_t row = (int32_t)blockIdx.x / BLOCKS, part = (int32_t)blockIdx.x % BLOCKS;
+  const int32_t each = (n + 4 * BLOCKS - 1) / (4 * BLOCKS) * 4, from = part * each;
   best b = {-INFINITY, QTR_CHOOSE_UNDECIDED};
-  if (!rows[blockIdx.x].skip) b = row_best(logits + blockIdx.x * (size_t)n, n);
+  if (!rows[row].skip) b = row_best(logits + row * (size_t)n, from, min(n, from + each));
+#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
+  if (BLOCKS > 1) {
+    __shared__ best of[BLOCKS]; /* the first block's: what each found */
+    cooperative_groups::cluster_group cluster = cooperative_groups::this_cluster();
+    cluster.sync(); /* all blocks have begun */
+    if (threadIdx.x == 0) cluster.map_shared_rank(of, 0)[part] = b;
+    cluster.sync();
+    if (part > 0) return;
+    for (int i = 1; i < BLOCKS; i++) b = better(b, of[i]);
+  }
+#endif
   if (threadIdx.x == 0) {
-    results[blockIdx.x].token = b.token;
-    results[blockIdx.x].n_top = 0;
-    results[blockIdx.x].best = b.logit;
+    results[row].token = b.token;
+    results[row].n_top = 0;
+    results[row].best = b.logit;
   }
 }
 
@@ -353,8 +378,11 @@ cudaError_t qtr_cuda_rows_choose(float *logits, const qtr_choose_row *row, qtr_c
                                  size_t vocab_size, bool drawing, const qtr_cuda_adjust *adjust, void *scratch,
                                  cudaStream_t stream) {
   if (n_rows == 0) return cudaSuccess;
+  if (!drawing && n_rows <= 16 && qtr_overlap_possible())
+    return qtr_launch_cluster(SHARE, k_choose_greedy<SHARE>, (unsigned)n_rows * SHARE, THREADS, 0, stream, logits, row,
+                              result, (int32_t)vocab_size);
   if (!drawing)
-    return qtr_launch(k_choose_greedy, (unsigned)n_rows, THREADS, 0, stream, logits, row, result, (int32_t)vocab_size);
+    return qtr_launch(k_choose_greedy<1>, (unsigned)n_rows, THREADS, 0, stream, logits, row, result, (int32_t)vocab_size);
   return qtr_launch(k_choose, (unsigned)n_rows, THREADS, 0, stream, logits, row, result, (int32_t)vocab_size, *adjust,
                     (double *)scratch);
 }

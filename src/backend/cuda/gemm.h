@@ -79,7 +79,7 @@ struct qtr_cuda_gemm_args {
   bool dependent; /* launched as a programmatic dependent: asks for weights while the kernel before it ends, waits for its
                      results before it reads or writes anything else (Hopper; ignored on the older path) */
 };
-/* Whether a product of n_tokens with w may be given rows: one or two tokens (each block makes all of them, so more would not
+/* Whether a product of n_tokens with w should be given rows: one token (each block makes all of them, so more would not
  * pay), Hopper's kernels, columns that fit shared memory. */
 bool qtr_cuda_gemm_takes_rows(const struct qtr_cuda_matrix *w, size_t n_tokens);
 /* Capturable in a graph: no synchronisation, no allocation. */

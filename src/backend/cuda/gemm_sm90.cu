@@ -7,7 +7,7 @@
  * rotation), and nothing dequantised returns to memory. With a cluster of two, both blocks work on the same tokens: each
  * loads half of the activations and multicasts it.
  *
- * One or two tokens: a block makes its activations itself (QUANT): it asks for as many weights as fit, waits for the kernel
+ * One token: a block makes its activations itself (QUANT): it asks for as many weights as fit, waits for the kernel
  * before, reads the fp16 rows, normalises and quantises them (row_quant.cuh: the bits of rows.cu) into a region that holds
  * all columns. That costs each block about a microsecond, where a kernel of its own, one block of it, costs four or five.
  *

@@ -1,8 +1,9 @@
 /* launch.cuh - launching a kernel so that it may start while the one before it ends (programmatic dependent launch, sm_90).
  *
- * A kernel launched by qtr_launch must begin with qtr_begin(), before it touches any memory: it returns when everything
- * launched before is done and visible, and lets the next kernel's blocks take their places meanwhile. What is gained is the
- * launch latency and the start of each kernel, a few microseconds each: a decode step has three hundred of them. */
+ * A kernel launched by qtr_launch must begin with qtr_begin(), before it touches any memory but weights: it returns when
+ * everything launched before is done and visible, and lets the next kernel's blocks take their places meanwhile. What is
+ * gained is the launch latency and the start of each kernel, a few microseconds each: a decode step has three hundred of
+ * them. */
 #ifndef QTR_BACKEND_CUDA_LAUNCH_CUH
 #define QTR_BACKEND_CUDA_LAUNCH_CUH
 
@@ -21,20 +22,30 @@ static inline bool qtr_overlap_possible() {
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
 }
 
+/* cluster: blocks of a cluster, at Hopper; 1: none. */
 template <class... P, class... A>
-static inline cudaError_t qtr_launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-                                     A... args) {
-  cudaLaunchAttribute overlap = {};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+static inline cudaError_t qtr_launch_cluster(unsigned cluster, void (*kernel)(P...), dim3 grid, dim3 block,
+                                             size_t shared_bytes, cudaStream_t stream, A... args) {
+  cudaLaunchAttribute attribute[2] = {};
+  attribute[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute[0].val.programmaticStreamSerializationAllowed = 1;
+  attribute[1].id = cudaLaunchAttributeClusterDimension;
+  attribute[1].val.clusterDim.x = cluster;
+  attribute[1].val.clusterDim.y = attribute[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = qtr_overlap_possible() ? 1 : 0;
+  config.attrs = attribute;
+  config.numAttrs = !qtr_overlap_possible() ? 0 : cluster > 1 ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, P(args)...);
+}
+
+template <class... P, class... A>
+static inline cudaError_t qtr_launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                                     A... args) {
+  return qtr_launch_cluster(1, kernel, grid, block, shared_bytes, stream, args...);
 }
 
 #endif

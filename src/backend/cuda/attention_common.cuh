@@ -42,15 +42,16 @@ struct attention_params {
   int32_t sink, local; /* of streaming heads, for given tokens: of those prefill takes no others */
 };
 
-/* A head's table of pages, and where its K and V blocks of a page are. */
+/* A load of what earlier work in the stream wrote. EARLY: before qtr_begin(), when an SM's L1 cache may still remember the
+ * step before; later loads may share the L1 cache's lines: the warps of a block read the same plan. */
+template <bool EARLY, class T>
+__device__ __forceinline__ static T load(const T *from) {
+  return EARLY ? __ldcg(from) : *from;
+}
+
+/* A head's table of pages. */
 __device__ __forceinline__ static const int32_t *head_table(const struct attention_params &p, int place) {
   return place < p.n_retrieval ? p.block_table : p.stream_table;
-}
-__device__ __forceinline__ static struct qtr_cuda_head head_load(const struct attention_params &p, int place) {
-  static_assert(sizeof(struct qtr_cuda_head) == 32, "two loads of 16 bytes");
-  const longlong2 x = __ldcg((const longlong2 *)(p.head + place));
-  const int4 y = __ldcg((const int4 *)(p.head + place) + 1);
-  return {(size_t)x.x, (size_t)x.y, (uint32_t)y.x, y.y, {0, 0}};
 }
 /* The pages that head `place` has chosen for an entry of list >= 0; member: of the group. */
 __device__ __forceinline__ static const int32_t *chosen_pages(const struct attention_params &p, int list, int kv_head,

@@ -8,11 +8,14 @@
  * up to 8 query heads of the group as columns, O^T = V^T P^T dims as rows. Scales and zeros stay outside
  * (attention_common.cuh).
  *
- * What the plan says is read before the kernel before this one has ended (launch.cuh): it hides a chain of loads.
+ * What the plan says of a block's first pages is read before the kernel before this one has ended (launch.cuh): it hides a
+ * chain of loads.
  *
  * Bits: a warp's pages, the order of warps and of segments are fixed by the sequence, so no other sequence matters. */
 #include "backend/cuda/attention_kernels.h"
 #include "backend/cuda/launch.cuh"
+
+#include <type_traits>
 
 namespace {
 
@@ -88,58 +91,45 @@ __device__ __forceinline__ void slot_wait(uint32_t, uint32_t, int slots) { /* sl
 
 /* ---- walking over the plan ----------------------------------------------------------------------- */
 
-struct unit { /* a segment of an entry for one KV head (and one part of its group) */
+/* Two sides of a warp walk over the plan: one copies pages, one multiplies. Registers are for the loop over pages: of a walk
+ * they hold where it is, the rest lies in shared memory. */
+struct unit { /* an entry for one KV head (and one part of its group) */
   struct qtr_decode_entry e;
-  int round, place, head_block, segment, visit, visit_end; /* place: of the KV head in p.head */
+  struct qtr_cuda_head head;
+  int place, head_block, reserved[2]; /* place: of the KV head in p.head */
+};
+struct walk {
+  int round, segment, visit, visit_end; /* the segment's next visit for this warp */
 };
 
-/* What a launch walks over: items of retrieval heads (or all), then those of streaming heads, each longest first. */
-struct items {
-  const uint8_t *entries;
-  int n_entries, n, n_streaming, pairs, streaming_pairs; /* entries that are not streaming heads'; items; (head, head
-                                                             block) pairs of an entry */
-};
-__device__ __forceinline__ items items_of(const struct attention_params &p, int head_blocks) {
-  int4 x = __ldcg((const int4 *)p.plan);
-  items t;
-  t.pairs = p.n_retrieval * head_blocks; /* all heads, if none streams */
-  t.streaming_pairs = (p.n_kv_heads - p.n_retrieval) * head_blocks;
-  t.n_entries = x.x;
-  t.n = x.x * t.pairs;
-  t.n_streaming = x.y * t.streaming_pairs;
-  t.entries = p.plan + x.z;
-  return t;
-}
-
-/* Block b takes items b, 2 g - 1 - b, 2 g + b, ... */
-__device__ __forceinline__ bool unit_advance(const struct attention_params &p, const items &t, int head_blocks, int warp,
-                                             unit &u) {
-  if (u.round >= 0 && u.segment + 1 < u.e.segment + u.e.n_segments) {
-    u.segment++;
+/* Items: entries times (head, head block) of retrieval heads (or all), then of streaming heads, each longest entry first.
+ * Block b takes items b, 2 g - 1 - b, 2 g + b, ... */
+template <bool EARLY>
+__device__ __forceinline__ bool walk_on(const struct attention_params &p, const int4 &plan, int head_blocks, unit &u,
+                                        walk &w) {
+  int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+  if (w.round >= 0 && w.segment + 1 < u.e.segment + u.e.n_segments) {
+    w.segment++;
   } else {
-    u.round++;
-    int g = (int)gridDim.x, b = (int)blockIdx.x, item = u.round * g + (u.round & 1 ? g - 1 - b : b);
-    int n_items = t.n + t.n_streaming;
-    if (u.round * g >= n_items) return false;
-    if (item >= n_items) { /* the last, incomplete round */
-      u.e.n_segments = 0;
-      u.segment = u.e.segment;
-      u.visit = u.visit_end = 0;
-      return false;
-    }
-    bool streams = item >= t.n;
-    int i = streams ? item - t.n : item, pairs = streams ? t.streaming_pairs : t.pairs, pair = i % pairs;
-    int entry = i / pairs + (streams ? t.n_entries : 0);
-    const int4 *from = (const int4 *)(t.entries + (size_t)entry * sizeof(struct qtr_decode_entry));
-    int4 x = __ldcg(from), y = __ldcg(from + 1), z = __ldcg(from + 2), w = __ldcg(from + 3);
-    u.e = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w, z.x, z.y, z.z, z.w, w.x, w.y, {0, 0}};
-    u.place = pair / head_blocks + (streams ? p.n_retrieval : 0);
-    u.head_block = pair % head_blocks;
-    u.segment = u.e.segment;
+    w.round++;
+    int g = (int)gridDim.x, b = (int)blockIdx.x, item = w.round * g + (w.round & 1 ? g - 1 - b : b);
+    int n = plan.x * p.n_retrieval * head_blocks, n_streaming = plan.y * (p.n_kv_heads - p.n_retrieval) * head_blocks;
+    if (item >= n + n_streaming) return false; /* in the last round only */
+    bool streams = item >= n;
+    int i = streams ? item - n : item, heads = streams ? p.n_kv_heads - p.n_retrieval : p.n_retrieval;
+    int pair = i / head_blocks, place = pair % heads + (streams ? p.n_retrieval : 0);
+    int entry = pair / heads + (streams ? plan.x : 0);
+    const int4 *from = (const int4 *)(p.plan + plan.z + (size_t)entry * sizeof(struct qtr_decode_entry)) + lane;
+    if (lane >= 4) from = (const int4 *)(p.head + place) + (lane - 4);
+    int4 x = lane < 6 ? load<EARLY>(from) : make_int4(place, i % head_blocks, 0, 0);
+    __syncwarp(); /* nobody reads the old one any more */
+    if (lane < (int)sizeof u / 16) ((int4 *)&u)[lane] = x;
+    __syncwarp();
+    w.segment = u.e.segment;
   }
-  int first = u.segment * u.e.segment_tiles;
-  u.visit = first + warp;
-  u.visit_end = min(first + u.e.segment_tiles, u.e.n_visits);
+  int first = w.segment * u.e.segment_tiles;
+  w.visit = first + warp;
+  w.visit_end = min(first + u.e.segment_tiles, u.e.n_visits);
   return true;
 }
 
@@ -154,6 +144,14 @@ struct shape {
 
 struct total { /* of one head */
   float max, sum;
+};
+
+struct state { /* of a block, beside ring and results */
+  uint64_t barriers[WARPS][MAX_SLOTS];
+  unit ahead[WARPS], now[WARPS]; /* what a warp copies, and what it multiplies */
+  struct total totals[WARPS][16];
+  int4 plan;
+  int is_last;
 };
 
 /* Adds a later part to an earlier one: maxima are log2. */
@@ -177,75 +175,65 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
   constexpr int K_STEPS = DIM / 16, HEADS = 8 * COLUMNS, PER_CHUNK = traits::fragments;
   constexpr int OUTPUTS = (HEADS * DIM / 4 + THREADS - 1) / THREADS; /* float4 of results a thread merges */
   extern __shared__ __align__(128) uint8_t shared[];
-  __shared__ __align__(8) uint64_t barriers[WARPS][MAX_SLOTS];
-  __shared__ struct total totals[WARPS][HEADS];
-  __shared__ int is_last;
+  __shared__ __align__(16) struct state state;
+  auto &totals = state.totals;
   float *results = (float *)(shared + WARPS * slots * S::block_bytes); /* (WARPS, heads, head_floats) */
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4 * 2;
   uint32_t ring = shared_address(shared) + (uint32_t)(warp * slots * S::block_bytes);
   const uint8_t *ring_at = shared + warp * slots * S::block_bytes;
-  uint32_t barrier = shared_address(&barriers[warp][0]);
+  uint32_t barrier = shared_address(&state.barriers[warp][0]);
   ring_init(barrier, slots);
+  if (threadIdx.x == 0) state.plan = __ldcg((const int4 *)p.plan);
+  __syncthreads();
 
   int block_heads = p.each_head ? 1 : HEADS, head_stride = min(p.group, HEADS);
   int head_blocks = p.each_head ? p.group : COLUMNS == 1 ? 1 : (p.group + HEADS - 1) / HEADS;
-  const items all_items = items_of(p, head_blocks);
   float log2_scale = p.scale * LOG2_E;
 
-  /* The copying side of the warp. */
-  unit ahead;
-  ahead.round = -1, ahead.visit = ahead.visit_end = 0;
-  bool more = true, next_is_v = false, pages_known;
-  int pages = 0, ahead_first = 0, filled = 0; /* slot to fill next */
+  /* The copying side of the warp, and what it multiplies: both begin at the block's first unit. */
+  unit &u = state.now[warp], &ahead = state.ahead[warp];
+  walk at_work = {-1, 0, 0, 0};
+  bool working = walk_on<true>(p, state.plan, head_blocks, u, at_work), more = working, next_is_v = false;
+  if (lane < (int)sizeof u / 16) ((int4 *)&ahead)[lane] = ((int4 *)&u)[lane];
+  __syncwarp();
+  walk at_copy = at_work;
+  int pages = 0, next_page = 32, filled = 0; /* one page a lane, and whose is next (32: none known); slot to fill next */
   size_t ahead_page = 0;
-  struct qtr_cuda_head ahead_head = {};
-  auto ahead_find = [&]() { /* a unit with pages */
-                            while (more && ahead.visit >= ahead.visit_end) {
-                              more = unit_advance(p, all_items, head_blocks, warp, ahead);
-                              ahead_first = ahead.visit;
-                              if (more) ahead_head = head_load(p, ahead.place);
-                            }
-  };
-  auto pages_find = [&]() { /* those of the next 32 visits, one a lane */
-                            int visit = ahead.visit + lane * WARPS,
-                                tile = visit < ahead.e.n_first ? visit : visit + ahead.e.skip;
-                            pages = 0;
-                            if (visit >= ahead.visit_end) return;
-                            if (ahead.e.list >= 0 && visit < ahead.e.n_first) {
-                              tile = __ldcg(chosen_pages(p, ahead.e.list, ahead_head.kv_head, ahead.head_block) + visit);
-                            }
-                            pages = __ldcg(head_table(p, ahead.place) + (size_t)ahead.e.seq * p.max_blocks + tile);
+  auto pages_find = [&](auto early) {
+    int visit = at_copy.visit + lane * WARPS, tile = visit < ahead.e.n_first ? visit : visit + ahead.e.skip;
+    next_page = 0; /* pages: those of the next 32 visits */
+    if (visit >= at_copy.visit_end) return;
+    if (ahead.e.list >= 0 && visit < ahead.e.n_first) {
+      tile = load<early.value>(chosen_pages(p, ahead.e.list, ahead.head.kv_head, ahead.head_block) + visit);
+    }
+    pages = load<early.value>(head_table(p, ahead.place) + (size_t)ahead.e.seq * p.max_blocks + tile);
   };
   /* Plan and tables were uploaded before the step's first kernel; the kernel before this one, which may still run, has
-   * waited for all others. Lists are its work, as q, K and V are. All of them change in the life of a kernel that starts
-   * early, or of what an SM's L1 cache remembers of the step before: they are read from the L2 cache. */
-  ahead_find();
-  pages_known = more && ahead.e.list < 0;
-  if (pages_known) pages_find();
+   * waited for all others. Lists are its work, as q, K and V are. What comes after qtr_begin() may use the L1 cache. */
+  if (more && ahead.e.list < 0 && at_copy.visit < at_copy.visit_end) pages_find(std::true_type());
   qtr_begin();
   auto copy_next = [&]() {
     if (!next_is_v) {
-      ahead_find();
+      while (more && at_copy.visit >= at_copy.visit_end) { /* to a segment with pages for this warp */
+        more = walk_on<false>(p, state.plan, head_blocks, ahead, at_copy);
+        next_page = 32;
+      }
       if (!more) {
         slot_skip();
         return;
       }
-      int k = (ahead.visit - ahead_first) / WARPS;
-      if (k % 32 == 0 && !pages_known) pages_find();
-      pages_known = false;
-      ahead_page = (size_t)__shfl_sync(~0u, pages, k % 32) * ahead_head.page_bytes;
+      if (next_page == 32) pages_find(std::false_type());
+      ahead_page = (size_t)__shfl_sync(~0u, pages, next_page++) * ahead.head.page_bytes;
     }
     slot_fill<S::block_bytes>(ring + (uint32_t)(filled * S::block_bytes),
-                              p.data + (next_is_v ? ahead_head.v : ahead_head.k) + ahead_page, barrier + 8 * filled);
-    if (next_is_v) ahead.visit += WARPS;
+                              p.data + (next_is_v ? ahead.head.v : ahead.head.k) + ahead_page, barrier + 8 * filled);
+    if (next_is_v) at_copy.visit += WARPS;
     next_is_v = !next_is_v;
     filled = filled + 1 == slots ? 0 : filled + 1;
   };
 #pragma unroll 1
   for (int i = 0; i < slots; i++) copy_next();
 
-  unit u;
-  u.round = -1;
   int slot = 0;
   uint32_t parity = 0;
   auto slot_next = [&]() {
@@ -257,10 +245,10 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
   float running_sum[OUTPUTS][4];
 
 #pragma unroll 1
-  while (unit_advance(p, all_items, head_blocks, warp, u)) {
-    int kv_head = __ldcg(&p.head[u.place].kv_head), first_head = kv_head * p.group + u.head_block * block_heads;
+  for (; working; working = walk_on<false>(p, state.plan, head_blocks, u, at_work)) {
+    int first_head = u.head.kv_head * p.group + u.head_block * block_heads;
     int n_heads = min(block_heads, p.group - u.head_block * block_heads);
-    if (u.segment == u.e.segment) { /* a new entry: its queries as B operands, their sums */
+    if (at_work.segment == u.e.segment) { /* a new entry: its queries as B operands, their sums */
 #pragma unroll
       for (int n = 0; n < COLUMNS; n++) {
         int head = n * 8 + row;
@@ -270,7 +258,7 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
         for (int k = 0; k < K_STEPS; k++) {
 #pragma unroll
           for (int h = 0; h < 2; h++) {
-            uint32_t x = head < n_heads ? __ldcg((const unsigned *)(from + k * 16 + h * 8)) : 0;
+            uint32_t x = head < n_heads ? *(const unsigned *)(from + k * 16 + h * 8) : 0;
             q[n][k][h] = x = q_scale<FORMAT>(x, h);
             float2 y = __half22float2(*(__half2 *)&x);
             sum += (y.x + y.y) * (h ? 1 / traits::q_high : 1.0f);
@@ -288,6 +276,7 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
         for (int j = 0; j < 4; j++) running_sum[i][j] = 0;
       }
     }
+    const int n_keys = u.e.n_keys, hole_from = u.e.hole_from, hole_to = u.e.hole_to;
     float o[COLUMNS][K_STEPS][4], max[COLUMNS][2], sum[COLUMNS][2], zeros[COLUMNS][2];
 #pragma unroll
     for (int n = 0; n < COLUMNS; n++) {
@@ -300,7 +289,7 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
       for (int i = 0; i < 2; i++) max[n][i] = -INFINITY, sum[n][i] = zeros[n][i] = 0;
     }
 #pragma unroll 1
-    for (; u.visit < u.visit_end; u.visit += WARPS) {
+    for (; at_work.visit < at_work.visit_end; at_work.visit += WARPS) {
       float s[COLUMNS][4][4];
       uint32_t k_pair[4][2], v_pair[4][2];
       const uint8_t *at = ring_at + slot * S::block_bytes;
@@ -341,10 +330,19 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
         v_pair[m][0] = *(const uint32_t *)(at + S::code_bytes + (m * 16 + row) * 4);
         v_pair[m][1] = *(const uint32_t *)(at + S::code_bytes + (m * 16 + row + 8) * 4);
       }
+      /* Keys that are not seen: few pages have some. Their weights become zero whatever their slots hold. */
+      int first = at_work.visit * QTR_PAGE_TOKENS, end = first + QTR_PAGE_TOKENS;
+      if (end > n_keys || (end > hole_from && first < hole_to)) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          int m = i / 2, h = i % 2, key = first + m * 16 + h * 8 + row;
+          if (key < n_keys && (key < hole_from || key >= hole_to)) continue;
+          k_pair[m][h] = v_pair[m][h] = 0x3c00; /* scale 1, zero 0 */
+#pragma unroll
+          for (int n = 0; n < COLUMNS; n++) s[n][m][h * 2] = s[n][m][h * 2 + 1] = -INFINITY;
+        }
+      }
       /* Scores of tokens 16 m + row + 8 h, then weights. */
-      int first = (u.visit < u.e.n_first ? u.visit : u.visit + u.e.skip) * QTR_PAGE_TOKENS; /* chosen pages are seen whole */
-      int left = u.e.n_tokens - first, hole = u.e.hole_from - first;
-      unsigned hole_length = (unsigned)(u.e.hole_to - u.e.hole_from);
       float inv_s[4][2], zero[4][2], top[COLUMNS][2];
 #pragma unroll
       for (int n = 0; n < COLUMNS; n++) top[n][0] = top[n][1] = -INFINITY;
@@ -352,9 +350,7 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
       for (int m = 0; m < 4; m++) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-          int i = m * 16 + h * 8 + row;
-          struct token_params t = token_make<FORMAT>(k_pair[m][h], v_pair[m][h], log2_scale, p.k_scale, p.v_scale,
-                                                     i < left && (unsigned)(i - hole) >= hole_length);
+          struct token_params t = token_make<FORMAT>(k_pair[m][h], v_pair[m][h], log2_scale, p.k_scale, p.v_scale, true);
           inv_s[m][h] = t.inv_s, zero[m][h] = t.zero;
 #pragma unroll
           for (int n = 0; n < COLUMNS; n++) {
@@ -458,7 +454,7 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
       }
     }
     __syncthreads();
-    bool ends = u.segment + 1 == u.e.segment + u.e.n_segments;
+    bool ends = at_work.segment + 1 == u.e.segment + u.e.n_segments;
     float result_scale = FORMAT == QTR_KV_INT8_STATIC ? p.v_scale : 1.0f;
 #pragma unroll
     for (int k = 0; k < OUTPUTS; k++) {
@@ -478,7 +474,7 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
       }
       if (u.e.slot >= 0) {
         float *to = (float *)(p.scratch + QTR_COUNTER_BYTES) +
-                    ((size_t)(u.e.slot + u.segment) * p.n_heads + first_head + head) * (DIM + 4);
+                    ((size_t)(u.e.slot + at_work.segment) * p.n_heads + first_head + head) * (DIM + 4);
         *(float4 *)(to + d) = make_float4(all[0], all[1], all[2], all[3]);
         if (d == 0) to[DIM] = t.max, to[DIM + 1] = t.sum;
         continue;
@@ -492,15 +488,15 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
           make_uint2(*(uint32_t *)&x, *(uint32_t *)&y);
     }
     if (u.e.slot >= 0) { /* the last of the segments merges all */
-      int *counter = (int *)p.scratch + (size_t)u.e.slot * QTR_MAX_SPLIT_HEADS + u.place * head_blocks + u.head_block;
+      int *counter = (int *)p.scratch + (size_t)u.e.slot * QTR_MAX_SPLIT_HEADS + u.head.kv_head * head_blocks + u.head_block;
       __threadfence();
       __syncthreads();
       if (threadIdx.x == 0) {
-        is_last = atomicAdd(counter, 1) == u.e.all_segments - 1;
-        if (is_last) *counter = 0;
+        state.is_last = atomicAdd(counter, 1) == u.e.all_segments - 1;
+        if (state.is_last) *counter = 0;
       }
       __syncthreads();
-      if (is_last) {
+      if (state.is_last) {
         __threadfence();
 #pragma unroll
         for (int k = 0; k < OUTPUTS; k++) {
@@ -524,7 +520,7 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
         }
       }
     }
-    __syncthreads(); /* results, totals and is_last are used again */
+    __syncthreads(); /* results and state are used again */
   }
 }
 
@@ -542,8 +538,7 @@ cudaError_t launch(const struct attention_params &p, cudaStream_t stream) {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device);
   if (error != cudaSuccess) return error;
   int heads = p.group < 8 * COLUMNS ? p.group : 8 * COLUMNS;
-  int results = WARPS * heads * S::head_floats * (int)sizeof(float),
-      fixed = reserved + 1024 + results; /* static: below 1 KB */
+  int results = WARPS * heads * S::head_floats * (int)sizeof(float), fixed = reserved + (int)sizeof(struct state) + results;
   int blocks = COLUMNS == 2 ? 2 : DIM == 64 ? 4 : 3;
   for (;; blocks--) {
     int room = most / blocks < block_most ? most / blocks : block_most;

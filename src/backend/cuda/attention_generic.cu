@@ -11,7 +11,7 @@ enum { GENERIC_WARPS = 8, MAX_DIM = 256, PER_LANE = MAX_DIM / 32 };
 
 /* What a block works on: a query and its pages, as a decode entry has them. */
 struct job {
-  int seq, token, n_tokens, place, n_visits, n_first, skip, hole_from, hole_to;
+  int seq, token, n_keys, place, n_visits, n_first, skip, hole_from, hole_to;
   const int32_t *chosen; /* (n_first) or NULL */
 };
 
@@ -33,8 +33,8 @@ __device__ static bool job_find(const struct attention_params &p, bool entries, 
     }
     j.seq = low;
     j.token = index;
-    j.n_tokens = p.kv_len[low] + index - p.q_start[low] + 1;
-    j.n_visits = (j.n_tokens + QTR_PAGE_TOKENS - 1) / QTR_PAGE_TOKENS;
+    j.n_keys = p.kv_len[low] + index - p.q_start[low] + 1;
+    j.n_visits = (j.n_keys + QTR_PAGE_TOKENS - 1) / QTR_PAGE_TOKENS;
     return true;
   }
   const struct qtr_attention_plan *plan = (const struct qtr_attention_plan *)p.plan;
@@ -43,7 +43,7 @@ __device__ static bool job_find(const struct attention_params &p, bool entries, 
   const struct qtr_decode_entry *e =
       (const struct qtr_decode_entry *)(p.plan + plan->decode_offset) + (streams ? plan->n_decode : 0) + index;
   if (e->segment > 0) return false; /* another entry's block has the whole token */
-  j.seq = e->seq, j.token = e->token, j.n_tokens = e->n_tokens;
+  j.seq = e->seq, j.token = e->token, j.n_keys = e->n_keys;
   j.n_visits = e->n_visits, j.n_first = e->n_first, j.skip = e->skip;
   j.hole_from = e->hole_from, j.hole_to = e->hole_to;
   if (e->list >= 0) j.chosen = chosen_pages(p, e->list, head / p.group, head % p.group);
@@ -68,11 +68,10 @@ __global__ static void __launch_bounds__(GENERIC_WARPS * 32) k_attention_generic
     q[j] = lane + 32 * j < dim ? __half2float(query[lane + 32 * j]) : 0;
     sum[j] = 0;
   }
-  for (int i = warp; i < job.n_visits * QTR_PAGE_TOKENS; i += GENERIC_WARPS) {
+  for (int i = warp; i < job.n_keys; i += GENERIC_WARPS) {
+    if (i >= job.hole_from && i < job.hole_to) continue;
     int visit = i / QTR_PAGE_TOKENS, slot = i % QTR_PAGE_TOKENS, tile = visit < job.n_first ? visit : visit + job.skip;
     if (visit < job.n_first && job.chosen) tile = job.chosen[visit];
-    int t = tile * QTR_PAGE_TOKENS + slot;
-    if (t >= job.n_tokens || (t >= job.hole_from && t < job.hole_to)) continue;
     size_t at = (size_t)table[tile] * place.page_bytes;
     float value[2][PER_LANE], dot = 0;
 #pragma unroll

@@ -62,7 +62,7 @@ static int32_t tiles(int32_t n_tokens) { return (n_tokens + QTR_PAGE_TOKENS - 1)
 static struct qtr_decode_entry entry_make(const struct qtr_cuda_plan_config *config, const struct qtr_batch *batch,
                                           int32_t s, int32_t token, enum qtr_head_class kind) {
   int32_t position = batch->kv_len[s] + token - batch->q_start[s], own = position / QTR_PAGE_TOKENS;
-  struct qtr_decode_entry e = {.seq = s, .token = token, .n_tokens = position + 1, .n_visits = own + 1, .list = -1};
+  struct qtr_decode_entry e = {.seq = s, .token = token, .n_keys = position + 1, .n_visits = own + 1, .list = -1};
   if (!config->heads) return e;
   const struct qtr_kv_sparse *sparse = &config->heads->sparse;
   int32_t start = qtr_batch_decode_start(batch, s);
@@ -77,6 +77,8 @@ static struct qtr_decode_entry entry_make(const struct qtr_cuda_plan_config *con
     e.list = batch->slot ? batch->slot[s] : 0;
   }
   e.n_visits -= e.skip;
+  e.n_keys -= e.skip * QTR_PAGE_TOKENS;
+  if (e.hole_to > 0) e.hole_to -= e.skip * QTR_PAGE_TOKENS; /* pages left out are in the hole: what is left ends later */
   return e;
 }
 

@@ -3,7 +3,8 @@
  * once have one pass. Private to attention_*.
  *
  * A decode entry visits pages: of a dense head all of them, in order; else some from the first and then, without a gap, up
- * to its own. Visit i is page i, or list[i] where pages were chosen, for i < n_first, and page i + skip from there on.
+ * to its own. Visit i is page i, or list[i] where pages were chosen, for i < n_first, and page i + skip from there on. Keys
+ * are numbered as they are visited, 64 a visit, so that kernels need to know pages only where they copy them.
  * Entries of a sparse cache are of retrieval heads or of streaming heads; those of the latter come second.
  *
  * What decides the bits of a result is the sequence alone: decode cuts it into segments of equal numbers of pages
@@ -30,14 +31,14 @@ enum {
 #define QTR_COUNTER_BYTES ((size_t)QTR_MAX_SLOTS * QTR_MAX_SPLIT_HEADS * sizeof(int32_t))
 
 struct qtr_decode_entry {
-  int32_t seq, token, n_tokens; /* its query; tokens up to it, itself included */
-  int32_t segment_tiles;        /* visits of a segment */
-  int32_t segment, n_segments;  /* those of this entry */
-  int32_t slot;                 /* -1: alone; else where the sequence's partial results begin */
+  int32_t seq, token, n_keys;  /* its query; keys of its visits, the query's own the last of them */
+  int32_t segment_tiles;       /* visits of a segment */
+  int32_t segment, n_segments; /* those of this entry */
+  int32_t slot;                /* -1: alone; else where the sequence's partial results begin */
   int32_t all_segments;
   int32_t n_visits, n_first, skip; /* pages: see above */
   int32_t list;                    /* -1, or where the pages of the first visits are */
-  int32_t hole_from, hole_to;      /* keys [from, to) are not seen; a streaming head's */
+  int32_t hole_from, hole_to;      /* keys [from, to) of the visits are not seen; a streaming head's */
   int32_t reserved[2];
 };
 

@@ -23,6 +23,7 @@
 
 namespace {
 
+constexpr float NOTHING = -1e38f; /* a row's maximum before it has seen a key: below all scores, but a number */
 constexpr int THREADS = 384, PAGE = QTR_PAGE_TOKENS, ROWS = QTR_PREFILL_ROWS;
 
 /* ---- PTX ----------------------------------------------------------------------------------------- */
@@ -132,6 +133,11 @@ struct shape {
                                                                            : FORMAT == QTR_KV_INT4 ? 4
                                                                                                    : 3;
   static constexpr int q_pitch = DIM * 2 + 64; /* 8 lanes of a 16-byte load touch all banks */
+  /* Registers of a thread that produces (one warpgroup) and of one that multiplies (two): 168 at launch on average. Whole
+   * fp16 pages need more of the former, and no scales or zeros of the latter. */
+  static constexpr int producer_registers = FORMAT == QTR_KV_F16 ? 104 : 88, registers = 252 - producer_registers / 2;
+  static_assert(producer_registers % 8 == 0 && registers % 8 == 0 && producer_registers + 2 * registers == 3 * 168,
+                "setmaxnreg");
 };
 
 template <int FORMAT, int DIM>
@@ -241,7 +247,7 @@ __device__ __forceinline__ void load_page(const uint8_t *k, const uint8_t *v, ra
 
 struct entry { /* of the plan, for one KV head */
   struct qtr_prefill_entry e;
-  int place;                   /* of the KV head in p.head */
+  int place, kv_head;          /* where the KV head is in p.head */
   int n_visits, n_first, skip; /* visit i is page i below n_first, page i + skip from there on */
 };
 __device__ __forceinline__ int entry_tile(const entry &x, int visit) { return visit < x.n_first ? visit : visit + x.skip; }
@@ -256,6 +262,7 @@ __device__ __forceinline__ entry uniform(const entry &x) {
            uniform(x.e.n_tiles),
            {0, 0}},
           uniform(x.place),
+          uniform(x.kv_head),
           uniform(x.n_visits),
           uniform(x.n_first),
           uniform(x.skip)};
@@ -269,9 +276,10 @@ __device__ __forceinline__ bool entry_load(const struct attention_params &p, int
   bool streams = item >= n_retrieval;
   int i = streams ? item - n_retrieval : item, heads = streams ? p.n_kv_heads - p.n_retrieval : p.n_retrieval;
   const int4 *from = (const int4 *)(p.plan + plan->prefill_offset) + (size_t)(i / heads) * 2;
-  int4 y = __ldcg(from), z = __ldcg(from + 1);
-  x.e = {y.x, y.y, y.z, y.w, z.x, z.y, {0, 0}};
   x.place = i % heads + (streams ? p.n_retrieval : 0);
+  x.kv_head = p.head[x.place].kv_head;
+  int4 y = from[0], z = from[1];
+  x.e = {y.x, y.y, y.z, y.w, z.x, z.y, {0, 0}};
   x.n_first = x.skip = 0;
   if (streams) {
     int sink = (p.sink + PAGE - 1) / PAGE, from_key = x.e.kv_len + x.e.row / p.group - p.local + 1;
@@ -291,7 +299,7 @@ struct cursor {
 };
 __device__ __forceinline__ int cursor_page(const struct attention_params &p, const cursor &c) {
   if (!c.has_now) return 0;
-  return __ldcg(head_table(p, c.now.place) + (size_t)c.now.e.seq * p.max_blocks + entry_tile(c.now, c.visit));
+  return head_table(p, c.now.place)[(size_t)c.now.e.seq * p.max_blocks + entry_tile(c.now, c.visit)];
 }
 
 template <int FORMAT, int DIM>
@@ -309,14 +317,14 @@ __device__ __forceinline__ void produce(const struct attention_params &p, memory
     copy_bulk(shared_address(m.raw[to][1]), p.data + c.head.v + at, S::block_bytes, raw_full + 8 * to);
     if (++c.visit == c.now.n_visits) {
       c.now = c.next, c.has_now = c.has_next, c.visit = 0;
-      if (c.has_now) c.head = head_load(p, c.now.place);
+      if (c.has_now) c.head = p.head[c.now.place];
       c.has_next = c.has_now && entry_load(p, ++c.round + 1, c.next);
     }
     c.page = cursor_page(p, c);
   };
   if (thread == 0) {
     c.has_now = entry_load(p, 0, c.now);
-    if (c.has_now) c.head = head_load(p, c.now.place);
+    if (c.has_now) c.head = p.head[c.now.place];
     c.has_next = c.has_now && entry_load(p, 1, c.next);
     c.page = cursor_page(p, c);
     for (int i = 0; i < S::raw_stages; i++) copy_next(i);
@@ -326,9 +334,9 @@ __device__ __forceinline__ void produce(const struct attention_params &p, memory
   for (int round = 1; more; round++) { /* the next entry is on its way while this one is worked on */
     x = uniform(next);
     more = entry_load(p, round, next);
-    int last_row = x.e.row + x.e.n_rows - 1, n_tokens = x.e.kv_len + last_row / p.group + 1; /* that the last row sees */
+    int last_row = x.e.row + x.e.n_rows - 1, n_tokens = x.e.kv_len + last_row / p.group + 1; /* up to the last row's own */
     { /* the queries: a row a thread */
-      int row = min(x.e.row + thread, last_row), head = __ldcg(&p.head[x.place].kv_head) * p.group + row % p.group;
+      int row = min(x.e.row + thread, last_row), head = x.kv_head * p.group + row % p.group;
       barrier_wait(shared_address(&m.q_empty), q_parity);
       q_parity ^= 1;
       barrier_expect(shared_address(&m.q_full), DIM * 2);
@@ -337,7 +345,6 @@ __device__ __forceinline__ void produce(const struct attention_params &p, memory
                 shared_address(&m.q_full));
     }
     for (int visit = 0; visit < x.n_visits; visit++) {
-      int tile = entry_tile(x, visit);
       raw<FORMAT, DIM> r;
       barrier_wait(raw_full + 8 * raw_at, raw_parity);
       load_page<FORMAT, DIM>(m.raw[raw_at][0], m.raw[raw_at][1], r, warp, lane);
@@ -346,8 +353,8 @@ __device__ __forceinline__ void produce(const struct attention_params &p, memory
       unpack_v<FORMAT, DIM>(r.v, m.tile[s].v, warp, lane);
       if (kv_traits<FORMAT>::has_params && thread < PAGE) {
         int t = thread, n = t % 8 / 2 * 16 + t / 16 * 4 + t / 8 % 2 * 2 + t % 2;
-        struct token_params y =
-            token_make<FORMAT>(r.k_pair, r.v_pair, p.scale * LOG2_E, p.k_scale, p.v_scale, tile * PAGE + t < n_tokens);
+        struct token_params y = token_make<FORMAT>(r.k_pair, r.v_pair, p.scale * LOG2_E, p.k_scale, p.v_scale,
+                                                   (visit + x.skip) * PAGE + t < n_tokens); /* the first visits are whole */
         m.column[s].ab[n] = make_float2(y.a, y.b);
         m.column[s].inv_zero[n] = make_float2(y.inv_s, y.zero);
         m.column[s].log_s[n] = y.log_s;
@@ -371,8 +378,22 @@ struct rows { /* of a thread: two rows, l / 4 and + 8 of its warp's 16 */
   float o[DIM / 2], s[PAGE / 2], max[2], sum[2], zeros[2], q_sum[2];
   int last[2]; /* the last token that each sees */
 
-  /* Scores in s to weights. Returns whether what was summed up before must be multiplied by factor. */
-  __device__ __forceinline__ bool weigh(const columns &c, int tile, bool masked, int sink, int local, float slope,
+  /* The scores of keys that a row does not see. */
+  template <class F>
+  __device__ __forceinline__ void hide(int tile, F hidden) {
+    int pair = threadIdx.x % 4, key = tile * PAGE + pair / 2 * 16 + pair % 2 * 8;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        if (hidden(key + i % 2 * 32 + i / 2 * 2 + j % 2, last[j / 2])) s[4 * i + j] = -INFINITY;
+      }
+    }
+  }
+
+  /* Scores in s to weights. ends: a row ends in this page or before it; holed: a row's hole reaches into it. Returns whether
+   * what was summed up before must be multiplied by factor. */
+  __device__ __forceinline__ bool weigh(const columns &c, int tile, bool ends, bool holed, int sink, int local, float slope,
                                         const float (&offset)[2], float (&factor)[2]) {
     int pair = threadIdx.x % 4;
     float top[2] = {-INFINITY, -INFINITY};
@@ -388,17 +409,8 @@ struct rows { /* of a thread: two rows, l / 4 and + 8 of its warp's 16 */
         }
       }
     }
-    if (masked) {
-      int token = tile * PAGE + pair / 2 * 16 + pair % 2 * 8;
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-          int t = token + i % 2 * 32 + i / 2 * 2 + j % 2;
-          if (t > last[j / 2] || (t >= sink && t <= last[j / 2] - local)) s[4 * i + j] = -INFINITY;
-        }
-      }
-    }
+    if (ends) hide(tile, [&](int key, int last) { return key > last; });
+    if (holed) hide(tile, [&](int key, int last) { return key >= sink && key <= last - local; });
 #pragma unroll
     for (int i = 0; i < 8; i++) {
 #pragma unroll
@@ -419,17 +431,14 @@ struct rows { /* of a thread: two rows, l / 4 and + 8 of its warp's 16 */
         x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
         x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
         x = x - max[r] > WEIGHT_BITS ? x - WEIGHT_TOP : max[r];
-        factor[r] = x == -INFINITY ? 1.0f : fast_exp2(max[r] - x); /* a streaming head's row may have seen nothing yet */
+        factor[r] = fast_exp2(max[r] - x);
         max[r] = x;
         sum[r] *= factor[r];
         zeros[r] *= factor[r];
       }
     }
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-      float m = max[r] == -INFINITY ? 0.0f : max[r];
-      shift[r] = traits::has_params ? m : offset[r] - m;
-    }
+    for (int r = 0; r < 2; r++) shift[r] = traits::has_params ? max[r] : offset[r] - max[r];
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       float4 iz = make_float4(1, 0, 1, 0);
@@ -504,7 +513,7 @@ __device__ __forceinline__ void consume(const struct attention_params &p, memory
     size_t to[2];
     bool exists[2];
     float offset[2];
-    int end = y.e.row + y.e.n_rows, kv_head = __ldcg(&p.head[y.place].kv_head);
+    int end = y.e.row + y.e.n_rows;
     barrier_wait(shared_address(&m.q_full), q_parity);
     q_parity ^= 1;
 #pragma unroll
@@ -512,7 +521,7 @@ __device__ __forceinline__ void consume(const struct attention_params &p, memory
       int in = part * 64 + warp * 16 + lane / 4 + 8 * r, row = min(y.e.row + in, end - 1), token = row / p.group;
       exists[r] = y.e.row + in < end;
       x.last[r] = y.e.kv_len + token;
-      to[r] = ((size_t)(y.e.first_token + token) * p.n_heads + kv_head * p.group + row % p.group) * DIM;
+      to[r] = ((size_t)(y.e.first_token + token) * p.n_heads + y.kv_head * p.group + row % p.group) * DIM;
       const uint8_t *q = m.q[in] + 16 * (pair % 2) + 32 * (pair / 2);
 #pragma unroll
       for (int j = 0; j < K_STEPS / 4; j++) {
@@ -524,7 +533,7 @@ __device__ __forceinline__ void consume(const struct attention_params &p, memory
           x.q[4 * j + 3][r + 2 * h] = q_scale<FORMAT>(z.w, pair % 2);
         }
       }
-      x.max[r] = -INFINITY;
+      x.max[r] = NOTHING;
       x.sum[r] = x.zeros[r] = 0;
     }
     __syncwarp();
@@ -539,14 +548,18 @@ __device__ __forceinline__ void consume(const struct attention_params &p, memory
     } else {
       offset[0] = offset[1] = 0;
     }
-    /* Pages that this warpgroup's last row sees; those that its first row does not see whole. */
+    /* Visits up to the one that this warpgroup's last row ends in; the first that a row ends in; those that a hole reaches
+     * into: the pages from the one that the sink ends in to the one that the last row's window begins in. */
     int first_row = min(y.e.row + part * 64, end - 1), last_row = min(y.e.row + part * 64 + 63, end - 1);
     int first_token = y.e.kv_len + first_row / p.group, last_token = y.e.kv_len + last_row / p.group;
-    int n = TURNS ? y.n_visits : last_token / PAGE + 1 - y.skip, whole = (first_token + 1) / PAGE;
-    bool streams = y.place >= p.n_retrieval;
-    int sink = streams ? p.sink : INT32_MAX, local = streams ? p.local : 0;
-    auto masked = [&](int tile) {
-      return tile >= whole || (tile * PAGE + PAGE > sink && tile * PAGE <= last_token - local);
+    int n = TURNS ? y.n_visits : last_token / PAGE + 1 - y.skip, ends = (first_token + 1) / PAGE - y.skip;
+    int hole = 0, hole_end = 0;
+    if (y.place >= p.n_retrieval && last_token - p.local >= p.sink) {
+      hole = p.sink / PAGE, hole_end = (last_token - p.local) / PAGE + 1 - y.skip;
+    }
+    auto weigh = [&](int visit, float(&factor)[2]) {
+      return x.weigh(m.column[s], entry_tile(y, visit), visit >= ends, visit >= hole && visit < hole_end, p.sink, p.local,
+                     same.a, offset, factor);
     };
 #pragma unroll
     for (int i = 0; i < DIM / 2; i++) x.o[i] = 0;
@@ -560,12 +573,10 @@ __device__ __forceinline__ void consume(const struct attention_params &p, memory
     scores(s);
     wgmma_wait<0>();
     hold(x.s);
-    int tile = entry_tile(y, 0);
-    (void)x.weigh(m.column[s], tile, masked(tile), sink, local, same.a, offset, factor);
+    (void)weigh(0, factor);
     x.pack();
     for (int visit = 1; visit < n; visit++) {
       int before = s;
-      tile = entry_tile(y, visit);
       advance();
       barrier_wait(full + 8 * s, parity);
       hold(x.s);
@@ -578,7 +589,7 @@ __device__ __forceinline__ void consume(const struct attention_params &p, memory
       if (TURNS) turn_give(1 - part);
       wgmma_wait<1>();
       hold(x.s);
-      bool grown = x.weigh(m.column[s], tile, masked(tile), sink, local, same.a, offset, factor);
+      bool grown = weigh(visit, factor);
       wgmma_wait<0>();
       hold(x.o);
       hold(x.p);
@@ -643,10 +654,10 @@ __global__ void __launch_bounds__(THREADS, 1) k_attention_prefill(const __grid_c
   __syncthreads();
   qtr_begin();
   if (threadIdx.x < 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(S::producer_registers));
     produce<FORMAT, DIM>(p, m);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(S::registers));
     if (p.group > 1) { /* else the second warpgroup often sees a page more than the first */
       consume<FORMAT, DIM, true>(p, m);
     } else {

@@ -12,7 +12,10 @@
  * other events than it was captured with. A choice that differs counts as right only where double precision cannot tell the
  * pages apart (scores in 128-bit integers, printed as "near ties"). `lab quick [seed]`: fewer of them. `lab time`: times;
  * layers rotate beyond the L2, graphs of many launches, medians. `lab`: check, then time. Exit status 1 if anything is
- * wrong. */
+ * wrong.
+ *
+ * For both compilations: -DQTR_SELECT_NARROW: FP64 tensor instructions of m8n8k4 on Hopper, too. -DQTR_SELECT_NO_CHOICE
+ * (`lab time` only): scores without choices. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -29,6 +32,7 @@ extern "C" {
 #include "backend/common/sparse.h"
 #include "base/half.h"
 }
+#include "backend/cuda/launch.cuh"
 #include "backend/cuda/select.h"
 
 #define CHECK(call)                                                                 \
@@ -600,6 +604,12 @@ static double time_us(int n_launches, F launch) {
   return t[t.size() / 2];
 }
 
+/* As short as a kernel between two others of a step can be. */
+__global__ static void k_between(int *x) {
+  qtr_begin();
+  if (threadIdx.x == 0) x[blockIdx.x] = blockIdx.x;
+}
+
 static void report(const char *what, double us, double bytes) {
   printf("%-58s %8.2f us %8.2f MB %6.0f GB/s %4.0f %% of 2.6 TB/s\n", what, us, bytes * 1e-6, bytes / us * 1e-3,
          100 * bytes / (us * 1e-6) / read_bandwidth);
@@ -634,17 +644,26 @@ static void time_select(int n_seqs, int context, int dim, int group, int logical
   device_array<uint8_t> plan(host_plan), scratch(qtr_cuda_select_scratch_bytes(&config), 0);
   k_fill<<<1024, 256>>>((uint32_t *)stats.at, stats.n / 2, (uint32_t)rng_next());
   CHECK(cudaDeviceSynchronize());
-  double us = time_us(std::max(24, n_layers), [&](int i, cudaStream_t stream) {
+  auto choose = [&](int i, cudaStream_t stream) {
     const struct qtr_cuda_select_args args = {qkv.at,    stats.at + layer_halves * (size_t)(i % n_layers),
                                               d_head.at, RANKS,
                                               max_pages, d_table.at,
                                               lists.at,  plan.at,
                                               scratch.at};
     CHECK(qtr_cuda_select(&config, &args, host_plan.data(), stream));
+  };
+  double us = time_us(std::max(24, n_layers), choose);
+  /* Between other kernels, as in a step: what one more launch of nothing and the choice cost above two of nothing. */
+  device_array<int> nothing(n_sms);
+  auto idle = [&](cudaStream_t stream) { CHECK(qtr_launch(k_between, (unsigned)n_sms, 128, 0, stream, nothing.at)); };
+  double two = time_us(std::max(24, n_layers), [&](int, cudaStream_t stream) { idle(stream), idle(stream); });
+  double with = time_us(std::max(24, n_layers), [&](int i, cudaStream_t stream) {
+    idle(stream), choose(i, stream), idle(stream);
   });
   char label[128];
   snprintf(label, sizeof label, "select %3d x %6d, dim %d group %d logical %d %s budget %d%s", n_seqs, context, dim, group,
            logical_tokens, each_head ? "each" : "together", budget, events ? "" : " idle");
+  printf("%-58s %8.2f us between others\n", label, with - two);
   report(label, us, events ? 2.0 * (double)layer_halves * tail / max_pages : 0);
 }
 

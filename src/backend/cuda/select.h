@@ -76,7 +76,8 @@ size_t qtr_cuda_select_scratch_bytes(const struct qtr_cuda_select_config *config
 size_t qtr_cuda_select_counter_bytes(const struct qtr_cuda_select_config *config);
 
 struct qtr_cuda_select_args {
-  const void *qkv; /* device fp16 (n_tokens, (n_heads + 2 n_kv_heads) * head_dim), q rotated; n_heads = n_kv_heads * group */
+  const void *qkv; /* device fp16 (n_tokens, (n_heads + 2 n_kv_heads) * head_dim), q rotated; n_heads = n_kv_heads * group.
+                      At a multiple of 16 bytes */
   const void *stats;   /* device fp16, this layer's */
   const int32_t *head; /* device (n_retrieval) */
   int32_t n_retrieval, max_blocks;
@@ -86,7 +87,8 @@ struct qtr_cuda_select_args {
   const void *plan; /* device */
   void *scratch;    /* device */
 };
-/* Launches one kernel a wave, at least one: its size depends on config and n_retrieval only. host_plan: the host's copy. */
+/* Launches one kernel a wave, at least one: its size depends on config and n_retrieval only. host_plan: the host's copy.
+ * plan, head and block_table are read while the kernel before still runs: only copies may have written them. */
 cudaError_t qtr_cuda_select(const struct qtr_cuda_select_config *config, const struct qtr_cuda_select_args *args,
                             const void *host_plan, cudaStream_t stream);
 

@@ -1,7 +1,7 @@
 /* select_plan.h - the plan of a step's page selection as host and kernel see it: a header, the waves, the entries (one an
  * event). Private to select*.
  *
- * Work is counted in tiles: eight rows of statistics, that is 8 / (64 / logical_tokens) pages, of one event and retrieval
+ * Work is counted in tiles: sixteen rows of statistics, that is 16 / (64 / logical_tokens) pages, of one event and retrieval
  * head. The tiles of a wave lie in one line (event, rank, tile), and each block takes an equal part of it. */
 #ifndef QTR_BACKEND_CUDA_SELECT_PLAN_H
 #define QTR_BACKEND_CUDA_SELECT_PLAN_H
@@ -9,7 +9,7 @@
 #include "backend/cuda/select.h"
 
 enum {
-  QTR_SELECT_ROWS = 8,           /* of a tile */
+  QTR_SELECT_ROWS = 16,          /* of a tile */
   QTR_SELECT_WAVE_EVENTS = 1024, /* of a wave; n_seqs if that is more */
   QTR_SELECT_WAVE_KEYS = 8 << 20 /* scores of a wave, 64 MiB; what n_seqs events need if that is more */
 };

@@ -12,10 +12,7 @@
  * other events than it was captured with. A choice that differs counts as right only where double precision cannot tell the
  * pages apart (scores in 128-bit integers, printed as "near ties"). `lab quick [seed]`: fewer of them. `lab time`: times;
  * layers rotate beyond the L2, graphs of many launches, medians. `lab`: check, then time. Exit status 1 if anything is
- * wrong.
- *
- * For both compilations: -DQTR_SELECT_NARROW: FP64 tensor instructions of m8n8k4 on Hopper, too. -DQTR_SELECT_NO_CHOICE
- * (`lab time` only): scores without choices. */
+ * wrong. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -657,9 +654,8 @@ static void time_select(int n_seqs, int context, int dim, int group, int logical
   device_array<int> nothing(n_sms);
   auto idle = [&](cudaStream_t stream) { CHECK(qtr_launch(k_between, (unsigned)n_sms, 128, 0, stream, nothing.at)); };
   double two = time_us(std::max(24, n_layers), [&](int, cudaStream_t stream) { idle(stream), idle(stream); });
-  double with = time_us(std::max(24, n_layers), [&](int i, cudaStream_t stream) {
-    idle(stream), choose(i, stream), idle(stream);
-  });
+  double with =
+      time_us(std::max(24, n_layers), [&](int i, cudaStream_t stream) { idle(stream), choose(i, stream), idle(stream); });
   char label[128];
   snprintf(label, sizeof label, "select %3d x %6d, dim %d group %d logical %d %s budget %d%s", n_seqs, context, dim, group,
            logical_tokens, each_head ? "each" : "together", budget, events ? "" : " idle");

@@ -74,12 +74,11 @@ struct qtr_cuda_plan_config {
 /* Most bytes a plan can have for a batch of at most these sizes; with a fixed batch shape (all sequences one token: decode)
  * launches depend on n_seqs and these bounds only, so that a captured graph serves any context lengths. */
 size_t qtr_cuda_attention_plan_bytes(const struct qtr_cuda_plan_config *config, size_t max_tokens, size_t max_seqs);
-/* Writes the plan of `batch` (host arrays) to `plan` (host). */
-void qtr_cuda_attention_plan(const struct qtr_cuda_plan_config *config, const struct qtr_batch *batch, void *plan);
+/* Writes the plan of `batch` (host arrays) to `plan` (host); true: pages are chosen. Steps of single tokens in which they
+ * are are other graphs than those in which they are not. */
+bool qtr_cuda_attention_plan(const struct qtr_cuda_plan_config *config, const struct qtr_batch *batch, void *plan);
 /* Device scratch for partial results, for a batch of at most these sizes. */
 size_t qtr_cuda_attention_scratch_bytes(const struct qtr_cuda_plan_config *config, size_t max_tokens, size_t max_seqs);
-/* Does a query of the batch choose pages? Steps of single tokens that do are other graphs than those that do not. */
-bool qtr_cuda_attention_chooses(const struct qtr_kv_heads *heads, const struct qtr_batch *batch);
 /* What page selection wants to know of a cache with a budget (select.h). */
 struct qtr_cuda_select_config qtr_cuda_select_config_of(const struct qtr_kv_heads *heads, int32_t head_dim, int32_t n_sms);
 

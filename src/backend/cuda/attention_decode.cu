@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
   /* Plan and tables were uploaded before the step's first kernel; the kernel before this one, which may still run, has
    * waited for all others. Lists are its work, as q, K and V are. What comes after qtr_begin() may use the L1 cache. */
   if (more && ahead.e.list < 0 && at_copy.visit < at_copy.visit_end) pages_find(std::true_type());
-  qtr_begin();
+  qtr_wait();
   auto copy_next = [&]() {
     if (!next_is_v) {
       while (more && at_copy.visit >= at_copy.visit_end) { /* to a segment with pages for this warp */
@@ -233,6 +233,7 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
   };
 #pragma unroll 1
   for (int i = 0; i < slots; i++) copy_next();
+  qtr_let_next(); /* not before: a product that comes next asks for its weights, and these pages would wait behind them */
 
   int slot = 0;
   uint32_t parity = 0;
@@ -498,20 +499,32 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 2 ? 2
       __syncthreads();
       if (state.is_last) {
         __threadfence();
-#pragma unroll
+        constexpr int AT_ONCE = 8;
+        const int n_parts = u.e.all_segments;
+        const float *parts =
+            (const float *)(p.scratch + QTR_COUNTER_BYTES) + ((size_t)u.e.slot * p.n_heads + first_head) * (DIM + 4);
+#pragma unroll 1
         for (int k = 0; k < OUTPUTS; k++) {
           int i = (int)threadIdx.x + k * THREADS, head = i / (DIM / 4), d = i % (DIM / 4) * 4;
           if (head >= n_heads) continue;
           struct total t = {-INFINITY, 0};
           float all[4] = {0, 0, 0, 0};
-#pragma unroll 4
-          for (int j = 0; j < u.e.all_segments; j++) {
-            const float *from = (const float *)(p.scratch + QTR_COUNTER_BYTES) +
-                                ((size_t)(u.e.slot + j) * p.n_heads + first_head + head) * (DIM + 4);
-            float4 x = __ldcg((const float4 *)(from + d));
-            float2 y = __ldcg((const float2 *)(from + DIM));
-            float part[4] = {x.x, x.y, x.z, x.w};
-            merge(t, all, total{y.x, y.y}, part);
+#pragma unroll 1
+          for (int j = 0; j < n_parts;
+               j += AT_ONCE) { /* loads first: a part comes from the L2, and none waits for another */
+            float4 x[AT_ONCE];
+            float2 y[AT_ONCE];
+#pragma unroll
+            for (int l = 0; l < AT_ONCE; l++) {
+              const float *from = parts + (size_t)min(j + l, n_parts - 1) * p.n_heads * (DIM + 4) + (size_t)head * (DIM + 4);
+              x[l] = __ldcg((const float4 *)(from + d));
+              y[l] = __ldcg((const float2 *)(from + DIM));
+            }
+#pragma unroll
+            for (int l = 0; l < AT_ONCE; l++) {
+              float part[4] = {x[l].x, x[l].y, x[l].z, x[l].w};
+              if (j + l < n_parts) merge(t, all, total{y[l].x, y[l].y}, part);
+            }
           }
           float f = result_scale / t.sum;
           __half2 x = __floats2half2_rn(all[0] * f, all[1] * f), y = __floats2half2_rn(all[2] * f, all[3] * f);

@@ -88,17 +88,6 @@ static int32_t segment_of(const struct qtr_decode_entry *e) {
   return n;
 }
 
-bool qtr_cuda_attention_chooses(const struct qtr_kv_heads *heads, const struct qtr_batch *batch) {
-  const struct qtr_kv_sparse *s = &heads->sparse;
-  for (int32_t i = 0; s->budget > 0 && i < batch->n_seqs; i++) {
-    int32_t start = qtr_batch_decode_start(batch, i), n = batch->q_start[i + 1] - batch->q_start[i];
-    for (int32_t p = QTR_MAX(batch->kv_len[i], QTR_MAX(start, s->budget)); p < batch->kv_len[i] + n; p++) {
-      if (qtr_sparse_renews(s, p, start)) return true;
-    }
-  }
-  return false;
-}
-
 /* ---- decode ------------------------------------------------------------------------------------------- */
 
 static int decode_longer(const void *a, const void *b) {
@@ -253,9 +242,10 @@ static size_t choices_bytes(const struct qtr_cuda_plan_config *config, const str
   return qtr_cuda_select_plan_bytes((size_t)n);
 }
 
-void qtr_cuda_attention_plan(const struct qtr_cuda_plan_config *config, const struct qtr_batch *batch, void *plan) {
+bool qtr_cuda_attention_plan(const struct qtr_cuda_plan_config *config, const struct qtr_batch *batch, void *plan) {
   struct qtr_attention_plan *p = plan;
   int32_t last = 0;
+  bool chooses = false;
   for (struct walk w = walk_begin(batch); walk_next(config, batch, &w);) last = QTR_MAX(last, w.pass);
   for (int32_t pass = 0; pass <= last; pass++) {
     memset(p, 0, sizeof *p);
@@ -271,8 +261,10 @@ void qtr_cuda_attention_plan(const struct qtr_cuda_plan_config *config, const st
       p->n_choices = pass_choices(config, batch, pass, choice);
       qtr_cuda_select_plan(&select, choice, (size_t)p->n_choices, p + 1);
     }
+    chooses = chooses || p->n_choices > 0;
     p->n_bytes = (int32_t)(end - (char *)p);
     p->next = pass < last ? p->n_bytes : 0;
     p = (struct qtr_attention_plan *)(void *)end;
   }
+  return chooses;
 }

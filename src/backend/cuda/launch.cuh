@@ -9,11 +9,19 @@
 
 #include <cuda_runtime_api.h>
 
-__device__ static inline void qtr_begin() {
+__device__ static inline void qtr_wait() { /* the first half of qtr_begin() */
 #if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ static inline void qtr_let_next() { /* the second half */
+#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+__device__ static inline void qtr_begin() {
+  qtr_wait();
+  qtr_let_next();
 }
 
 static inline bool qtr_overlap_possible() {

@@ -181,7 +181,7 @@ struct block_shared {
 /* d += a b, four steps of four columns: a (16, 16): row = lane / 4 + 8 (i % 2), column = 4 (i / 2) + lane % 4; b (16, 8):
  * row = 4 i + lane % 4, column = lane / 4; d (16, 8): row = lane / 4 + 8 (i / 2), column = 2 (lane % 4) + i % 2. */
 __device__ static inline void mma_f64(double d[4], const double a[8], double2 b0, double2 b1) {
-#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900 && !defined QTR_SELECT_NARROW
+#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
   asm("mma.sync.aligned.m16n8k16.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5, %6, %7, %8, %9, %10, %11}, {%12, %13, "
       "%14, %15}, {%0, %1, %2, %3};"
       : "+d"(d[0]), "+d"(d[1]), "+d"(d[2]), "+d"(d[3])
@@ -639,9 +639,6 @@ __device__ static void pair_take(const struct select_params &p, const struct qtr
     __syncthreads();
     if (!s->last) return;
   }
-#ifdef QTR_SELECT_NO_CHOICE /* the laboratory: what scores alone cost */
-  return;
-#endif
   for (int i = 0; i < p.choosers; i++, keys += e.n_pages, list += stride) {
     if (e.tail <= COPIED_KEYS)
       choose<true>(keys, e.tail, p.limit, list, (struct choice_memory *)memory, s);

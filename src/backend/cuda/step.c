@@ -53,7 +53,7 @@ struct op {
 struct shape {
   int32_t n_tokens, n_seqs, n_rows, max_blocks; /* padded */
   int32_t choosing;                             /* 0, 1 greedy rows only, 2 others too */
-  int32_t selecting;                            /* a query chooses pages. Shapes are compared as bytes: no padding */
+  int32_t selecting;                            /* pages are chosen. Shapes are compared as bytes: no padding */
   size_t token, position, token_seq, q_start, kv_len, block_table, stream_table, decode_start, slot, logit_row, inv_freq,
       choose, plan, adjust; /* of the last, whose length varies and no launch depends on */
 };
@@ -378,7 +378,7 @@ static bool batch_upload(struct qtr_cuda *c) {
   }
   if (s->has_plan) {
     struct qtr_batch padded = padded_batch(s);
-    qtr_cuda_attention_plan(&s->plan_config, &padded, s->host + z->plan);
+    z->selecting = qtr_cuda_attention_plan(&s->plan_config, &padded, s->host + z->plan);
   }
   return qtr_cuda_ok(c, cudaMemcpyAsync(s->device, s->host, total, cudaMemcpyHostToDevice, c->stream), "uploading a batch");
 }
@@ -757,7 +757,6 @@ void qtr_cuda_attend(struct qtr_backend *b, const struct qtr_attention_args *arg
     if (!same_plan(&mine, &theirs)) qtr_cuda_flush(c);
     break;
   }
-  if (s->open && args->layer == 0) s->shape.selecting = qtr_cuda_attention_chooses(&args->kv->heads, &s->batch);
   struct qtr_attention_args *a = &record(c, OP_ATTENTION)->as.attention;
   a->qkv = args->qkv;
   a->kv = args->kv;

@@ -61,7 +61,7 @@ static const struct qtr_option own_options[] = {
     {.name = "json",
      .kind = QTR_OPTION_FLAG,
      .offset = AT(json),
-     .help = "One object: values (layers x KV heads), rounds (streaming heads and what they cost), dense_loss, prompts, "
+     .help = "One object: values (layers x KV heads), rounds (streaming heads and what they cost), prompts, text_tokens, "
              "seconds."},
     {0}};
 #undef AT
@@ -83,7 +83,7 @@ static json_t *describe(const struct flags *flags, const char *model, const doub
   }
   return json_pack("{s:s, s:s, s:s, s:s, s:i, s:i, s:i, s:i, s:o, s:i, s:i, s:I}", "method", "quattuor calibrate heads",
                    "model_name", model, "dataset_format", "needle", "dataset_name",
-                   flags->text.haystack ? flags->text.haystack : "generated", "context_length_min", (int)least,
+                   flags->text.haystack ? flags->text.haystack : "written by the model", "context_length_min", (int)least,
                    "context_length_max", (int)most, "sink_size", (int)flags->sink, "recent_size", (int)flags->local,
                    "threshold", json_real(0.5), "n_samples", (int)flags->prompts, "rounds", (int)flags->rounds, "seed",
                    (json_int_t)flags->text.seed);
@@ -108,9 +108,10 @@ static bool print_result(const struct flags *flags, size_t n_layers, const struc
   if (!flags->json) {
     printf("%s/%s: %zu layers of %zu KV heads, from %zu prompts, %.1f s\n", flags->output, QTR_HEADS_FILE, n_layers,
            n_kv_heads, r->n_prompts, r->seconds);
-    printf("streaming   log-probability that an answer loses\n");
+    printf("streaming   nats an answer   nats a token of text\n");
     for (size_t i = 0; i < r->n_rounds; i++)
-      printf("%6.1f %%    %.4f\n", 100 * (double)r->round[i].n_streaming / (double)r->n_heads, r->round[i].loss);
+      printf("%6.1f %%        %9.4f   %9.4f\n", 100 * (double)r->round[i].n_streaming / (double)r->n_heads,
+             r->round[i].cost.answer, r->round[i].cost.text);
     return qtr_finish_output(NAME);
   }
   json_t *values = json_array(), *rounds = json_array();
@@ -120,10 +121,11 @@ static bool print_result(const struct flags *flags, size_t n_layers, const struc
     json_array_append_new(values, row);
   }
   for (size_t i = 0; i < r->n_rounds; i++)
-    json_array_append_new(rounds, json_pack("{s:I, s:o}", "n_streaming", (json_int_t)r->round[i].n_streaming, "loss",
-                                            qtr_json_number(r->round[i].loss, 6)));
-  return qtr_print_json(NAME, json_pack("{s:o, s:o, s:o, s:I, s:I, s:o}", "values", values, "rounds", rounds, "dense_loss",
-                                        qtr_json_number(r->dense_loss, 6), "prompts", (json_int_t)r->n_prompts, "runs",
+    json_array_append_new(
+        rounds, json_pack("{s:I, s:o, s:o}", "n_streaming", (json_int_t)r->round[i].n_streaming, "answer",
+                          qtr_json_number(r->round[i].cost.answer, 6), "text", qtr_json_number(r->round[i].cost.text, 6)));
+  return qtr_print_json(NAME, json_pack("{s:o, s:o, s:I, s:I, s:I, s:o}", "values", values, "rounds", rounds, "prompts",
+                                        (json_int_t)r->n_prompts, "text_tokens", (json_int_t)r->n_text, "runs",
                                         (json_int_t)r->n_runs, "seconds", qtr_json_number(r->seconds, 5)));
 }
 
@@ -134,14 +136,11 @@ static int calibrate(struct flags *flags) {
   struct qtr_calibrate_result result = {0};
   char *dir = NULL;
   double *number = NULL;
-  size_t *length = NULL, n_lengths = 0, longest = 0;
+  size_t *length = NULL, n_lengths = 0;
   int code = QTR_EXIT_FAILURE;
   enum qtr_status status = qtr_eval_parse_numbers("lengths", flags->text.lengths, 64, 1 << 24, &number, &n_lengths, &err);
   if (!status && !(length = calloc(n_lengths, sizeof *length))) status = qtr_fail_memory(&err, "lengths", n_lengths);
-  for (size_t i = 0; length && i < n_lengths; i++) {
-    length[i] = (size_t)number[i];
-    longest = QTR_MAX(longest, length[i]);
-  }
+  for (size_t i = 0; length && i < n_lengths; i++) length[i] = (size_t)number[i];
   if (!status && mkdir(flags->output, 0777) != 0 && (errno != EEXIST || !qtr_dir_exists(flags->output)))
     status = qtr_fail(&err, QTR_ERR_IO, "cannot make the directory %s: %s", flags->output, strerror(errno));
   if (!status) status = qtr_find_model(flags->model.model, &dir, &err);
@@ -150,7 +149,7 @@ static int calibrate(struct flags *flags) {
   struct qtr_engine_options options;
   qtr_engine_options_from_flags(&flags->model, dir, &options);
   status = qtr_engine_open(&options, &engine, &err);
-  if (!status) status = qtr_eval_open_haystack(engine, flags->text.haystack, flags->text.seed, 2 * longest, &haystack, &err);
+  if (!status && flags->text.haystack) status = qtr_haystack_read(engine, flags->text.haystack, &haystack, &err);
   const struct qtr_calibrate_options o = {.length = length,
                                           .n_lengths = n_lengths,
                                           .n_prompts = (size_t)flags->prompts,
@@ -158,7 +157,7 @@ static int calibrate(struct flags *flags) {
                                           .local = flags->local,
                                           .rounds = flags->rounds,
                                           .seed = flags->text.seed};
-  if (!status) status = qtr_calibrate_heads(engine, &haystack, &o, &result, &err);
+  if (!status) status = qtr_calibrate_heads(engine, flags->text.haystack ? &haystack : NULL, &o, &result, &err);
   if (status) goto done;
   size_t n_layers = (size_t)engine->model->config.n_layers;
   status = write_output(flags, dir, number, n_lengths, n_layers, &result, &err);
@@ -185,10 +184,10 @@ int qtr_cmd_calibrate(int argc, char **argv) {
       .command = NAME,
       .usage = "calibrate heads --output DIR [--model DIR] [options]",
       .about =
-          "Finds the KV heads that need the whole text. Needles are hidden in prompts; then heads are made streaming heads, "
-          "which "
-          "see the first and last tokens only, those first that take the least from the log-probability of the model's own "
-          "answers. The table serves --static-sparse-attn-load-dir at any --static-sparsity.",
+          "Finds the KV heads that need the whole text. Needles are hidden in text; then heads are made streaming heads, "
+          "which see the first and last tokens only, those first that change the model's answers and its predictions of the "
+          "text least. Without --haystack the model writes the text. The table serves --static-sparse-attn-load-dir at any "
+          "--static-sparsity.",
       .group = groups,
       .n_groups = sizeof groups / sizeof groups[0]};
   if (argc >= 2 && strcmp(argv[1], "heads") == 0) {

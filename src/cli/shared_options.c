@@ -64,7 +64,7 @@ const struct qtr_option qtr_haystack_options_table[] = {
      .offset = AT(haystack),
      .help =
          "A text file, or a directory whose *.txt files are taken in the order of their names. Default: simple generated "
-         "sentences."},
+         "sentences; for calibrate heads what the model writes."},
     {.name = "lengths",
      .argument = "LIST",
      .kind = QTR_OPTION_STRING,

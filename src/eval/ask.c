@@ -3,6 +3,7 @@
 
 #include "base/checked.h"
 #include "base/progress.h"
+#include "base/random.h"
 #include "base/status.h"
 
 #include <jansson.h>
@@ -118,7 +119,10 @@ static enum qtr_status add_question(struct run *run, struct running *slot, struc
   if (status) return status;
   request.prompt_token = prompt.token;
   request.n_prompt_token = prompt.n_tokens;
-  request.sampling.temperature = 0;
+  request.sampling.temperature = run->ask->temperature;
+  request.sampling.seed = qtr_random_state(run->ask->seed, 'a', run->n_added, 0);
+  request.sampling.has_seed = true;
+  request.ignore_eos = run->ask->temperature > 0;
   request.user = slot;
   status = qtr_engine_add(run->engine, &request, &id, err);
   free(prompt.token);

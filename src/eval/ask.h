@@ -1,5 +1,5 @@
-/* ask.h - many questions to one engine: prompts of a wanted length, all answered greedily by in-flight batching. What needle
- * tests, synthetic tasks and LongBench share. */
+/* ask.h - many questions to one engine: prompts of a wanted length, all answered by in-flight batching. What needle tests,
+ * synthetic tasks, LongBench and the calibration of heads share. */
 #ifndef QTR_EVAL_ASK_H
 #define QTR_EVAL_ASK_H
 
@@ -51,6 +51,8 @@ struct qtr_ask {
   enum qtr_status (*make)(void *user, size_t i, struct qtr_ask_prompt *prompt, int32_t *max_tokens, struct qtr_error *err);
   enum qtr_status (*take)(void *user, size_t i, const struct qtr_ask_answer *answer, struct qtr_error *err);
   void *user;
+  float temperature; /* 0: greedy; else answers are drawn, each by the seed and its number, and go on to max_tokens */
+  uint64_t seed;
   const char *label; /* of the progress line */
   bool quiet;
 };

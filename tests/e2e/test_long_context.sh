@@ -20,12 +20,21 @@ at_most() { awk "BEGIN {exit !($1 <= $2)}" || fail "$3: $1 is more than $2"; }
 
 run 0 calibrate heads --output "$T/heads" --lengths 500 --prompts 2 --rounds 2 --sink 64 --local 128 --json "${small[@]}"
 same "$(field prompts <"$T/out")" 2 "prompts the model answers"
+at_least "$(field text_tokens <"$T/out")" 500 "tokens of the text looked at, of twice 500 less the window"
+after() { tr '{' '\n' <"$T/out" | grep "\"n_streaming\":$1," | field "$2"; }
+at_least "$(after 32 answer)" 5 "what an answer loses without any head"
+at_least "$(after 32 text)" 0.05 "what a token of the text loses without any head"
+at_most "$(after 16 answer)" 0.1 "what an answer loses without half of the heads"
+at_most "$(after 16 text)" "$(after 32 text) / 2" "what a token of the text loses without half of the heads"
 same "$(lines "$T/heads/$H")" 8 "layers"
 grep -qvE '^([0-9]\.[0-9]{18}e[+-][0-9]{2}	){3}[0-9]\.[0-9]{18}e[+-][0-9]{2}$' "$T/heads/$H" && fail "a line is not DuoAttention's"
 says "$T/heads/config.json" '"recent_size": 128'
 run 0 calibrate heads --output "$T/again" --lengths 500 --prompts 2 --rounds 1 --sink 64 --local 128 "${small[@]}"
 run 0 calibrate heads --output "$T/twice" --lengths 500 --prompts 2 --rounds 1 --sink 64 --local 128 "${small[@]}"
 cmp -s "$T/again/$H" "$T/twice/$H" || fail "the same seed gives another table"
+run 0 calibrate heads --output "$T/given" --lengths 500 --prompts 2 --rounds 1 --sink 64 --local 128 --haystack "$SRC/docs/architecture.md" "${small[@]}"
+cmp -s "$T/again/$H" "$T/given/$H" && fail "--haystack gives the table of the text that the model writes"
+says "$T/given/config.json" "architecture.md"
 
 at_least "$(accuracy "$T/heads" 0.5)" 0.9 "half streaming"
 at_least "$(accuracy "$T/heads" 0.5 --sparse-decode-mode 1 --dynamic-sparse-token-budget 256)" 0.9 "half streaming, 256 tokens"

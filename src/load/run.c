@@ -61,7 +61,7 @@ static void copy_message(const json_t *error, char *out, size_t size) {
 
 bool qtr_load_chunk_read_tree(const char *data, size_t len, struct qtr_load_chunk *chunk) {
   *chunk = (struct qtr_load_chunk){.n_input = -1, .n_output = -1};
-  json_t *o = json_loadb(data, len, 0, NULL);
+  json_t *o = json_loadb(data, len, JSON_ALLOW_NUL, NULL);
   if (!json_is_object(o)) {
     json_decref(o);
     return false;
@@ -109,7 +109,7 @@ static void models_done(struct qtr_load_call *call, enum qtr_load_outcome outcom
 }
 
 static void read_models(const char *text, size_t len, struct qtr_load_server *server) {
-  json_t *o = json_loadb(text, len, 0, NULL);
+  json_t *o = json_loadb(text, len, JSON_ALLOW_NUL, NULL);
   const json_t *model = json_array_get(json_object_get(o, "data"), 0);
   const char *id = json_string_value(json_object_get(model, "id"));
   int32_t longest = count_of(model, "max_model_len");                                 /* vLLM's, and ours */

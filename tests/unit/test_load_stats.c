@@ -252,6 +252,8 @@ static void test_chunks(void **state) {
       {"{\"choices\":[{\"text\":\"\",\"finish_reason\":\"length\"}]}", true, false, true, -1, ""},
       {"{\"choices\":[{\"delta\":{\"role\":\"assistant\",\"content\":\"\"}}]}", true, false, false, -1, ""},
       {"{\"choices\":[{\"delta\":{\"content\":\"x\"}}]}", true, true, false, -1, ""},
+      {"{\"choices\":[{\"text\":\"\\u0000\"}]}", true, true, false, -1, ""}, /* a byte of zero is text */
+      {"{\"choices\":[{\"delta\":{\"content\":\"\\u0000\"}}]}", true, true, false, -1, ""},
       {"{\"choices\":[],\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":9}}", true, false, false, 9, ""},
       {"{\"choices\":[],\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":-9}}", true, false, false, -1, ""},
       {"{\"error\":{\"message\":\"the GPU is gone\"}}", true, false, false, -1, "the GPU is gone"},

@@ -489,7 +489,7 @@ __device__ __forceinline__ void consume(const struct attention_params &p, memory
   entry y, next = {};
   auto release = [&](int i) {
     __syncwarp();
-    if (lane == 0) barrier_arrive(empty + 8 * i);
+    if (lane < QTR_ARRIVING_LANES) barrier_arrive(empty + 8 * i);
   };
   constexpr uint32_t TILE = sizeof m.tile[0] / 16;
   uint32_t k_low = descriptor_low(shared_address(m.tile[0].k)), v_low = descriptor_low(shared_address(m.tile[0].v));
@@ -537,7 +537,7 @@ __device__ __forceinline__ void consume(const struct attention_params &p, memory
       x.sum[r] = x.zeros[r] = 0;
     }
     __syncwarp();
-    if (lane == 0) barrier_arrive(shared_address(&m.q_empty));
+    if (lane < QTR_ARRIVING_LANES) barrier_arrive(shared_address(&m.q_empty));
     if (traits::is_int) { /* the rows' sums */
       float sums[4] = {0, 0, 0, 0};
       __half2 ones = __float2half2_rn(pair % 2 ? 1 / traits::q_high : 1.0f);
@@ -644,11 +644,11 @@ __global__ void __launch_bounds__(THREADS, 1) k_attention_prefill(const __grid_c
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::stages; i++) {
       barrier_init(shared_address(&m.full[i]), 128);
-      barrier_init(shared_address(&m.empty[i]), 8);
+      barrier_init(shared_address(&m.empty[i]), 8 * QTR_ARRIVING_LANES);
     }
     for (int i = 0; i < S::raw_stages; i++) barrier_init(shared_address(&m.raw_full[i]), 1);
     barrier_init(shared_address(&m.q_full), 128);
-    barrier_init(shared_address(&m.q_empty), 8);
+    barrier_init(shared_address(&m.q_empty), 8 * QTR_ARRIVING_LANES);
     asm volatile("fence.mbarrier_init.release.cluster;\n fence.proxy.async.shared::cta;" ::: "memory");
   }
   __syncthreads();

@@ -22,6 +22,7 @@
 
 #include "backend/cuda/gemm_internal.h"
 #include "backend/cuda/gemm_wgmma.h"
+#include "backend/cuda/launch.cuh"
 #include "backend/cuda/row_quant.cuh"
 
 #pragma nv_diag_suppress 177 /* other architectures use none of the device functions */
@@ -307,7 +308,9 @@ static __device__ __forceinline__ void stage_release(uint32_t empty) {
   __syncwarp();
   uint32_t lane = threadIdx.x % 32;
   if (PAIR == 1) {
-    if (lane == 0) barrier_arrive(empty);
+    if (lane < QTR_ARRIVING_LANES) barrier_arrive(empty);
+  } else if (QTR_ARRIVING_LANES > 1) {
+    for (uint32_t i = 0; i < PAIR; i++) barrier_arrive_at(empty, i);
   } else if (lane < PAIR) {
     barrier_arrive_at(empty, lane);
   }
@@ -564,7 +567,7 @@ __global__ void __launch_bounds__((shape<FORMAT, N, ROWS, SPLIT>::THREADS), (sha
     if (!QUANT) asm volatile("prefetch.tensormap [%0];" ::"l"(&x_map) : "memory");
     for (int i = 0; i < l.stages; i++) {
       barrier_init(l.full + 8 * i, 1);
-      barrier_init(l.empty + 8 * i, 4 * S::CONSUMERS * PAIR);
+      barrier_init(l.empty + 8 * i, 4 * S::CONSUMERS * PAIR * QTR_ARRIVING_LANES);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -164,7 +164,7 @@ static enum qtr_status ask(struct run *run, struct qtr_error *err) {
   if (run->n_prompts > 0) return QTR_OK;
   return qtr_fail(err, QTR_ERR_UNSUPPORTED,
                   "the model finds the needle in none of %zu prompts, so nothing can be learnt from losing it; try shorter "
-                  "--lengths, or take a table of DuoAttention's",
+                  "--lengths or another --haystack, or take a table of DuoAttention's",
                   run->options->n_prompts);
 }
 

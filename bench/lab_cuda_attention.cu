@@ -26,20 +26,12 @@ extern "C" {
 #include "backend/common/kv_quant.h"
 }
 #include "backend/cuda/attention_kernels.h"
+#include "lab.cuh"
 
 /* What freeing a cache asks of the backend: nothing is recorded here. */
 extern "C" void qtr_cuda_wait(struct qtr_backend *) {}
 struct qtr_cuda;
 extern "C" void qtr_cuda_forget_graphs(struct qtr_cuda *) {}
-
-#define CHECK(call)                                                                 \
-  do {                                                                              \
-    cudaError_t e_ = (call);                                                        \
-    if (e_ != cudaSuccess) {                                                        \
-      printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(e_)); \
-      exit(2);                                                                      \
-    }                                                                               \
-  } while (0)
 
 static uint64_t rng_state = 1;
 static uint64_t rng_next() {
@@ -462,26 +454,6 @@ __global__ static void k_fill(uint32_t *data, size_t n_words, size_t block_words
   }
 }
 
-static double median_us(cudaGraphExec_t graph, cudaStream_t stream, int n_in_graph, int rounds) {
-  cudaEvent_t a, b;
-  CHECK(cudaEventCreate(&a));
-  CHECK(cudaEventCreate(&b));
-  std::vector<float> t;
-  for (int i = 0; i < rounds + 2; i++) {
-    CHECK(cudaEventRecord(a, stream));
-    CHECK(cudaGraphLaunch(graph, stream));
-    CHECK(cudaEventRecord(b, stream));
-    CHECK(cudaStreamSynchronize(stream));
-    float ms;
-    CHECK(cudaEventElapsedTime(&ms, a, b));
-    if (i >= 2) t.push_back(ms * 1000 / (float)n_in_graph);
-  }
-  std::sort(t.begin(), t.end());
-  CHECK(cudaEventDestroy(a));
-  CHECK(cudaEventDestroy(b));
-  return t[t.size() / 2];
-}
-
 static double copy_gbs = 1;
 static bool profile; /* one launch each, for ncu */
 static void time_copy() {
@@ -562,7 +534,7 @@ static double time_shape(int format, int n_heads, int n_kv_heads, int dim, std::
   }
   CHECK(cudaStreamEndCapture(stream, &graph));
   CHECK(cudaGraphInstantiate(&exec, graph, 0));
-  double us = median_us(exec, stream, reps, profile ? 1 : pairs > 1e8 ? 3 : 7);
+  double us = graph_median_us(exec, stream, reps, profile ? 1 : pairs > 1e8 ? 3 : 7);
   double bytes = kv_tokens * (layer_bytes / n_pages / 64) + n_tokens * n_heads * dim * 4.0,
          flops = 4.0 * dim * n_heads * pairs;
   if (what == 1)

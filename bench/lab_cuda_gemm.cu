@@ -20,15 +20,7 @@
 #include "backend/cuda/gemm_internal.h"
 #include "backend/cuda/rows.h"
 #include "checkpoint/packing.h"
-
-#define TRY(call)                                                                   \
-  do {                                                                              \
-    cudaError_t e_ = (call);                                                        \
-    if (e_ != cudaSuccess) {                                                        \
-      printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(e_)); \
-      exit(1);                                                                      \
-    }                                                                               \
-  } while (0)
+#include "lab.cuh"
 
 static uint64_t seed = 88172645463325252ull;
 static uint64_t draw(void) {
@@ -42,8 +34,8 @@ static const char *format_name(int f) { return f == QTR_LINEAR_W8A8 ? "w8a8" : f
 template <class T>
 static T *to_device(const std::vector<T> &v) {
   T *d;
-  TRY(cudaMalloc(&d, v.size() * sizeof(T) + 16));
-  TRY(cudaMemcpy(d, v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice));
+  CHECK(cudaMalloc(&d, v.size() * sizeof(T) + 16));
+  CHECK(cudaMemcpy(d, v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice));
   return d;
 }
 
@@ -91,11 +83,11 @@ static struct matrix matrix_make(enum qtr_cuda_path path, enum qtr_linear_format
   struct qtr_cuda_matrix *m = &w.m;
   memset(m, 0, sizeof *m);
   m->path = path, m->format = format, m->gate_up = gate_up, m->n_out = w.n_out, m->n_in = n_in;
-  TRY(cudaMalloc(&m->code, qtr_cuda_matrix_code_bytes(path, format, w.n_out, n_in)));
-  TRY(cudaMalloc(&m->scale, padded * 4));
-  if (format == QTR_LINEAR_W4A8) TRY(cudaMalloc(&m->szero, padded * 4));
-  if (bias) TRY(cudaMalloc(&m->bias, padded * 4));
-  TRY(qtr_cuda_matrix_clear(m, 0));
+  CHECK(cudaMalloc(&m->code, qtr_cuda_matrix_code_bytes(path, format, w.n_out, n_in)));
+  CHECK(cudaMalloc(&m->scale, padded * 4));
+  if (format == QTR_LINEAR_W4A8) CHECK(cudaMalloc(&m->szero, padded * 4));
+  if (bias) CHECK(cudaMalloc(&m->bias, padded * 4));
+  CHECK(qtr_cuda_matrix_clear(m, 0));
   size_t first = 0;
   for (struct part_data &p : w.part) {
     struct qtr_cuda_part d = {};
@@ -103,8 +95,8 @@ static struct matrix matrix_make(enum qtr_cuda_path path, enum qtr_linear_format
     d.weight = to_device(p.weight);
     d.scale = to_device(p.scale), d.szero = to_device(p.szero), d.bias = bias ? to_device(p.bias) : NULL;
     if (format == QTR_LINEAR_W4A8_G128) d.s2_scale = to_device(p.s2), d.s2_zero = to_device(p.z);
-    TRY(qtr_cuda_matrix_repack(m, &d, 0));
-    TRY(cudaDeviceSynchronize());
+    CHECK(qtr_cuda_matrix_repack(m, &d, 0));
+    CHECK(cudaDeviceSynchronize());
     cudaFree((void *)d.weight), cudaFree((void *)d.scale), cudaFree((void *)d.szero), cudaFree((void *)d.bias);
     cudaFree((void *)d.s2_scale), cudaFree((void *)d.s2_zero);
     first += p.n_out;
@@ -182,15 +174,15 @@ static bool check_one(enum qtr_cuda_path path, enum qtr_linear_format format, si
       }
     }
     uint8_t *out;
-    TRY(cudaMalloc(&out, before.size()));
+    CHECK(cudaMalloc(&out, before.size()));
     struct qtr_cuda_gemm_args a = {&w.m, NULL, t.d_x, t.d_scale, t.d_sum, t.stride, t.rows, epilogue, out, n, dependent};
     for (int run = 0; run < 2; run++) {
-      TRY(cudaMemcpy(out, before.data(), before.size(), cudaMemcpyHostToDevice));
+      CHECK(cudaMemcpy(out, before.data(), before.size(), cudaMemcpyHostToDevice));
       cudaError_t e = plan ? qtr_cuda_gemm_planned(&a, plan, 0) : qtr_cuda_gemm(&a, 0);
       if (e != cudaSuccess) printf("launch: %s\n", cudaGetErrorString(e));
-      TRY(e);
-      TRY(cudaDeviceSynchronize());
-      TRY(cudaMemcpy((run ? again : after).data(), out, before.size(), cudaMemcpyDeviceToHost));
+      CHECK(e);
+      CHECK(cudaDeviceSynchronize());
+      CHECK(cudaMemcpy((run ? again : after).data(), out, before.size(), cudaMemcpyDeviceToHost));
     }
     size_t wrong = 0, unwritten = 0, checked = 0, first_token = 0, first_row = 0;
     double worst = 0;
@@ -233,10 +225,10 @@ static bool check_one(enum qtr_cuda_path path, enum qtr_linear_format format, si
     struct qtr_cuda_gemm_args one = a;
     one.x_rows = 0, one.x = t.d_x + (n - 1) * t.stride, one.x_scale = t.d_scale + n - 1, one.x_sum = t.d_sum + n - 1,
     one.n_tokens = 1;
-    TRY(cudaMemcpy(out, before.data() + (n - 1) * n_out * size, n_out * size, cudaMemcpyHostToDevice));
-    TRY(qtr_cuda_gemm(&one, 0));
-    TRY(cudaDeviceSynchronize());
-    TRY(cudaMemcpy(again.data(), out, n_out * size, cudaMemcpyDeviceToHost));
+    CHECK(cudaMemcpy(out, before.data() + (n - 1) * n_out * size, n_out * size, cudaMemcpyHostToDevice));
+    CHECK(qtr_cuda_gemm(&one, 0));
+    CHECK(cudaDeviceSynchronize());
+    CHECK(cudaMemcpy(again.data(), out, n_out * size, cudaMemcpyDeviceToHost));
     bool alone = memcmp(again.data(), after.data() + (n - 1) * n_out * size, n_out * size) == 0;
     bool good = !wrong && !unwritten && same && guard && alone;
     all_good = all_good && good;
@@ -319,13 +311,13 @@ static void check_groups(void) {
   struct qtr_cuda_part part = {};
   part.n_out = n_out, part.weight = to_device(weight), part.s2_scale = to_device(s2), part.s2_zero = to_device(z);
   int8_t *out;
-  TRY(cudaMalloc(&count, 4));
-  TRY(cudaMalloc(&out, expanded.size()));
-  TRY(cudaMemset(count, 0, 4));
-  TRY(qtr_cuda_g128_count_bad(&part, n_in, count, 0));
-  TRY(qtr_cuda_g128_expand(&part, n_in, out, 0));
-  TRY(cudaMemcpy(&got, count, 4, cudaMemcpyDeviceToHost));
-  TRY(cudaMemcpy(expanded.data(), out, expanded.size(), cudaMemcpyDeviceToHost));
+  CHECK(cudaMalloc(&count, 4));
+  CHECK(cudaMalloc(&out, expanded.size()));
+  CHECK(cudaMemset(count, 0, 4));
+  CHECK(qtr_cuda_g128_count_bad(&part, n_in, count, 0));
+  CHECK(qtr_cuda_g128_expand(&part, n_in, out, 0));
+  CHECK(cudaMemcpy(&got, count, 4, cudaMemcpyDeviceToHost));
+  CHECK(cudaMemcpy(expanded.data(), out, expanded.size(), cudaMemcpyDeviceToHost));
   bool good = got == want && expanded == expect;
   n_bad += !good;
   printf("check groups: %s (%d bad groups of %zu)\n", good ? "good" : "BAD", got, s2.size());
@@ -348,26 +340,26 @@ static void check_dependent(int n_sms) {
     struct tokens right = tokens_make(n, 2048), wrong = tokens_make(n, 2048);
     std::vector<uint8_t> got(bytes), want(bytes), saved(bytes);
     uint8_t *out, *copy;
-    TRY(cudaMalloc(&out, bytes));
-    TRY(cudaMalloc(&copy, bytes));
+    CHECK(cudaMalloc(&out, bytes));
+    CHECK(cudaMalloc(&copy, bytes));
     struct qtr_cuda_gemm_args a = {&w.m, NULL, right.d_x, right.d_scale, right.d_sum, right.stride, 0, QTR_EPILOGUE_STORE,
                                    out,  n,    false};
-    TRY(qtr_cuda_gemm_planned(&a, &plan, stream));
-    TRY(cudaStreamSynchronize(stream));
-    TRY(cudaMemcpy(want.data(), out, bytes, cudaMemcpyDeviceToHost));
-    TRY(cudaMemset(out, 0x5a, bytes));
-    TRY(cudaDeviceSynchronize());
+    CHECK(qtr_cuda_gemm_planned(&a, &plan, stream));
+    CHECK(cudaStreamSynchronize(stream));
+    CHECK(cudaMemcpy(want.data(), out, bytes, cudaMemcpyDeviceToHost));
+    CHECK(cudaMemset(out, 0x5a, bytes));
+    CHECK(cudaDeviceSynchronize());
     a.x = wrong.d_x, a.dependent = true; /* becomes the right one late */
     k_late_copy<<<8, 256, 0, stream>>>((uint8_t *)wrong.d_x, (const uint8_t *)right.d_x, n * right.stride);
-    TRY(qtr_cuda_gemm_planned(&a, &plan, stream));
-    TRY(cudaStreamSynchronize(stream));
-    TRY(cudaMemcpy(got.data(), out, bytes, cudaMemcpyDeviceToHost));
-    TRY(cudaMemset(out, 0x5a, bytes));
-    TRY(cudaDeviceSynchronize());
+    CHECK(qtr_cuda_gemm_planned(&a, &plan, stream));
+    CHECK(cudaStreamSynchronize(stream));
+    CHECK(cudaMemcpy(got.data(), out, bytes, cudaMemcpyDeviceToHost));
+    CHECK(cudaMemset(out, 0x5a, bytes));
+    CHECK(cudaDeviceSynchronize());
     k_late_copy<<<8, 256, 0, stream>>>(copy, out, bytes);
-    TRY(qtr_cuda_gemm_planned(&a, &plan, stream));
-    TRY(cudaStreamSynchronize(stream));
-    TRY(cudaMemcpy(saved.data(), copy, bytes, cudaMemcpyDeviceToHost));
+    CHECK(qtr_cuda_gemm_planned(&a, &plan, stream));
+    CHECK(cudaStreamSynchronize(stream));
+    CHECK(cudaMemcpy(saved.data(), copy, bytes, cudaMemcpyDeviceToHost));
     bool intact = std::all_of(saved.begin(), saved.end(), [](uint8_t b) { return b == 0x5a; });
     if (got != want || !intact)
       n_bad++, printf("BAD dependent n %d rows %d: reads %d, writes %d\n", v[0], v[1], got == want, intact);
@@ -393,21 +385,22 @@ static struct row_data rows_make(size_t n, size_t n_in, bool norm) {
   r.made.scale = to_device(std::vector<float>(n, NAN)), r.made.sum = to_device(std::vector<float>(n, NAN));
   return r;
 }
-static cudaError_t rows_run(const struct row_data *r, size_t n, size_t n_in) {
-  return r->weight ? qtr_cuda_rows_norm_quant(r->x, r->weight, 1e-5f, false, n, n_in, &r->made, stream)
-                   : qtr_cuda_rows_quant(r->x, n, n_in, &r->made, stream);
+static cudaError_t rows_run(const struct row_data *r, size_t n, size_t n_in, cudaStream_t to) {
+  return r->weight ? qtr_cuda_rows_norm_quant(r->x, r->weight, 1e-5f, false, n, n_in, &r->made, to)
+                   : qtr_cuda_rows_quant(r->x, n, n_in, &r->made, to);
 }
 static void rows_free(struct row_data *r) {
   cudaFree(r->x), cudaFree(r->weight), cudaFree(r->made.code), cudaFree(r->made.scale), cudaFree(r->made.sum);
 }
 /* A product of r's rows: behind their kernel, or on its own. */
 static cudaError_t rows_product(const struct matrix *w, const struct qtr_cuda_matrix *m, const struct row_data *r, size_t n,
-                                enum qtr_epilogue epilogue, void *out, const struct qtr_gemm_plan *plan, bool own) {
+                                enum qtr_epilogue epilogue, void *out, const struct qtr_gemm_plan *plan, bool own,
+                                cudaStream_t to) {
   const struct qtr_cuda_gemm_rows rows = {r->x, r->weight, 1e-5f};
   struct qtr_cuda_gemm_args a = {
       m, own ? &rows : NULL, r->made.code, r->made.scale, r->made.sum, r->made.stride, 0, epilogue, out, n, true};
-  cudaError_t e = own ? cudaSuccess : rows_run(r, n, w->n_in);
-  return e == cudaSuccess ? qtr_cuda_gemm_planned(&a, plan, stream) : e;
+  cudaError_t e = own ? cudaSuccess : rows_run(r, n, w->n_in, to);
+  return e == cudaSuccess ? qtr_cuda_gemm_planned(&a, plan, to) : e;
 }
 
 /* Own activations: the same bits, also where the rows change late, in the kernel before. */
@@ -439,18 +432,18 @@ static void check_quant(int n_sms) {
             size_t bytes = n * c.n_out * 4;
             std::vector<uint8_t> want(bytes), got(bytes), again(bytes);
             uint8_t *out;
-            TRY(cudaMalloc(&out, bytes));
+            CHECK(cudaMalloc(&out, bytes));
             for (int run = 0; run < 3; run++) {
-              TRY(cudaMemset(out, 0x11, bytes));
-              TRY(cudaDeviceSynchronize());
+              CHECK(cudaMemset(out, 0x11, bytes));
+              CHECK(cudaDeviceSynchronize());
               if (run == 2) {
-                if (late.weight) TRY(cudaMemcpy(late.weight, r.weight, c.n_in * 2, cudaMemcpyDeviceToDevice));
-                TRY(cudaDeviceSynchronize());
+                if (late.weight) CHECK(cudaMemcpy(late.weight, r.weight, c.n_in * 2, cudaMemcpyDeviceToDevice));
+                CHECK(cudaDeviceSynchronize());
                 k_late_copy<<<8, 256, 0, stream>>>((uint8_t *)late.x, (const uint8_t *)r.x, n * c.n_in * 2);
               }
-              TRY(rows_product(&w, &w.m, run == 2 ? &late : &r, n, c.epilogue, out, &plan, run > 0));
-              TRY(cudaStreamSynchronize(stream));
-              TRY(cudaMemcpy((run == 0 ? want : run == 1 ? got : again).data(), out, bytes, cudaMemcpyDeviceToHost));
+              CHECK(rows_product(&w, &w.m, run == 2 ? &late : &r, n, c.epilogue, out, &plan, run > 0, stream));
+              CHECK(cudaStreamSynchronize(stream));
+              CHECK(cudaMemcpy((run == 0 ? want : run == 1 ? got : again).data(), out, bytes, cudaMemcpyDeviceToHost));
             }
             n_done++;
             if (want != got || want != again) {
@@ -490,41 +483,22 @@ static double time_one(const struct matrix *w, const struct tokens *t, enum qtr_
   int launches = std::max(copies, (int)(8e-3 / (ops / 1e15 + 1e-5)));
   std::vector<void *> code(copies);
   for (int i = 0; i < copies; i++) {
-    TRY(cudaMalloc(&code[i], bytes));
-    TRY(cudaMemcpy(code[i], w->m.code, bytes, cudaMemcpyDeviceToDevice));
+    CHECK(cudaMalloc(&code[i], bytes));
+    CHECK(cudaMemcpy(code[i], w->m.code, bytes, cudaMemcpyDeviceToDevice));
   }
   void *out;
-  TRY(cudaMalloc(&out, t->n * n_out * 4));
-  TRY(cudaMemset(out, 0, t->n * n_out * 4));
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
-  TRY(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  for (int i = 0; i < launches; i++) {
+  CHECK(cudaMalloc(&out, t->n * n_out * 4));
+  CHECK(cudaMemset(out, 0, t->n * n_out * 4));
+  double us = time_us(launches, [&](int i, cudaStream_t to) {
     struct qtr_cuda_matrix m = w->m;
     m.code = code[i % copies];
     struct qtr_cuda_gemm_args a = {&m,      NULL,     t->d_x, t->d_scale, t->d_sum, t->stride,
                                    t->rows, epilogue, out,    t->n,       dependent};
-    TRY(plan ? qtr_cuda_gemm_planned(&a, plan, stream) : qtr_cuda_gemm(&a, stream));
-  }
-  TRY(cudaStreamEndCapture(stream, &graph));
-  TRY(cudaGraphInstantiate(&exec, graph, 0));
-  cudaEvent_t e0, e1;
-  TRY(cudaEventCreate(&e0));
-  TRY(cudaEventCreate(&e1));
-  std::vector<double> us;
-  for (int i = 0; i < 7; i++) {
-    TRY(cudaEventRecord(e0, stream));
-    TRY(cudaGraphLaunch(exec, stream));
-    TRY(cudaEventRecord(e1, stream));
-    TRY(cudaEventSynchronize(e1));
-    float ms;
-    TRY(cudaEventElapsedTime(&ms, e0, e1));
-    if (i >= 2) us.push_back(ms * 1e3 / launches);
-  }
-  std::sort(us.begin(), us.end());
-  cudaEventDestroy(e0), cudaEventDestroy(e1), cudaGraphExecDestroy(exec), cudaGraphDestroy(graph), cudaFree(out);
+    CHECK(plan ? qtr_cuda_gemm_planned(&a, plan, to) : qtr_cuda_gemm(&a, to));
+  });
+  cudaFree(out);
   for (void *c : code) cudaFree(c);
-  return us[us.size() / 2];
+  return us;
 }
 
 /* A matrix of random bytes on the device: times do not need the host's side. */
@@ -610,48 +584,24 @@ static void time_quant(int n_sms, std::vector<size_t> counts) {
           code.push_back({});
           for (int l = 0; l < layers; l++) {
             void *p;
-            TRY(cudaMalloc(&p, bytes));
-            TRY(cudaMemcpy(p, w[i].m.code, bytes, cudaMemcpyDeviceToDevice));
+            CHECK(cudaMalloc(&p, bytes));
+            CHECK(cudaMemcpy(p, w[i].m.code, bytes, cudaMemcpyDeviceToDevice));
             code[i].push_back(p);
           }
         }
         void *out;
-        TRY(cudaMalloc(&out, n * 28672 * 4));
-        TRY(cudaMemset(out, 0, n * 28672 * 4));
+        CHECK(cudaMalloc(&out, n * 28672 * 4));
+        CHECK(cudaMemset(out, 0, n * 28672 * 4));
         for (int own = 0; own < 2; own++) {
-          cudaGraph_t graph;
-          cudaGraphExec_t exec;
-          TRY(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-          int n_layers = 0;
-          for (int round = 0; round < 4; round++) {
-            for (int l = 0; l < layers; l++, n_layers++) {
-              for (int i = 0; i < 4; i++) {
-                if (which < 4 && i != which) continue;
-                struct qtr_cuda_matrix m = w[i].m;
-                m.code = code[i][l];
-                struct qtr_gemm_plan p = qtr_gemm_choose((enum qtr_linear_format)f, llama[i].n_out, llama[i].n_in, n, n_sms);
-                TRY(rows_product(&w[i], &m, &r[i], n, llama[i].epilogue, out, &p, own));
-              }
+          us[own][which] = time_us(4 * layers, [&](int l, cudaStream_t to) {
+            for (int i = 0; i < 4; i++) {
+              if (which < 4 && i != which) continue;
+              struct qtr_cuda_matrix m = w[i].m;
+              m.code = code[i][l % layers];
+              struct qtr_gemm_plan p = qtr_gemm_choose((enum qtr_linear_format)f, llama[i].n_out, llama[i].n_in, n, n_sms);
+              CHECK(rows_product(&w[i], &m, &r[i], n, llama[i].epilogue, out, &p, own, to));
             }
-          }
-          TRY(cudaStreamEndCapture(stream, &graph));
-          TRY(cudaGraphInstantiate(&exec, graph, 0));
-          cudaEvent_t e0, e1;
-          TRY(cudaEventCreate(&e0));
-          TRY(cudaEventCreate(&e1));
-          std::vector<double> t;
-          for (int i = 0; i < 7; i++) {
-            TRY(cudaEventRecord(e0, stream));
-            TRY(cudaGraphLaunch(exec, stream));
-            TRY(cudaEventRecord(e1, stream));
-            TRY(cudaEventSynchronize(e1));
-            float ms;
-            TRY(cudaEventElapsedTime(&ms, e0, e1));
-            t.push_back(ms * 1e3 / n_layers);
-          }
-          std::sort(t.begin(), t.end());
-          us[own][which] = t[3];
-          cudaEventDestroy(e0), cudaEventDestroy(e1), cudaGraphExecDestroy(exec), cudaGraphDestroy(graph);
+          });
         }
         for (int i = 0; i < 4; i++) {
           for (void *p : code[i]) cudaFree(p);
@@ -670,9 +620,9 @@ static void time_quant(int n_sms, std::vector<size_t> counts) {
 int main(int argc, char **argv) {
   setvbuf(stdout, NULL, _IOLBF, 0);
   struct cudaDeviceProp prop;
-  TRY(cudaGetDeviceProperties(&prop, 0));
+  CHECK(cudaGetDeviceProperties(&prop, 0));
   printf("%s, %d SMs, L2 %d MB\n", prop.name, prop.multiProcessorCount, prop.l2CacheSize >> 20);
-  TRY(cudaStreamCreate(&stream));
+  CHECK(cudaStreamCreate(&stream));
   seed ^= argc > 1 ? (uint64_t)(uintptr_t)&prop : 0;
   int n_sms = prop.multiProcessorCount;
   const std::vector<int> all = {QTR_LINEAR_W4A8, QTR_LINEAR_W4A8_G128, QTR_LINEAR_W8A8};

@@ -31,15 +31,7 @@ extern "C" {
 }
 #include "backend/cuda/launch.cuh"
 #include "backend/cuda/select.h"
-
-#define CHECK(call)                                                                 \
-  do {                                                                              \
-    cudaError_t e_ = (call);                                                        \
-    if (e_ != cudaSuccess) {                                                        \
-      printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(e_)); \
-      exit(2);                                                                      \
-    }                                                                               \
-  } while (0)
+#include "lab.cuh"
 
 static uint64_t rng_state = 1;
 static uint64_t rng_next() {
@@ -567,38 +559,6 @@ __global__ static void k_fill(uint32_t *data, size_t n, uint32_t seed) { /* pair
     x = (x ^ x >> 12) * 0x297a2d39u;
     data[i] = (x & 0x87ff87ffu) | 0x38003800u;
   }
-}
-
-template <typename F>
-static double time_us(int n_launches, F launch) {
-  cudaStream_t stream;
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
-  cudaEvent_t a, b;
-  CHECK(cudaStreamCreate(&stream));
-  CHECK(cudaEventCreate(&a));
-  CHECK(cudaEventCreate(&b));
-  CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  for (int i = 0; i < n_launches; i++) launch(i, stream);
-  CHECK(cudaStreamEndCapture(stream, &graph));
-  CHECK(cudaGraphInstantiate(&exec, graph, 0));
-  std::vector<float> t;
-  for (int i = 0; i < 9; i++) {
-    CHECK(cudaEventRecord(a, stream));
-    CHECK(cudaGraphLaunch(exec, stream));
-    CHECK(cudaEventRecord(b, stream));
-    CHECK(cudaStreamSynchronize(stream));
-    float ms;
-    CHECK(cudaEventElapsedTime(&ms, a, b));
-    if (i >= 2) t.push_back(ms * 1000 / (float)n_launches);
-  }
-  std::sort(t.begin(), t.end());
-  CHECK(cudaEventDestroy(a));
-  CHECK(cudaEventDestroy(b));
-  CHECK(cudaGraphExecDestroy(exec));
-  CHECK(cudaGraphDestroy(graph));
-  CHECK(cudaStreamDestroy(stream));
-  return t[t.size() / 2];
 }
 
 /* As short as a kernel between two others of a step can be. */

@@ -76,9 +76,9 @@ size_t qtr_cuda_select_scratch_bytes(const struct qtr_cuda_select_config *config
 size_t qtr_cuda_select_counter_bytes(const struct qtr_cuda_select_config *config);
 
 struct qtr_cuda_select_args {
-  const void *qkv; /* device fp16 (n_tokens, (n_heads + 2 n_kv_heads) * head_dim), q rotated; n_heads = n_kv_heads * group.
-                      At a multiple of 16 bytes */
-  const void *stats;   /* device fp16, this layer's */
+  const void *qkv;   /* device fp16 (n_tokens, (n_heads + 2 n_kv_heads) * head_dim), q rotated; n_heads = n_kv_heads * group.
+                        At a multiple of 16 bytes */
+  const void *stats; /* device fp16, this layer's */
   const int32_t *head; /* device (n_retrieval) */
   int32_t n_retrieval, max_blocks;
   const int32_t *block_table; /* device (n_seqs, max_blocks) */

@@ -23,7 +23,6 @@
 
 namespace {
 
-constexpr float NOTHING = -1e38f; /* a row's maximum before it has seen a key: below all scores, but a number */
 constexpr int THREADS = 384, PAGE = QTR_PAGE_TOKENS, ROWS = QTR_PREFILL_ROWS;
 
 /* ---- PTX ----------------------------------------------------------------------------------------- */
@@ -377,6 +376,7 @@ struct rows { /* of a thread: two rows, l / 4 and + 8 of its warp's 16 */
   uint32_t q[DIM / 16][4], p[4][4];
   float o[DIM / 2], s[PAGE / 2], max[2], sum[2], zeros[2], q_sum[2];
   int last[2]; /* the last token that each sees */
+  static constexpr float NOTHING = -1e38f; /* max before a row has seen a key: below all scores, but a number */
 
   /* The scores of keys that a row does not see. */
   template <class F>
@@ -533,7 +533,7 @@ __device__ __forceinline__ void consume(const struct attention_params &p, memory
           x.q[4 * j + 3][r + 2 * h] = q_scale<FORMAT>(z.w, pair % 2);
         }
       }
-      x.max[r] = NOTHING;
+      x.max[r] = x.NOTHING;
       x.sum[r] = x.zeros[r] = 0;
     }
     __syncwarp();

@@ -375,7 +375,7 @@ struct rows { /* of a thread: two rows, l / 4 and + 8 of its warp's 16 */
   using traits = kv_traits<FORMAT>;
   uint32_t q[DIM / 16][4], p[4][4];
   float o[DIM / 2], s[PAGE / 2], max[2], sum[2], zeros[2], q_sum[2];
-  int last[2]; /* the last token that each sees */
+  int last[2];                             /* the last token that each sees */
   static constexpr float NOTHING = -1e38f; /* max before a row has seen a key: below all scores, but a number */
 
   /* The scores of keys that a row does not see. */

@@ -379,8 +379,8 @@ cudaError_t qtr_cuda_rows_choose(float *logits, const qtr_choose_row *row, qtr_c
                                  cudaStream_t stream) {
   if (n_rows == 0) return cudaSuccess;
   if (!drawing && n_rows <= 16 && qtr_overlap_possible())
-    return qtr_launch_cluster(SHARE, k_choose_greedy<SHARE>, (unsigned)n_rows * SHARE, THREADS, 0, stream, logits, row,
-                              result, (int32_t)vocab_size);
+    return qtr_launch_with(true, SHARE, k_choose_greedy<SHARE>, (unsigned)n_rows * SHARE, THREADS, 0, stream, logits, row,
+                           result, (int32_t)vocab_size);
   if (!drawing)
     return qtr_launch(k_choose_greedy<1>, (unsigned)n_rows, THREADS, 0, stream, logits, row, result, (int32_t)vocab_size);
   return qtr_launch(k_choose, (unsigned)n_rows, THREADS, 0, stream, logits, row, result, (int32_t)vocab_size, *adjust,

@@ -159,26 +159,24 @@ struct shape {
   static constexpr int FIXED = EPILOGUE + WRITERS * 2 * TOKENS * 4 + 256;
   static constexpr int FIT = (ROOM - FIXED) / (X_BYTES + W_BYTES);
   static constexpr int STAGES = FIT < 16 ? FIT : 16;
-  static constexpr int BUFFER_AT = STAGES * X_BYTES, W_AT = BUFFER_AT + EPILOGUE;
-  static constexpr int TOKEN_AT = W_AT + STAGES * W_BYTES;   /* [writer][scale, sum][TOKENS] */
-  static constexpr int SHARED = TOKEN_AT + FIXED - EPILOGUE; /* then barriers: full[STAGES], empty[STAGES] */
   static constexpr int SUMS = NARROW ? (CONSUMERS - 1) * N * 256 : (SPLIT - 1) * TOKENS * 512; /* what an owner receives */
-  static constexpr int SUMS_AT = SUMS <= STAGES * X_BYTES ? 0 : W_AT;
-  static_assert(STAGES >= 3 && SHARED <= ROOM, "a stage is too large");
-  static_assert(BUFFER_AT % 1024 == 0 && SUMS_AT + SUMS <= TOKEN_AT, "the sums must not meet the epilogue's buffers");
 };
 
 /* Where things lie in a block's shared memory, and the stages of its ring. With QUANT both depend on the columns:
  * activations of all of them at the beginning, partial sums of reductions at the end. */
 struct layout {
-  uint32_t buffers, w, tokens, full, empty, part;
+  uint32_t buffers, w; /* behind the activations; weights, a stage each */
+  uint32_t tokens;     /* [writer][scale, sum][TOKENS] */
+  uint32_t full, empty, part;
+  uint32_t sums; /* over what is free by then */
+  uint32_t end;
   int32_t stages;
 };
 static constexpr int PARTS = 2 * QTR_ROW_SHARED * 4; /* bytes: rows alternate */
 
 template <class S, bool QUANT>
-static __host__ __device__ __forceinline__ struct layout layout_make(uint32_t shared, int32_t tile_stages) {
-  struct layout l;
+static __host__ __device__ __forceinline__ constexpr struct layout layout_make(uint32_t shared, int32_t tile_stages) {
+  struct layout l = {};
   const int x_bytes = (QUANT ? tile_stages : S::STAGES) * S::X_BYTES;
   const int fit = (S::ROOM - S::FIXED - PARTS - x_bytes) / S::W_BYTES;
   l.stages = !QUANT ? S::STAGES : fit < 16 ? fit : 16;
@@ -188,6 +186,8 @@ static __host__ __device__ __forceinline__ struct layout layout_make(uint32_t sh
   l.full = l.tokens + S::WRITERS * 2 * S::TOKENS * 4;
   l.empty = l.full + 8 * l.stages;
   l.part = l.empty + 8 * l.stages;
+  l.end = l.part + (QUANT ? PARTS : 0);
+  l.sums = !QUANT && S::SUMS <= x_bytes ? shared : l.w;
   return l;
 }
 
@@ -219,7 +219,7 @@ static __device__ __forceinline__ void make_activations(const struct qtr_gemm_wo
     int at = (k * THREADS + t) * 8;
     w[k] = p.norm && at < p.n_in ? *(const uint4 *)(p.norm + at) : make_uint4(0, 0, 0, 0);
   }
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  qtr_wait();
   for (int32_t token = 0; token < p.n_tokens; token++) {
 #pragma unroll
     for (int k = 0; k < NV; k++) { /* from the L2: this block may be older than the values */
@@ -383,11 +383,11 @@ static __device__ __forceinline__ void combine_columns(int32_t (&acc)[N / 2], ui
  */
 template <int FORMAT, int N, int ROWS, int SPLIT>
 static __device__ __forceinline__ void combine(int32_t (&acc)[N / 2],
-                                               int32_t (&mine)[shape<FORMAT, N, ROWS, SPLIT>::TOKENS / 2], uint32_t shared,
+                                               int32_t (&mine)[shape<FORMAT, N, ROWS, SPLIT>::TOKENS / 2], uint32_t sums,
                                                uint32_t half, uint32_t rank) {
   using S = shape<FORMAT, N, ROWS, SPLIT>;
   constexpr int R = S::TOKENS / 2, BLOCK = 2 * R / 4 * 2048; /* what one block sends to an owner */
-  const uint32_t at = shared + S::SUMS_AT + (half * (R / 4) * 128 + threadIdx.x % 128) * 16;
+  const uint32_t at = sums + (half * (R / 4) * 128 + threadIdx.x % 128) * 16;
   cluster_sync(); /* nobody reads stages any more */
 #pragma unroll
   for (int o = 0; o < S::OWNERS; o++) {
@@ -578,7 +578,7 @@ __global__ void __launch_bounds__((shape<FORMAT, N, ROWS, SPLIT>::THREADS), (sha
     cluster_sync();
   }
 
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  qtr_let_next();
   struct ring r = {0, 0};
   const uint32_t group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0); /* known to be one for a warp */
   if (group == 0) {
@@ -592,8 +592,7 @@ __global__ void __launch_bounds__((shape<FORMAT, N, ROWS, SPLIT>::THREADS), (sha
         m = min(m * PAIR + (PAIR > 1 ? (int32_t)rank : 0), p.m_tiles - 1);
         if (tile == first) {
           for (int32_t i = 0; i < early; i++) load_weights<S, QUANT>(l.w + i * S::W_BYTES, p, m, s0 + i, l.full + 8 * i);
-          if (!QUANT)
-            asm volatile("griddepcontrol.wait;" ::: "memory"); /* else consumers wait, this warp reads weights only */
+          if (!QUANT) qtr_wait(); /* else consumers wait, this warp reads weights only */
         }
         for (int32_t k = s0; k < s1; k++) {
           const uint32_t bar = l.full + 8 * r.stage, x = shared + r.stage * S::X_BYTES, part = PAIR > 1 ? rank : 0;
@@ -619,7 +618,7 @@ __global__ void __launch_bounds__((shape<FORMAT, N, ROWS, SPLIT>::THREADS), (sha
     if constexpr (QUANT) {
       make_activations<S>(p, memory, shared, l, stages, &x_scale, &x_sum);
     } else {
-      asm volatile("griddepcontrol.wait;" ::: "memory");
+      qtr_wait();
     }
     for (int32_t tile = first; tile < p.n_pairs; tile += step) {
       int32_t m, n;
@@ -631,12 +630,12 @@ __global__ void __launch_bounds__((shape<FORMAT, N, ROWS, SPLIT>::THREADS), (sha
       if (QUANT) s.x_scale[0] = x_scale, s.x_sum[0] = x_sum;
       consume<FORMAT, N, ROWS, PAIR, SPLIT, QUANT>(acc, shared, l, half, s1 - s0, &r);
       if (S::NARROW) {
-        combine_columns<N, S::CONSUMERS>(acc, QUANT ? l.w : shared + S::SUMS_AT, half);
+        combine_columns<N, S::CONSUMERS>(acc, l.sums, half);
         if (half) break; /* one tile a block */
       }
       if constexpr (SPLIT > 1) {
         int32_t mine[S::TOKENS / 2];
-        combine<FORMAT, N, ROWS, SPLIT>(acc, mine, shared, place, rank);
+        combine<FORMAT, N, ROWS, SPLIT>(acc, mine, l.sums, place, rank);
         if (rank < (uint32_t)S::OWNERS) {
           epilogue<ZERO, S::TOKENS, S::CHUNK, S::BUFFERS>(mine, s, p, &out_map, buffers, tokens, 1 + (int)half, row0,
                                                           token0);
@@ -679,9 +678,13 @@ static cudaError_t make_map(CUtensorMap *map, CUtensorMapDataType type, const vo
 template <int FORMAT, int N, int ROWS, int PAIR, int SPLIT, bool QUANT = false>
 static cudaError_t launch(const struct qtr_gemm_plan *plan, const struct qtr_gemm_work *p, cudaStream_t stream) {
   using S = shape<FORMAT, N, ROWS, SPLIT>;
+  constexpr struct layout l = layout_make<S, false>(0, 0);
+  static_assert(S::STAGES >= 3 && l.end <= S::ROOM, "a stage is too large");
+  static_assert(l.buffers % 1024 == 0 && l.sums + S::SUMS <= (l.sums ? l.tokens : l.buffers),
+                "the sums must not meet the epilogue's buffers");
   auto *const kernel = k_gemm_sm90<FORMAT, N, ROWS, PAIR, SPLIT, QUANT>;
   const int32_t tile_stages = (p->k_steps + S::BLOCKS - 1) / S::BLOCKS;
-  const int n_shared = QUANT ? (int)layout_make<S, true>(0, tile_stages).part + PARTS : S::SHARED;
+  const int n_shared = (int)layout_make<S, QUANT>(0, tile_stages).end;
   CUtensorMap x_map, out_map;
   memset(&x_map, 0, sizeof x_map);
   memset(&out_map, 0, sizeof out_map);
@@ -705,20 +708,8 @@ static cudaError_t launch(const struct qtr_gemm_plan *plan, const struct qtr_gem
   /* Split and narrow launches have one cluster a tile; otherwise the grid is what fits on the GPU, or less. */
   int n_clusters = plan->n_sms * S::CTAS / PAIR;
   if (SPLIT > 1 || S::NARROW || n_clusters > p->n_pairs) n_clusters = p->n_pairs;
-  cudaLaunchAttribute attribute[2] = {};
-  attribute[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute[0].val.programmaticStreamSerializationAllowed = p->dependent;
-  attribute[1].id = cudaLaunchAttributeClusterDimension;
-  attribute[1].val.clusterDim.x = PAIR * SPLIT;
-  attribute[1].val.clusterDim.y = attribute[1].val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((unsigned)(n_clusters * PAIR * SPLIT));
-  config.blockDim = dim3(S::THREADS);
-  config.dynamicSmemBytes = (size_t)n_shared;
-  config.stream = stream;
-  config.attrs = attribute;
-  config.numAttrs = PAIR * SPLIT > 1 ? 2 : 1;
-  return cudaLaunchKernelEx(&config, kernel, *p, x_map, out_map);
+  return qtr_launch_with(p->dependent, PAIR * SPLIT, kernel, dim3((unsigned)(n_clusters * PAIR * SPLIT)), dim3(S::THREADS),
+                         (size_t)n_shared, stream, *p, x_map, out_map);
 }
 
 #define KEY(n, rows, pair, split) ((n)*100000 + (rows)*100 + (pair)*10 + (split))

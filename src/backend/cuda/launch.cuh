@@ -39,13 +39,13 @@ static inline bool qtr_overlap_possible() {
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
 }
 
-/* cluster: blocks of a cluster, at Hopper; 1: none. */
+/* overlap: may start while the kernel before it ends. cluster: blocks of a cluster, at Hopper; 1: none. */
 template <class... P, class... A>
-static inline cudaError_t qtr_launch_cluster(unsigned cluster, void (*kernel)(P...), dim3 grid, dim3 block,
-                                             size_t shared_bytes, cudaStream_t stream, A... args) {
+static inline cudaError_t qtr_launch_with(bool overlap, unsigned cluster, void (*kernel)(P...), dim3 grid, dim3 block,
+                                          size_t shared_bytes, cudaStream_t stream, A... args) {
   cudaLaunchAttribute attribute[2] = {};
   attribute[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute[0].val.programmaticStreamSerializationAllowed = 1;
+  attribute[0].val.programmaticStreamSerializationAllowed = overlap;
   attribute[1].id = cudaLaunchAttributeClusterDimension;
   attribute[1].val.clusterDim.x = cluster;
   attribute[1].val.clusterDim.y = attribute[1].val.clusterDim.z = 1;
@@ -62,7 +62,7 @@ static inline cudaError_t qtr_launch_cluster(unsigned cluster, void (*kernel)(P.
 template <class... P, class... A>
 static inline cudaError_t qtr_launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
                                      A... args) {
-  return qtr_launch_cluster(1, kernel, grid, block, shared_bytes, stream, args...);
+  return qtr_launch_with(true, 1, kernel, grid, block, shared_bytes, stream, args...);
 }
 
 #endif

@@ -69,7 +69,6 @@ struct graph {
 struct qtr_cuda_step {
   /* the running step */
   bool open, single, capturing; /* single: nothing was flushed before the end */
-  bool whole;                   /* the record that runs is the whole step */
   struct qtr_batch batch;
   const float *inv_freq;
   size_t half_dim;
@@ -451,16 +450,15 @@ static const struct qtr_input *input_of(const struct op *op) {
   return op->kind == OP_RMSNORM ? op->as.norm.out : op->kind == OP_QUANT ? op->as.quant.out : NULL;
 }
 
-/* Whether operation i normalises or quantises a few rows for the matrix that comes next, and for nobody else: then that
- * product does it itself (gemm.h). Only in the record of a whole step, where all readers can be seen: what an input held is
- * not kept after a step. */
+/* Whether operation i of a whole step, where all readers can be seen (what an input held is not kept after it), normalises
+ * or quantises a few rows for the matrix that comes next, and for nobody else: then that product does it itself (gemm.h). */
 static bool made_by_product(const struct qtr_cuda_step *s, size_t i, struct qtr_cuda_gemm_rows *rows) {
   const struct op *op = &s->op[i];
   const struct qtr_input *in = input_of(op);
   const struct qtr_rmsnorm_args *norm = &op->as.norm;
   const struct qtr_quant_args *quant = &op->as.quant;
   bool is_norm = op->kind == OP_RMSNORM;
-  if (!s->whole || !in || (is_norm ? norm->quant : quant->quant) == QTR_QUANT_NONE) return false;
+  if (!in || (is_norm ? norm->quant : quant->quant) == QTR_QUANT_NONE) return false;
   if (is_norm && norm->norm == QTR_NORM_QSERVE) return false;
   do i++;
   while (i < s->n_op && s->op[i].kind == OP_STAMP);
@@ -512,8 +510,8 @@ static const char *op_name(enum op_kind kind) {
   return name[kind];
 }
 
-/* Launches the record, the rotation's angles before it. */
-static void run_record(struct qtr_cuda *c) {
+/* Launches the record, the rotation's angles before it. whole: it is a whole step's. */
+static void run_record(struct qtr_cuda *c, bool whole) {
   struct qtr_cuda_step *s = c->step;
   bool rotates = false;
   for (size_t i = 0; i < s->n_op; i++) rotates = rotates || s->op[i].kind == OP_ROPE_KV;
@@ -526,7 +524,7 @@ static void run_record(struct qtr_cuda *c) {
   struct qtr_cuda_gemm_rows rows;
   bool pending = false; /* rows are for the next matrix */
   for (size_t i = 0; i < s->n_op && c->error == cudaSuccess; i++) {
-    if (made_by_product(s, i, &rows)) {
+    if (whole && made_by_product(s, i, &rows)) {
       pending = true;
       continue;
     }
@@ -539,9 +537,9 @@ void qtr_cuda_flush(struct qtr_cuda *c) {
   struct qtr_cuda_step *s = c->step;
   if (s->n_op == 0 || c->error != cudaSuccess) return;
   if (!s->open) { /* operations outside of a step touch no batch */
-    run_record(c);
+    run_record(c, false);
   } else if (batch_upload(c)) {
-    run_record(c);
+    run_record(c, false);
     (void)qtr_cuda_ok(c, cudaStreamSynchronize(c->stream),
                       "a part of a step"); /* the pinned block is filled anew next time */
   }
@@ -580,7 +578,7 @@ static void graph_capture(struct qtr_cuda *c, struct graph *g) {
   cudaGraph_t graph = NULL;
   if (!qtr_cuda_ok(c, cudaStreamBeginCapture(c->stream, cudaStreamCaptureModeThreadLocal), "beginning a graph")) return;
   c->step->capturing = true;
-  run_record(c);
+  run_record(c, true);
   c->step->capturing = false;
   bool ended = qtr_cuda_ok(c, cudaStreamEndCapture(c->stream, &graph), "ending a graph");
   if (ended && c->error == cudaSuccess) (void)qtr_cuda_ok(c, cudaGraphInstantiate(&g->exec, graph, 0), "making a graph");
@@ -591,7 +589,6 @@ static void graph_capture(struct qtr_cuda *c, struct graph *g) {
 static void run_graph(struct qtr_cuda *c) {
   struct qtr_cuda_step *s = c->step;
   struct graph *g = graph_find(c);
-  s->whole = true;
   if (g && g->used > 0 && !g->exec) {
     s->n_stamps = 0;
     graph_capture(c, g);
@@ -603,9 +600,8 @@ static void run_graph(struct qtr_cuda *c) {
     s->n_stamps = QTR_MIN(s->n_stamps, (size_t)MAX_STAMPS);
     (void)qtr_cuda_ok(c, cudaGraphLaunch(g->exec, c->stream), "launching a graph");
   } else if (c->error == cudaSuccess) {
-    run_record(c);
+    run_record(c, true);
   }
-  s->whole = false;
 }
 
 /* ---- the step ------------------------------------------------------------------------------------ */

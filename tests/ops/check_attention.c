@@ -5,8 +5,9 @@
  * differ by 2^-23 of the terms; K must then be stored with the bits that the reference gives for the device's own rotated
  * values. Attention is compared over caches with the same bits (frequencies 0: RoPE is the identity). An error d(t) of a
  * score moves its weight p(t) by as much relatively, and so the result by p(t) d(t) |v(t) - result|: summed over t, that is
- * the tolerance, plus rounding of p and v. Each sequence must have the same bits alone, and when its tokens come in two
- * steps.
+ * the tolerance, plus rounding of p and v, plus that of the sum over tokens. The latter is the worst case, not a square
+ * root: beside one dominant token the others' terms are near half a unit of the sum, and all of them round the same way.
+ * Each sequence must have the same bits alone, and when its tokens come in two steps.
  *
  * Sparse: statistics and the pages chosen must be the reference's, and those that the definition gives (backend.h). Earlier
  * choices are made as in an engine, by the query at which they were due. */
@@ -432,8 +433,8 @@ static void head_free(struct head *h) {
 }
 
 /* Softmax weights of a query over those of the first n tokens that are not hidden, and of each score the error fp32 (and a q
- * with relative error `split`) may make: 4 * 2^-23 of Σ|q| max|k| scale, whether codes are dequantised first or scale and
- * zero are applied to the sum. */
+ * with relative error `split`) may make, of Σ|q| max|k| scale: a few 2^-23, and of a sum in any order sqrt(dim) / 2 of them,
+ * whether codes are dequantised first or scale and zero are applied to the sum. */
 static double weigh(struct head *h, const float *q, size_t n, const bool *hidden, double scale, double split) {
   double max = -INFINITY, total = 0, mean_error = 0, q_sum = 0;
   for (size_t i = 0; i < h->dim; i++) q_sum += fabs((double)q[i]);
@@ -444,7 +445,7 @@ static double weigh(struct head *h, const float *q, size_t n, const bool *hidden
     if (hidden[t]) continue;
     for (size_t i = 0; i < h->dim; i++) dot += (double)q[i] * h->k[t * h->dim + i];
     h->weight[t] = dot * scale;
-    h->error[t] = (4 * EPS + 2 * split) * q_sum * h->k_max[t] * scale;
+    h->error[t] = (EPS * (4 + sqrt((double)h->dim) / 2) + 2 * split) * q_sum * h->k_max[t] * scale;
     max = fmax(max, h->weight[t]);
   }
   for (size_t t = 0; t < n; t++) total += h->weight[t] = exp(h->weight[t] - max);
@@ -486,7 +487,8 @@ static void compare_attention(const struct op_check *c, const struct cache *k, e
           coded += hidden[t] ? 0 : (head.weight[t] + 0x1p-21) * head.v_code[t];
         }
         for (size_t j = 0; j < dim; j++) {
-          tolerance[j] = (EPS * (4 + (double)n / 4) + 2 * split) * rounding + 1e-20 * head.v_all +
+          /* Of n terms w code scale (at most 2 |v|), n of w zero scale (|v|) and n of w: half a unit for each addition. */
+          tolerance[j] = (EPS * (4 + 2 * (double)n) + 2 * split) * rounding + 1e-20 * head.v_all +
                          act * (fabs((double)want[j]) + 0x1p-14) + 1e-37 + weight16 * coded;
         }
         for (size_t t = 0; t < n; t++) {

@@ -186,6 +186,8 @@ struct qtr_choose_row {
   uint64_t seed, position; /* of the random stream, as in engine/sampler.h */
 };
 enum { QTR_CHOOSE_NONE = -1 /* nothing finite */, QTR_CHOOSE_UNDECIDED = -2 /* the caller must look at the row */ };
+/* Of a row without `skip` only top_p < 1 without top_k, or a top_k above this, may be left undecided. */
+#define QTR_CHOOSE_SURE_TOP_K 1024
 struct qtr_choose_result {
   int32_t token; /* or one of the above */
   int32_t n_top;
@@ -203,7 +205,7 @@ struct qtr_batch {
   int32_t max_blocks;             /* row length of block_table */
   int32_t room_tokens, room_rows; /* rows that the step's buffers have room for: a backend may compute up to that many, and
                                      throw the rest away. 0: exactly n_tokens and n_logit_rows */
-  const int32_t *token;           /* (n_tokens) ids, each below the vocabulary size */
+  const int32_t *token;           /* (n_tokens) ids, each below the vocabulary size; below 0: see ops.launch */
   const int32_t *position;        /* (n_tokens) */
   const int32_t *q_start;         /* (n_seqs + 1) first token of each sequence; q_start[n_seqs] = n_tokens */
   const int32_t *kv_len;          /* (n_seqs) tokens cached before this step */
@@ -349,6 +351,13 @@ struct qtr_backend_ops {
   enum qtr_status (*begin_step)(struct qtr_backend *b, const struct qtr_batch *batch, const float *inv_freq, size_t half_dim,
                                 struct qtr_error *err);
   enum qtr_status (*end_step)(struct qtr_backend *b, struct qtr_error *err); /* waits; reports what went wrong */
+  /* Optional, both or neither: end_step in two. `launch` hands the step to the device and returns; but for `chosen` the
+   * batch's arrays are the caller's again. `collect` waits for the oldest step that was launched; its `chosen` is there
+   * then. The next step may begin after a launch, so two may be under way: the device runs them in order, and a token -1 - i
+   * of the second's batch is the one that the first chooses for its row i (any, if it chooses none). What a step leaves in
+   * buffers, its logits above all, is gone when the next one is launched. `download` waits for both. */
+  enum qtr_status (*launch)(struct qtr_backend *b, struct qtr_error *err);
+  enum qtr_status (*collect)(struct qtr_backend *b, struct qtr_error *err);
 
   /* The operations of a step cannot fail on a CPU; a GPU reports in end_step. */
   void (*embed)(struct qtr_backend *b, const struct qtr_embed_args *args);

@@ -76,12 +76,17 @@ enum qtr_status qtr_engine_cancel(struct qtr_engine *e, uint64_t id, struct qtr_
 
 /* ---- the step ------------------------------------------------------------------------------------ */
 
-/* An event for each row before the model runs, so that no result can be lost for want of memory. */
-static bool reserve_events(struct qtr_engine *e) {
-  for (int32_t i = 0; i < e->batch.n_logit_rows; i++) {
-    e->row_node[i] = qtr_event_take(&e->events);
-    if (e->row_node[i]) continue;
-    while (i-- > 0) qtr_event_recycle(&e->events, e->row_node[i]);
+/* Plans a pass, with an event for each row before the model works on it, so that no result can be lost for want of memory.
+ * False: there is no memory for these. Under the mutex. */
+static bool prepare(struct qtr_engine *e, struct qtr_pass *pass) {
+  qtr_scheduler_plan(e, pass);
+  for (int32_t i = 0; i < pass->batch.n_logit_rows; i++) {
+    pass->row_node[i] = qtr_event_take(&e->events);
+    if (pass->row_node[i]) continue;
+    while (i-- > 0) {
+      qtr_event_recycle(&e->events, pass->row_node[i]);
+      pass->row_node[i] = NULL;
+    }
     return false;
   }
   return true;
@@ -89,7 +94,7 @@ static bool reserve_events(struct qtr_engine *e) {
 
 static struct qtr_sample_args sample_args(const struct qtr_sequence *s) {
   const struct qtr_request *r = s->request;
-  size_t n_prompt = (size_t)r->n_prompt, n_output = (size_t)s->n_tokens - n_prompt;
+  size_t n_prompt = (size_t)r->n_prompt, n_output = (size_t)qtr_sequence_known(s) - n_prompt;
   return (struct qtr_sample_args){.sampling = &r->sampling,
                                   .prompt = s->token,
                                   .n_prompt = n_prompt,
@@ -102,8 +107,17 @@ static struct qtr_sample_args sample_args(const struct qtr_sequence *s) {
                                   .n_top = r->logprobs};
 }
 
+/* Is a row's choice the device's, and independent of tokens that are not known yet? */
+static bool row_open(const struct qtr_engine *e, const struct qtr_choose_row *row) {
+  if (row->skip || row->n_adjust > 0 || row->top_k > QTR_CHOOSE_SURE_TOP_K) return false;
+  bool sure = row->temperature == 0 || row->top_k > 0 || row->top_p >= 1;
+  /* Going back over a token would leave traces in the statistics of pages, and needs what a window has passed by. */
+  return sure || !(e->streams || e->sparse.budget > 0);
+}
+
 /* What the device needs to know to sample a row. */
-static struct qtr_choose_row choose_row(struct qtr_engine *e, const struct qtr_sequence *s, int32_t target) {
+static struct qtr_choose_row choose_row(struct qtr_engine *e, struct qtr_pass *pass, const struct qtr_sequence *s,
+                                        int32_t target) {
   const struct qtr_request *r = s->request;
   const struct qtr_sampling *p = &r->sampling;
   struct qtr_choose_row row = {.temperature = p->temperature,
@@ -116,23 +130,23 @@ static struct qtr_choose_row choose_row(struct qtr_engine *e, const struct qtr_s
                                .frequency_penalty = p->frequency_penalty,
                                .seed = s->seed,
                                .position = (uint64_t)(s->n_tokens - r->n_prompt)};
-  row.skip = r->constraint.mask != NULL; /* its tokens are known here only, when the logits are there */
-  if (target > 0) row.skip = 1;          /* nothing is drawn from it */
+  row.skip = s->look || r->constraint.mask != NULL; /* its tokens are known here only, when the logits are there */
+  if (target > 0) row.skip = 1;                     /* nothing is drawn from it */
   if (row.skip || (r->n_bias == 0 && !qtr_sampling_has_penalties(p))) return row;
-  size_t most = QTR_MIN((size_t)s->n_tokens + r->n_bias, (size_t)e->vocab_size), need = e->n_adjust + most;
-  if (need > e->adjust_capacity) {
-    struct qtr_choose_adjust *more = realloc(e->adjust, 2 * need * sizeof *more);
+  size_t most = QTR_MIN((size_t)s->n_tokens + r->n_bias, (size_t)e->vocab_size), need = pass->n_adjust + most;
+  if (need > pass->adjust_capacity) {
+    struct qtr_choose_adjust *more = realloc(pass->adjust, 2 * need * sizeof *more);
     if (!more) {
       row.skip = 1; /* the host's sampler needs no such list */
       return row;
     }
-    e->adjust = more;
-    e->adjust_capacity = 2 * need;
+    pass->adjust = more;
+    pass->adjust_capacity = 2 * need;
   }
   const struct qtr_sample_args args = sample_args(s);
-  row.first_adjust = (int32_t)e->n_adjust;
-  row.n_adjust = (int32_t)qtr_sampler_adjustments(e->sampler, &args, e->adjust + e->n_adjust, most);
-  e->n_adjust += (size_t)row.n_adjust;
+  row.first_adjust = (int32_t)pass->n_adjust;
+  row.n_adjust = (int32_t)qtr_sampler_adjustments(e->sampler, &args, pass->adjust + pass->n_adjust, most);
+  pass->n_adjust += (size_t)row.n_adjust;
   return row;
 }
 
@@ -159,20 +173,21 @@ static bool constrain(struct qtr_engine *e, struct qtr_sequence *s, const uint32
   return true;
 }
 
-static enum qtr_status sample_row(struct qtr_engine *e, int32_t i, const float *logits, struct qtr_sample_result *result,
-                                  struct qtr_error *err) {
+static enum qtr_status sample_row(struct qtr_engine *e, const struct qtr_pass *pass, int32_t i,
+                                  struct qtr_sample_result *result, struct qtr_error *err) {
   struct qtr_backend *b = e->model->backend;
   size_t vocab = (size_t)e->vocab_size;
-  const struct qtr_sequence *s = e->row_seq[i];
+  const float *logits = qtr_workspace_logits(e->workspace);
+  const struct qtr_sequence *s = pass->row_seq[i];
   const uint32_t *allowed = NULL;
-  if (e->row_target[i] == 0 && !constrain(e, e->row_seq[i], &allowed)) {
+  if (pass->row_target[i] == 0 && !constrain(e, pass->row_seq[i], &allowed)) {
     *result = (struct qtr_sample_result){.token = -1};
     return QTR_OK;
   }
   enum qtr_status status = b->ops->download(b, logits + (size_t)i * vocab, QTR_DTYPE_F32, vocab, e->row_logits, err);
   if (status) return status;
-  if (e->row_target[i] > 0) {
-    qtr_sampler_score(e->sampler, e->row_logits, s->token[e->row_target[i]], s->request->logprobs, result);
+  if (pass->row_target[i] > 0) {
+    qtr_sampler_score(e->sampler, e->row_logits, s->token[pass->row_target[i]], s->request->logprobs, result);
     return QTR_OK;
   }
   struct qtr_sample_args args = sample_args(s);
@@ -182,33 +197,48 @@ static enum qtr_status sample_row(struct qtr_engine *e, int32_t i, const float *
   return QTR_OK;
 }
 
-/* Runs the batch and chooses a token for each row, on the device where it can. Without the mutex. */
-static enum qtr_status run_batch(struct qtr_engine *e, double *model_seconds, struct qtr_error *err) {
-  const float *logits = NULL;
-  bool device = e->model->backend->ops->choose != NULL;
-  double start = qtr_now();
-  if (device) {
-    e->n_adjust = 0;
-    for (int32_t i = 0; i < e->batch.n_logit_rows; i++) e->choose[i] = choose_row(e, e->row_seq[i], e->row_target[i]);
-    e->batch.choose = e->choose;
-    e->batch.chosen = e->chosen;
-    e->batch.adjust = e->adjust;
-    e->batch.n_adjust = (int32_t)e->n_adjust;
+/* Launches the batch; with it, where the device can, the choice of a token for each row. Without the mutex. */
+static enum qtr_status launch(struct qtr_engine *e, struct qtr_pass *pass, struct qtr_error *err) {
+  const struct qtr_backend_ops *ops = e->model->backend->ops;
+  pass->open = ops->launch != NULL && ops->choose != NULL;
+  pass->n_adjust = 0;
+  for (int32_t i = 0; ops->choose && i < pass->batch.n_logit_rows; i++) {
+    pass->choose[i] = choose_row(e, pass, pass->row_seq[i], pass->row_target[i]);
+    pass->open = pass->open && row_open(e, &pass->choose[i]);
   }
-  enum qtr_status status = qtr_model_forward(e->model, e->kv, e->workspace, &e->batch, &logits, err);
-  *model_seconds = qtr_now() - start;
-  for (int32_t i = 0; !status && i < e->batch.n_logit_rows; i++) {
+  if (ops->choose) {
+    pass->batch.choose = pass->choose;
+    pass->batch.chosen = pass->chosen;
+    pass->batch.adjust = pass->adjust;
+    pass->batch.n_adjust = (int32_t)pass->n_adjust;
+  }
+  return qtr_model_launch(e->model, e->kv, e->workspace, &pass->batch, err);
+}
+
+/* Waits for a pass and takes its tokens. behind: another one was launched behind it, so its logits are gone. Without the
+ * mutex. */
+static enum qtr_status collect(struct qtr_engine *e, struct qtr_pass *pass, bool behind, double *model_seconds,
+                               struct qtr_error *err) {
+  double start = qtr_now();
+  enum qtr_status status = qtr_model_collect(e->model, e->workspace, err);
+  *model_seconds += qtr_now() - start;
+  for (int32_t i = 0; !status && i < pass->batch.n_logit_rows; i++) {
+    struct qtr_sequence *s = pass->row_seq[i];
     struct qtr_sample_result result;
-    if (device && e->chosen[i].token != QTR_CHOOSE_UNDECIDED) {
-      take_choice(&e->chosen[i], e->row_seq[i]->request->logprobs, &result);
+    if (!s) continue;
+    if (pass->batch.choose && pass->chosen[i].token != QTR_CHOOSE_UNDECIDED) {
+      take_choice(&pass->chosen[i], s->request->logprobs, &result);
+    } else if (behind) {
+      pass->row_target[i] = QTR_ROW_LOST;
+      continue;
     } else {
-      status = sample_row(e, i, logits, &result, err);
+      status = sample_row(e, pass, i, &result, err);
     }
     if (status) break;
-    if (e->row_target[i] > 0)
-      qtr_sequence_score(e->row_seq[i], e->row_target[i], &result, e->row_node[i]);
+    if (pass->row_target[i] > 0)
+      qtr_sequence_score(s, pass->row_target[i], &result, pass->row_node[i]);
     else
-      qtr_sequence_accept(e, e->row_seq[i], &result, e->row_node[i]);
+      qtr_sequence_accept(e, s, &result, pass->row_node[i]);
   }
   return status;
 }
@@ -218,10 +248,40 @@ static void die(struct qtr_engine *e, const struct qtr_error *why) {
   e->dead = true;
   e->death = *why;
   e->cancelled = NULL;
-  for (int32_t i = 0; i < e->batch.n_logit_rows; i++) qtr_event_recycle(&e->events, e->row_node[i]);
+  for (struct qtr_pass *pass = e->pass; pass < e->pass + QTR_PASSES; pass++) {
+    pass->launched = false;
+    for (int32_t i = 0; i < pass->batch.n_logit_rows; i++) {
+      qtr_event_recycle(&e->events, pass->row_node[i]);
+      pass->row_node[i] = NULL;
+    }
+  }
   for (size_t slot = 0; slot < QTR_ID_SLOTS; slot++) {
     while (e->by_id[slot]) qtr_scheduler_end(e, e->by_id[slot], QTR_FINISH_ERROR);
   }
+}
+
+/* Under the mutex, which is given away while the host prepares and the device is told. */
+static enum qtr_status launch_planned(struct qtr_engine *e, struct qtr_pass *pass, double *model_seconds,
+                                      struct qtr_error *err) {
+  e->stepping = true;
+  pthread_mutex_unlock(&e->mutex);
+  double start = qtr_now();
+  enum qtr_status status = launch(e, pass, err);
+  *model_seconds += qtr_now() - start;
+  pthread_mutex_lock(&e->mutex);
+  if (!status) qtr_scheduler_launched(e, pass);
+  return status;
+}
+
+/* The pass behind `now`, planned and launched; NULL: there is nothing to do yet, or what to do depends on the results. */
+static enum qtr_status go_ahead(struct qtr_engine *e, const struct qtr_pass *now, struct qtr_pass **behind,
+                                double *model_seconds, struct qtr_error *err) {
+  struct qtr_pass *pass = &e->pass[now == &e->pass[0]];
+  *behind = NULL;
+  if (!now->open || e->model->profile || e->model->tap) return QTR_OK; /* these look at one step at a time */
+  if (!prepare(e, pass) || pass->batch.n_tokens == 0) return QTR_OK;
+  *behind = pass;
+  return launch_planned(e, pass, model_seconds, err);
 }
 
 enum qtr_status qtr_engine_step(struct qtr_engine *e, bool *has_work, struct qtr_error *err) {
@@ -239,27 +299,31 @@ enum qtr_status qtr_engine_step(struct qtr_engine *e, bool *has_work, struct qtr
     status = qtr_fail(err, QTR_ERR_BACKEND, "%s", e->death.message);
     goto done;
   }
-  qtr_scheduler_plan(e);
-  if (e->batch.n_tokens == 0) {
-    *has_work = e->n_running + e->n_waiting > 0;
-    if (*has_work) { /* cannot be: the first in order always fits */
-      (void)qtr_fail(&why, QTR_ERR_STATE, "internal error: %d sequences and none can run", e->n_running + e->n_waiting);
-      e->batch.n_logit_rows = 0;
-      die(e, &why);
-      *has_work = false;
-      status = qtr_fail(err, QTR_ERR_STATE, "%s", why.message);
+  struct qtr_pass *pass = e->pass[1].launched ? &e->pass[1] : &e->pass[0], *behind = NULL;
+  if (!pass->launched) {
+    bool prepared = prepare(e, pass);
+    if (pass->batch.n_tokens == 0) {
+      *has_work = e->n_running + e->n_waiting > 0;
+      if (*has_work) { /* cannot be: the first in order always fits */
+        (void)qtr_fail(&why, QTR_ERR_STATE, "internal error: %d sequences and none can run", e->n_running + e->n_waiting);
+        die(e, &why);
+        *has_work = false;
+        status = qtr_fail(err, QTR_ERR_STATE, "%s", why.message);
+      }
+      goto done;
     }
-    goto done;
-  }
-  if (!reserve_events(e)) {
-    *has_work = true;
-    status = qtr_fail_memory(err, "events", sizeof(struct qtr_event_node));
-    goto done;
+    if (!prepared) {
+      *has_work = true;
+      status = qtr_fail_memory(err, "events", sizeof(struct qtr_event_node));
+      goto done;
+    }
+    status = launch_planned(e, pass, &model_seconds, &why);
   }
   e->stepping = true;
+  if (!status) status = go_ahead(e, pass, &behind, &model_seconds, &why);
   pthread_mutex_unlock(&e->mutex);
 
-  status = run_batch(e, &model_seconds, &why);
+  if (!status) status = collect(e, pass, behind != NULL, &model_seconds, &why);
 
   pthread_mutex_lock(&e->mutex);
   e->stepping = false;
@@ -272,7 +336,7 @@ enum qtr_status qtr_engine_step(struct qtr_engine *e, bool *has_work, struct qtr
     goto done;
   }
   e->stats.n_steps++;
-  qtr_scheduler_commit(e);
+  qtr_scheduler_commit(e, pass);
   while (e->cancelled) {
     struct qtr_request *r = e->cancelled;
     e->cancelled = r->next_cancelled;

@@ -2,8 +2,15 @@
  *
  * Who may touch what: everything in struct qtr_engine is guarded by `mutex`, but for what is constant after opening, and for
  * what the comment "the step's own" names: that belongs to the thread that steps, mutex or not, from the moment `stepping`
- * is set. The sequences of the running batch (`batch_seq`) belong to it as well while the model runs; other threads leave
- * them alone and only mark their request cancelled. */
+ * is set. The sequences of its passes (`batch_seq`) belong to it as well; other threads leave them alone and only mark their
+ * request cancelled.
+ *
+ * Ahead. A step is planned, launched and collected. Where the device works on its own (ops.launch), the step after it is
+ * planned and launched before it is collected, so the device never waits for the host: a token that is not known yet has a
+ * place in its sequence already, and the device puts it into the next batch itself. What a step's tokens are computed from
+ * counts as computed from the launch on, because the device runs steps in order: pages may be published, given back and
+ * given to others while a step that uses them still runs. A sequence that turns out to have ended is taken out of the step
+ * launched meanwhile, whose work on it was for nothing (qtr_scheduler_plan, _launched, _commit). */
 #ifndef QTR_ENGINE_ENGINE_INTERNAL_H
 #define QTR_ENGINE_ENGINE_INTERNAL_H
 
@@ -56,8 +63,9 @@ struct qtr_sequence {
   enum qtr_finish finish; /* set by the step that saw the end */
   int32_t index;          /* which completion */
   int32_t n_tokens;       /* prompt and output */
-  int32_t n_computed;     /* tokens whose K and V are in the pages */
-  int32_t n_planned;      /* tokens in the batch of this step */
+  int32_t n_pending;      /* the last of them that are still to be collected: -1 - row of their step in `token` */
+  int32_t n_computed;     /* tokens whose K and V are in the pages, or will be when the steps launched have run */
+  int32_t n_planned;      /* tokens in the batch that is being planned */
   int32_t n_pages, n_published;
   int32_t n_cached;  /* prompt tokens the prefix cache gave at the first admission; -1 before it */
   int32_t n_emitted; /* output tokens handed out */
@@ -66,6 +74,7 @@ struct qtr_sequence {
   int32_t *page;     /* (pages of n_prompt + max_tokens) block table */
   int32_t *stream;   /* (the same) pages of the streaming heads; -1: not held */
   int32_t slot;      /* of the engine's; -1: none, it does not run */
+  bool look;         /* the device could not choose: the host does, from the logits of the next step */
   uint64_t seed;
   struct qtr_detokenizer detokenizer;
   struct qtr_text held;         /* text that may begin a stop string */
@@ -110,8 +119,10 @@ void qtr_request_free(struct qtr_request *request); /* not its sequences' `final
 bool qtr_sequence_prepare(struct qtr_sequence *seq);
 /* Does this sequence still owe log-probabilities of its prompt? */
 bool qtr_sequence_scores(const struct qtr_sequence *seq);
-/* Appends a sampled token (-1: the model gave nothing finite), fills the event with token, text and log-probabilities, and
- * sets seq->finish when this was the last one. */
+/* Tokens that are known: all but the pending ones. */
+static inline int32_t qtr_sequence_known(const struct qtr_sequence *seq) { return seq->n_tokens - seq->n_pending; }
+/* Puts a sampled token (-1: the model gave nothing finite) into the first pending place, fills the event with token, text
+ * and log-probabilities, and sets seq->finish when this was the last one. */
 void qtr_sequence_accept(const struct qtr_engine *engine, struct qtr_sequence *seq, const struct qtr_sample_result *result,
                          struct qtr_event_node *node);
 /* Fills the event with the log-probability of prompt token number `target`. */
@@ -123,6 +134,29 @@ void qtr_sequence_describe(const struct qtr_sequence *seq, struct qtr_event *eve
 /* ---- engine (engine.c, open.c) and scheduler (scheduler.c) --------------------------------------- */
 
 #define QTR_ID_SLOTS 4096 /* of the id table, a power of two */
+#define QTR_PASSES 2      /* steps between launch and results, at most */
+
+/* A step of the model, from its plan to its results. */
+struct qtr_pass {
+  bool launched; /* and not collected */
+  bool open; /* the step after it can be planned without its results: the device chooses all tokens, for sure or nearly */
+  struct qtr_batch batch;
+  int32_t *token, *position;       /* (max_num_batched_tokens) */
+  int32_t *q_start, *kv_len;       /* (max_num_seqs + 1), (max_num_seqs) */
+  int32_t *block_table;            /* (max_num_seqs, max_blocks) at most; rows are as long as this step needs */
+  int32_t *stream_table;           /* as block_table; with streaming heads */
+  int32_t *decode_start, *slot;    /* (max_num_seqs) */
+  int32_t *logit_row;              /* (max_rows) */
+  struct qtr_sequence **batch_seq; /* (max_num_seqs) NULL: has ended since */
+  struct qtr_sequence **row_seq;   /* (max_rows) whose logits row i holds; NULL: has ended since */
+  int32_t *row_target; /* (max_rows) > 0: the row is there for this prompt token's log-probability; 0: to sample; or LOST */
+  struct qtr_event_node **row_node; /* (max_rows) reserved; NULL: none, or handed on */
+  struct qtr_choose_row *choose;    /* (max_rows) for a device that samples */
+  struct qtr_choose_result *chosen; /* (max_rows) */
+  struct qtr_choose_adjust *adjust; /* (adjust_capacity) what bias and penalties change in this step's rows */
+  size_t n_adjust, adjust_capacity;
+};
+enum { QTR_ROW_LOST = -1 }; /* the device could not choose, and the logits are gone: the row is computed once more */
 
 struct qtr_engine {
   pthread_mutex_t mutex;
@@ -164,21 +198,8 @@ struct qtr_engine {
   struct qtr_stats stats; /* counters only */
 
   /* the step's own */
-  struct qtr_batch batch;
-  int32_t *token, *position;       /* (max_num_batched_tokens) */
-  int32_t *q_start, *kv_len;       /* (max_num_seqs + 1), (max_num_seqs) */
-  int32_t *block_table;            /* (max_num_seqs, max_blocks) at most; rows are as long as this step needs */
-  int32_t *stream_table;           /* as block_table; with streaming heads */
-  int32_t *decode_start, *slot;    /* (max_num_seqs) */
-  int32_t *logit_row;              /* (max_rows) */
-  struct qtr_sequence **batch_seq; /* (max_num_seqs) */
-  struct qtr_sequence **row_seq;   /* (max_rows) whose logits row i holds */
-  int32_t *row_target; /* (max_rows) > 0: the row is there for this prompt token's log-probability; 0: to sample */
-  struct qtr_event_node **row_node; /* (max_rows) */
-  struct qtr_choose_row *choose;    /* (max_rows) for a device that samples; NULL where none does */
-  struct qtr_choose_result *chosen; /* (max_rows) */
-  struct qtr_choose_adjust *adjust; /* (adjust_capacity) what bias and penalties change in this step's rows */
-  size_t n_adjust, adjust_capacity;
+  struct qtr_pass pass[QTR_PASSES];
+  struct qtr_pass *last; /* the one planned last */
   struct qtr_sampler *sampler;
   float *row_logits; /* (vocab_size) */
   uint32_t *allowed; /* (vocab_size / 32 rounded up) tokens that a constraint lets through */
@@ -199,10 +220,12 @@ enum qtr_status qtr_engine_options_check(const struct qtr_engine_options *option
 
 /* All under the mutex. */
 void qtr_scheduler_add(struct qtr_engine *engine, struct qtr_request *request); /* queues every completion */
-/* Chooses the tokens of a step: fills engine->batch, batch_seq and row_seq. */
-void qtr_scheduler_plan(struct qtr_engine *engine);
-/* After the model ran and rows were sampled: counts, publishes pages, hands out events, ends what has ended. */
-void qtr_scheduler_commit(struct qtr_engine *engine);
+/* Chooses the tokens of a step: fills the pass's batch, batch_seq and row_seq. */
+void qtr_scheduler_plan(struct qtr_engine *engine, struct qtr_pass *pass);
+/* After the launch: what was planned counts as computed, and each row to sample has a pending token. */
+void qtr_scheduler_launched(struct qtr_engine *engine, struct qtr_pass *pass);
+/* After rows were sampled: publishes pages, hands out events, ends what has ended. */
+void qtr_scheduler_commit(struct qtr_engine *engine, struct qtr_pass *pass);
 /* Ends every completion of the request that still lives, with an event each, and frees the request. */
 void qtr_scheduler_end(struct qtr_engine *engine, struct qtr_request *request, enum qtr_finish finish);
 

@@ -424,42 +424,64 @@ static void describe(struct qtr_engine *e, enum qtr_kv_format kv) {
   }
 }
 
-/* Everything a step needs, so that it allocates nothing. */
-static enum qtr_status make_batch(struct qtr_engine *e, struct qtr_error *err) {
-  size_t tokens = (size_t)e->max_num_batched_tokens, seqs = (size_t)e->max_num_seqs, rows = (size_t)e->max_rows;
-  size_t blocks;
-  e->max_blocks = (int32_t)qtr_ceil_div((size_t)e->max_model_len, QTR_PAGE_TOKENS);
-  if (qtr_mul_overflow(seqs, (size_t)e->max_blocks * sizeof(int32_t), &blocks))
-    return qtr_fail_memory(err, "block tables", blocks);
-  const struct {
-    void *at; /* the address of a pointer */
-    size_t n_bytes;
-  } array[] = {{&e->token, tokens * sizeof *e->token},
-               {&e->position, tokens * sizeof *e->position},
-               {&e->q_start, (seqs + 1) * sizeof *e->q_start},
-               {&e->kv_len, seqs * sizeof *e->kv_len},
-               {&e->block_table, blocks},
-               {&e->stream_table, e->streams ? blocks : 1},
-               {&e->decode_start, seqs * sizeof *e->decode_start},
-               {&e->slot, seqs * sizeof *e->slot},
-               {&e->free_slot, seqs * sizeof *e->free_slot},
-               {&e->logit_row, rows * sizeof *e->logit_row},
-               {&e->running, seqs * sizeof *e->running},
-               {&e->batch_seq, seqs * sizeof *e->batch_seq},
-               {&e->row_seq, rows * sizeof *e->row_seq},
-               {&e->row_target, rows * sizeof *e->row_target},
-               {&e->row_node, rows * sizeof *e->row_node},
-               {&e->choose, rows * sizeof *e->choose},
-               {&e->chosen, rows * sizeof *e->chosen},
-               {&e->row_logits, (size_t)e->vocab_size * sizeof *e->row_logits},
-               {&e->allowed, qtr_ceil_div((size_t)e->vocab_size, 32) * sizeof *e->allowed}};
-  for (size_t i = 0; i < sizeof array / sizeof array[0]; i++) {
+struct array {
+  void *at; /* the address of a pointer */
+  size_t n_bytes;
+};
+
+static enum qtr_status make_arrays(const struct array *array, size_t n, struct qtr_error *err) {
+  for (size_t i = 0; i < n; i++) {
     void *memory = calloc(1, array[i].n_bytes);
     if (!memory) return qtr_fail_memory(err, "the arrays of a step", array[i].n_bytes);
     memcpy(array[i].at, &memory, sizeof memory);
   }
+  return QTR_OK;
+}
+
+static enum qtr_status make_pass(const struct qtr_engine *e, struct qtr_pass *r, struct qtr_error *err) {
+  size_t tokens = (size_t)e->max_num_batched_tokens, seqs = (size_t)e->max_num_seqs, rows = (size_t)e->max_rows;
+  size_t blocks = seqs * (size_t)e->max_blocks * sizeof(int32_t);
+  const struct array array[] = {{&r->token, tokens * sizeof *r->token},
+                                {&r->position, tokens * sizeof *r->position},
+                                {&r->q_start, (seqs + 1) * sizeof *r->q_start},
+                                {&r->kv_len, seqs * sizeof *r->kv_len},
+                                {&r->block_table, blocks},
+                                {&r->stream_table, e->streams ? blocks : 1},
+                                {&r->decode_start, seqs * sizeof *r->decode_start},
+                                {&r->slot, seqs * sizeof *r->slot},
+                                {&r->logit_row, rows * sizeof *r->logit_row},
+                                {&r->batch_seq, seqs * sizeof *r->batch_seq},
+                                {&r->row_seq, rows * sizeof *r->row_seq},
+                                {&r->row_target, rows * sizeof *r->row_target},
+                                {&r->row_node, rows * sizeof *r->row_node},
+                                {&r->choose, rows * sizeof *r->choose},
+                                {&r->chosen, rows * sizeof *r->chosen}};
+  return make_arrays(array, sizeof array / sizeof array[0], err);
+}
+
+/* Everything a step needs, so that it allocates nothing. */
+static enum qtr_status make_batch(struct qtr_engine *e, struct qtr_error *err) {
+  size_t seqs = (size_t)e->max_num_seqs, blocks;
+  e->max_blocks = (int32_t)qtr_ceil_div((size_t)e->max_model_len, QTR_PAGE_TOKENS);
+  if (qtr_mul_overflow(seqs, (size_t)e->max_blocks * sizeof(int32_t), &blocks))
+    return qtr_fail_memory(err, "block tables", blocks);
+  const struct array array[] = {{&e->free_slot, seqs * sizeof *e->free_slot},
+                                {&e->running, seqs * sizeof *e->running},
+                                {&e->row_logits, (size_t)e->vocab_size * sizeof *e->row_logits},
+                                {&e->allowed, qtr_ceil_div((size_t)e->vocab_size, 32) * sizeof *e->allowed}};
+  enum qtr_status status = make_arrays(array, sizeof array / sizeof array[0], err);
+  int n_passes = e->model->backend->ops->launch ? QTR_PASSES : 1;
+  for (int i = 0; i < n_passes && !status; i++) status = make_pass(e, &e->pass[i], err);
+  if (status) return status;
   for (size_t i = 0; i < seqs; i++) e->free_slot[e->n_free_slots++] = (int32_t)(seqs - 1 - i); /* 0 goes first */
   return qtr_sampler_create(e->vocab_size, &e->sampler, err);
+}
+
+static void free_pass(struct qtr_pass *r) {
+  void *const array[] = {r->token,        r->position, r->q_start,   r->kv_len,    r->block_table, r->stream_table,
+                         r->decode_start, r->slot,     r->logit_row, r->batch_seq, r->row_seq,     r->row_target,
+                         r->row_node,     r->choose,   r->chosen,    r->adjust};
+  for (size_t i = 0; i < sizeof array / sizeof array[0]; i++) free(array[i]);
 }
 
 /* Frees what open_model made; what it was given stays with the caller. */
@@ -469,10 +491,8 @@ static void engine_free(struct qtr_engine *e) {
   qtr_kv_pool_free(e->pool);
   qtr_event_queue_free(&e->events);
   qtr_sampler_free(e->sampler);
-  void *const array[] = {e->token,        e->position,  e->q_start,  e->kv_len,     e->block_table, e->logit_row,
-                         e->running,      e->batch_seq, e->row_seq,  e->row_target, e->row_node,    e->row_logits,
-                         e->allowed,      e->model_dir, e->choose,   e->chosen,     e->adjust,      e->stream_table,
-                         e->decode_start, e->slot,      e->free_slot};
+  for (int i = 0; i < QTR_PASSES; i++) free_pass(&e->pass[i]);
+  void *const array[] = {e->running, e->row_logits, e->allowed, e->model_dir, e->free_slot};
   for (size_t i = 0; i < sizeof array / sizeof array[0]; i++) free(array[i]);
   (void)pthread_mutex_destroy(&e->mutex);
   free(e);
@@ -611,6 +631,9 @@ enum qtr_status qtr_engine_open(const struct qtr_engine_options *o, struct qtr_e
 
 struct qtr_model *qtr_engine_close_keep_model(struct qtr_engine *e) {
   struct qtr_model *model = e->model;
+  for (int i = 0; i < QTR_PASSES; i++) { /* nothing may be under way in what is freed now */
+    if (e->pass[i].launched) (void)qtr_model_collect(model, e->workspace, NULL);
+  }
   for (size_t slot = 0; slot < QTR_ID_SLOTS; slot++) {
     while (e->by_id[slot]) qtr_scheduler_end(e, e->by_id[slot], QTR_FINISH_CANCELLED);
   }

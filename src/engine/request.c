@@ -345,11 +345,13 @@ void qtr_sequence_accept(const struct qtr_engine *engine, struct qtr_sequence *s
   struct qtr_event *e = &node->event;
   qtr_sequence_describe(s, e);
   e->token = result->token;
-  e->n_output_tokens = s->n_tokens - r->n_prompt;
+  e->n_output_tokens = qtr_sequence_known(s) - r->n_prompt;
   s->finish = QTR_FINISH_ERROR;
+  s->look = false;
   if (result->token < 0) return;
 
-  s->token[s->n_tokens++] = result->token;
+  s->token[qtr_sequence_known(s)] = result->token;
+  s->n_pending--;
   if (s->constraint) r->constraint.accept(s->constraint, result->token);
   e->n_output_tokens++;
   if (r->logprobs >= 0) put_logprob(result, node);

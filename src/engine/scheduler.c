@@ -90,8 +90,25 @@ void qtr_scheduler_add(struct qtr_engine *e, struct qtr_request *r) {
   for (int32_t i = 0; i < r->n_sequences; i++) queue_insert(e, &r->sequence[i], false);
 }
 
+/* Takes a sequence out of the steps that are under way: what they compute for it is dropped. */
+static void forget(struct qtr_engine *e, const struct qtr_sequence *s) {
+  for (struct qtr_pass *pass = e->pass; pass < e->pass + QTR_PASSES; pass++) {
+    if (!pass->launched) continue;
+    for (int32_t i = 0; i < pass->batch.n_seqs; i++) {
+      if (pass->batch_seq[i] == s) pass->batch_seq[i] = NULL;
+    }
+    for (int32_t i = 0; i < pass->batch.n_logit_rows; i++) {
+      if (pass->row_seq[i] != s) continue;
+      qtr_event_recycle(&e->events, pass->row_node[i]);
+      pass->row_node[i] = NULL;
+      pass->row_seq[i] = NULL;
+    }
+  }
+}
+
 /* Takes a sequence out of everything. Its event is pushed by the caller. */
 static void finish(struct qtr_engine *e, struct qtr_sequence *s) {
+  forget(e, s);
   if (s->state == QTR_SEQ_RUNNING) {
     running_remove(e, s);
     release_pages(e, s);
@@ -163,6 +180,7 @@ static bool plan_running(struct qtr_engine *e, bool decode, int32_t *budget, int
     struct qtr_sequence *s = e->running[i];
     int32_t left = s->n_tokens - s->n_computed;
     if ((left == 1) != decode || s->n_planned > 0) continue;
+    if (s->n_tokens == s->request->n_prompt + s->request->max_tokens) continue; /* its last token is pending */
     while (s->state == QTR_SEQ_RUNNING && s->n_pages < pages_for(s->n_tokens)) {
       int32_t page = qtr_kv_pool_take(e->pool);
       if (page >= 0) {
@@ -244,25 +262,26 @@ static void admit(struct qtr_engine *e, int32_t *budget, int32_t *rows) {
 }
 
 /* A row of logits after the token at this place of the batch. target: see row_target. */
-static void add_row(struct qtr_engine *e, struct qtr_sequence *s, int32_t place, int32_t target) {
-  int32_t i = e->batch.n_logit_rows++;
-  e->row_seq[i] = s;
-  e->row_target[i] = target;
-  e->logit_row[i] = place;
+static void add_row(struct qtr_pass *pass, struct qtr_sequence *s, int32_t place, int32_t target) {
+  int32_t i = pass->batch.n_logit_rows++;
+  pass->row_seq[i] = s;
+  pass->row_target[i] = target;
+  pass->row_node[i] = NULL;
+  pass->logit_row[i] = place;
 }
 
 /* Lays the planned tokens out as a batch. */
-static void build_batch(struct qtr_engine *e) {
-  struct qtr_batch *b = &e->batch;
-  *b = (struct qtr_batch){.token = e->token,
-                          .position = e->position,
-                          .q_start = e->q_start,
-                          .kv_len = e->kv_len,
-                          .block_table = e->block_table,
-                          .logit_row = e->logit_row,
-                          .stream_table = e->streams ? e->stream_table : NULL,
-                          .decode_start = e->decode_start,
-                          .slot = e->tells_apart ? e->slot : NULL};
+static void build_batch(struct qtr_engine *e, struct qtr_pass *pass) {
+  struct qtr_batch *b = &pass->batch;
+  *b = (struct qtr_batch){.token = pass->token,
+                          .position = pass->position,
+                          .q_start = pass->q_start,
+                          .kv_len = pass->kv_len,
+                          .block_table = pass->block_table,
+                          .logit_row = pass->logit_row,
+                          .stream_table = e->streams ? pass->stream_table : NULL,
+                          .decode_start = pass->decode_start,
+                          .slot = e->tells_apart ? pass->slot : NULL};
   for (int32_t i = 0; i < e->n_running; i++) {
     const struct qtr_sequence *s = e->running[i];
     if (s->n_planned > 0) b->max_blocks = QTR_MAX(b->max_blocks, pages_for(s->n_computed + s->n_planned));
@@ -272,46 +291,48 @@ static void build_batch(struct qtr_engine *e) {
     if (s->n_planned == 0) continue;
     size_t at = (size_t)b->n_seqs * (size_t)b->max_blocks;
     int32_t n_blocks = pages_for(s->n_computed + s->n_planned);
-    for (int32_t k = 0; k < b->max_blocks; k++) e->block_table[at + (size_t)k] = k < n_blocks ? s->page[k] : 0;
+    for (int32_t k = 0; k < b->max_blocks; k++) pass->block_table[at + (size_t)k] = k < n_blocks ? s->page[k] : 0;
     for (int32_t k = 0; e->streams && k < b->max_blocks; k++)
-      e->stream_table[at + (size_t)k] = k < n_blocks ? s->stream[k] : -1;
-    e->decode_start[b->n_seqs] = s->request->n_prompt;
-    e->slot[b->n_seqs] = s->slot;
+      pass->stream_table[at + (size_t)k] = k < n_blocks ? s->stream[k] : -1;
+    pass->decode_start[b->n_seqs] = s->request->n_prompt;
+    pass->slot[b->n_seqs] = s->slot;
     for (int32_t k = 0; k < s->n_planned; k++) {
-      e->token[b->n_tokens + k] = s->token[s->n_computed + k];
-      e->position[b->n_tokens + k] = s->n_computed + k;
+      pass->token[b->n_tokens + k] = s->token[s->n_computed + k];
+      pass->position[b->n_tokens + k] = s->n_computed + k;
     }
-    e->q_start[b->n_seqs] = b->n_tokens;
-    e->kv_len[b->n_seqs] = s->n_computed;
-    e->batch_seq[b->n_seqs++] = s;
+    pass->q_start[b->n_seqs] = b->n_tokens;
+    pass->kv_len[b->n_seqs] = s->n_computed;
+    pass->batch_seq[b->n_seqs++] = s;
     if (qtr_sequence_scores(s)) {
       int32_t last = QTR_MIN(s->n_computed + s->n_planned, s->request->n_prompt - 1);
       for (int32_t target = QTR_MAX(s->n_scored, s->n_computed) + 1; target <= last; target++) {
-        add_row(e, s, b->n_tokens + target - 1 - s->n_computed, target);
+        add_row(pass, s, b->n_tokens + target - 1 - s->n_computed, target);
       }
     }
     b->n_tokens += s->n_planned;
-    if (s->n_computed + s->n_planned == s->n_tokens) add_row(e, s, b->n_tokens - 1, 0);
+    if (s->n_computed + s->n_planned == s->n_tokens) add_row(pass, s, b->n_tokens - 1, 0);
   }
-  e->q_start[b->n_seqs] = b->n_tokens;
+  pass->q_start[b->n_seqs] = b->n_tokens;
 }
 
-void qtr_scheduler_plan(struct qtr_engine *e) {
+void qtr_scheduler_plan(struct qtr_engine *e, struct qtr_pass *pass) {
   int32_t budget = e->max_num_batched_tokens, rows = e->max_rows - e->n_running;
   for (int32_t i = 0; i < e->n_running; i++) e->running[i]->n_planned = 0;
   bool ample = plan_running(e, true, &budget, &rows);
   ample = plan_running(e, false, &budget, &rows) && ample;
   if (ample) admit(e, &budget, &rows);
-  build_batch(e);
+  e->last = pass;
+  build_batch(e, pass);
 }
 
 /* ---- afterwards ---------------------------------------------------------------------------------- */
 
-/* Publishes the pages this step has filled. Where the same content is known already, its page replaces ours: nothing is
- * stored twice, and the chain stays whole for the pages to come. Pages with generated tokens stay private where those see
- * otherwise than given ones: the same text in a prompt has other keys and values. */
+/* Publishes the pages that are filled, and whose tokens are known. Where the same content is known already, its page
+ * replaces ours: nothing is stored twice, and the chain stays whole for the pages to come. Pages with generated tokens stay
+ * private where those see otherwise than given ones: the same text in a prompt has other keys and values. */
 static void publish_pages(struct qtr_engine *e, struct qtr_sequence *s) {
-  int32_t n = e->tells_apart ? QTR_MIN(s->n_computed, s->request->n_prompt) : s->n_computed;
+  int32_t n = QTR_MIN(s->n_computed, qtr_sequence_known(s));
+  if (e->tells_apart) n = QTR_MIN(n, s->request->n_prompt);
   for (; s->n_published < n / QTR_PAGE_TOKENS; s->n_published++) {
     int32_t i = s->n_published, own = s->page[i];
     int32_t known =
@@ -325,26 +346,55 @@ static void publish_pages(struct qtr_engine *e, struct qtr_sequence *s) {
   }
 }
 
-void qtr_scheduler_commit(struct qtr_engine *e) {
-  for (int32_t i = 0; i < e->batch.n_seqs; i++) {
-    struct qtr_sequence *s = e->batch_seq[i];
+void qtr_scheduler_launched(struct qtr_engine *e, struct qtr_pass *pass) {
+  pass->launched = true;
+  for (int32_t i = 0; i < pass->batch.n_seqs; i++) {
+    struct qtr_sequence *s = pass->batch_seq[i];
     s->n_computed += s->n_planned;
     s->n_planned = 0;
-    publish_pages(e, s);
-    qtr_streams_let_go(e, s);
+    publish_pages(e, s); /* who shares them runs behind */
     if (s->n_computed >= s->request->n_prompt) s->request->prefilled = true;
   }
-  for (int32_t i = 0; i < e->batch.n_logit_rows; i++) {
-    struct qtr_sequence *s = e->row_seq[i];
+  for (int32_t i = 0; i < pass->batch.n_logit_rows; i++) {
+    struct qtr_sequence *s = pass->row_seq[i];
+    if (pass->row_target[i] != 0) continue;
+    s->token[s->n_tokens++] = -1 - i;
+    s->n_pending++;
+  }
+}
+
+/* The sequence goes back to its last known token, whose logits are gone; what runs behind them is dropped. */
+static void go_back(struct qtr_engine *e, struct qtr_sequence *s) {
+  forget(e, s);
+  s->look = true;
+  s->n_tokens = qtr_sequence_known(s);
+  s->n_pending = 0;
+  if (s->state == QTR_SEQ_RUNNING) s->n_computed = QTR_MIN(s->n_computed, s->n_tokens - 1);
+}
+
+void qtr_scheduler_commit(struct qtr_engine *e, struct qtr_pass *pass) {
+  pass->launched = false;
+  for (int32_t i = 0; i < pass->batch.n_logit_rows; i++) {
+    if (pass->row_seq[i] && pass->row_target[i] == QTR_ROW_LOST) go_back(e, pass->row_seq[i]);
+  }
+  for (int32_t i = 0; i < pass->batch.n_seqs; i++) {
+    struct qtr_sequence *s = pass->batch_seq[i];
+    if (!s || s->state != QTR_SEQ_RUNNING) continue; /* ended, or preempted since the launch */
+    publish_pages(e, s);                             /* that a token which is known now completes */
+    qtr_streams_let_go(e, s);
+  }
+  for (int32_t i = 0; i < pass->batch.n_logit_rows; i++) {
+    struct qtr_sequence *s = pass->row_seq[i];
+    struct qtr_event_node *node = pass->row_node[i];
+    pass->row_node[i] = NULL;
+    if (!s) continue;
     struct qtr_request *r = s->request;
-    struct qtr_event_node *node = e->row_node[i];
-    e->row_node[i] = NULL;
-    if (r->cancelled) { /* its end follows, and nothing else */
+    if (r->cancelled || pass->row_target[i] == QTR_ROW_LOST) { /* the end of a cancelled one follows, and nothing else */
       qtr_event_recycle(&e->events, node);
       continue;
     }
-    if (e->row_target[i] > 0) {
-      s->n_scored = e->row_target[i];
+    if (pass->row_target[i] > 0) {
+      s->n_scored = pass->row_target[i];
       qtr_event_push(&e->events, node);
       continue;
     }

@@ -103,6 +103,7 @@ void qtr_workspace_free(struct qtr_workspace *w) {
 }
 
 size_t qtr_workspace_bytes(const struct qtr_workspace *w) { return w->n_bytes; }
+const float *qtr_workspace_logits(const struct qtr_workspace *w) { return w->logits; }
 
 enum qtr_status qtr_workspace_keep_states(const struct qtr_model *model, struct qtr_workspace *w, struct qtr_error *err) {
   size_t stride, n_bytes;
@@ -339,8 +340,8 @@ enum qtr_status qtr_model_attend(struct qtr_model *model, struct qtr_kv *kv, str
   return status;
 }
 
-enum qtr_status qtr_model_forward(struct qtr_model *model, struct qtr_kv *kv, struct qtr_workspace *w,
-                                  const struct qtr_batch *batch, const float **logits, struct qtr_error *err) {
+enum qtr_status qtr_model_launch(struct qtr_model *model, struct qtr_kv *kv, struct qtr_workspace *w,
+                                 const struct qtr_batch *batch, struct qtr_error *err) {
   const struct qtr_config *c = &model->config;
   struct qtr_backend *b = model->backend;
   struct step s;
@@ -374,8 +375,19 @@ enum qtr_status qtr_model_forward(struct qtr_model *model, struct qtr_kv *kv, st
       mark(&s, QTR_PROFILE_CHOOSE, (double)rows * (double)c->vocab_size * sizeof(float), 0);
     }
   }
-  status = b->ops->end_step(b, err);
+  return b->ops->launch ? b->ops->launch(b, err) : b->ops->end_step(b, err);
+}
+
+enum qtr_status qtr_model_collect(struct qtr_model *model, struct qtr_workspace *w, struct qtr_error *err) {
+  struct qtr_backend *b = model->backend;
+  enum qtr_status status = b->ops->collect ? b->ops->collect(b, err) : QTR_OK;
   if (!status) book_marked(model, w);
-  *logits = w->logits;
   return status;
+}
+
+enum qtr_status qtr_model_forward(struct qtr_model *model, struct qtr_kv *kv, struct qtr_workspace *w,
+                                  const struct qtr_batch *batch, const float **logits, struct qtr_error *err) {
+  enum qtr_status status = qtr_model_launch(model, kv, w, batch, err);
+  *logits = w->logits;
+  return status ? status : qtr_model_collect(model, w, err);
 }

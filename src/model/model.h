@@ -90,6 +90,12 @@ const void *qtr_workspace_state(const struct qtr_workspace *workspace, size_t i)
  * valid until the next call. Refuses a batch larger than the workspace with QTR_ERR_ARGUMENT. */
 enum qtr_status qtr_model_forward(struct qtr_model *model, struct qtr_kv *kv, struct qtr_workspace *workspace,
                                   const struct qtr_batch *batch, const float **logits, struct qtr_error *err);
+/* The same in two, for devices that work on their own (ops.launch; elsewhere all is done when the launch returns): collect
+ * waits for the oldest step launched. The logits of a step are there from its end until the next launch. */
+enum qtr_status qtr_model_launch(struct qtr_model *model, struct qtr_kv *kv, struct qtr_workspace *workspace,
+                                 const struct qtr_batch *batch, struct qtr_error *err);
+enum qtr_status qtr_model_collect(struct qtr_model *model, struct qtr_workspace *workspace, struct qtr_error *err);
+const float *qtr_workspace_logits(const struct qtr_workspace *workspace);
 
 /* Runs layers [first, first + n) alone. x: host (batch.n_tokens, hidden), the residual stream before and after; batch.token
  * and logit_row are not looked at. For calibration, on the backends that taps work on: QTR_ERR_UNSUPPORTED on others. */

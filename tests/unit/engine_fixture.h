@@ -1,8 +1,9 @@
 /* engine_fixture.h - an engine over a tiny model with random weights, on the reference backend unless said otherwise: no
- * files, no tokenizer. */
+ * files, no tokenizer. With QTR_TEST_AHEAD in the environment the backend is one that works on its own (ahead_backend.h). */
 #ifndef QTR_TESTS_ENGINE_FIXTURE_H
 #define QTR_TESTS_ENGINE_FIXTURE_H
 
+#include "ahead_backend.h"
 #include "base/checked.h"
 #include "engine/engine_internal.h"
 
@@ -16,6 +17,9 @@
 
 #define TINY_VOCAB 256
 #define TINY_EOS 6 /* ids 0 … 5 end a text: about one token in 43 */
+
+/* Steps that are planned beyond the one that a call of qtr_engine_step gives the results of. */
+static inline int steps_ahead(void) { return getenv("QTR_TEST_AHEAD") != NULL; }
 
 /* Random weights of a shape, on a backend of their own; what every tiny shape has alike is filled in. */
 static inline struct qtr_model *tiny_model_shaped(const char *device, struct qtr_config config,
@@ -34,6 +38,7 @@ static inline struct qtr_model *tiny_model_shaped(const char *device, struct qtr
       qtr_model_random(&config, format, head_int8, seed, backend, &model_options, &model, &err)) {
     fail_msg("%s", err.message);
   }
+  if (steps_ahead() > 0) ahead_wrap(backend, TINY_VOCAB);
   return model;
 }
 

@@ -414,7 +414,7 @@ static void test_completions_share(void **unused) {
   do {
     n_steps++;
     assert_true(engine->n_running == 0 || n_steps > 3 || engine->n_running == 1);
-  } while (step(engine) && n_steps < 4);
+  } while (step(engine) && n_steps < 4 - steps_ahead());
   qtr_engine_stats(engine, &stats);
   assert_int_equal(stats.n_running, 3); /* 250 tokens in three steps; then 1, and of the others 58 and 41, make a hundred */
   while (step(engine)) {
@@ -458,9 +458,9 @@ static void test_decode_first(void **unused) {
     assert_int_equal(run.n[1], 0);
     (void)step(engine);
     assert_int_equal(run.n[0], 2 + i);
-    assert_true(engine->batch.n_tokens == 32 || i == 29);
+    assert_int_equal(engine->last->batch.n_tokens, 32);
   }
-  (void)step(engine); /* 900 = 29 · 31 + 1 */
+  for (int i = 0; i <= steps_ahead(); i++) (void)step(engine); /* 900 = 29 · 31 + 1 */
   assert_int_equal(run.n[1], 1);
   finish(engine);
 }

@@ -113,10 +113,9 @@ static void poll(struct qtr_engine *e) {
 
 /* Remembers whose given tokens came alone in this step; prompts are told apart by their lengths. Those that share pages with
  * another share this too. A prompt of one token cannot come otherwise. */
-static void note_single_tokens(const struct qtr_engine *e) {
-  const struct qtr_batch *b = &e->batch;
+static void note_single_tokens(const struct qtr_batch *b) {
   for (int32_t i = 0; i < b->n_seqs && head_dim >= 64 && on_gpu(); i++) {
-    int32_t n_prompt = e->decode_start[i], n = b->q_start[i + 1] - b->q_start[i];
+    int32_t n_prompt = b->decode_start[i], n = b->q_start[i + 1] - b->q_start[i];
     if (n_prompt == 1 || QTR_MIN(n_prompt - b->kv_len[i], n) != 1) continue;
     bool shared = false;
     for (int k = 0; k < N_REQUESTS; k++) shared = shared || (requests[k].n_prompt == n_prompt && requests[k].shares);
@@ -129,7 +128,7 @@ static bool step(struct qtr_engine *e) {
   struct qtr_error err = {0};
   bool work;
   if (qtr_engine_step(e, &work, &err)) fail_msg("%s", err.message);
-  note_single_tokens(e);
+  for (int i = 0; i < QTR_PASSES; i++) note_single_tokens(&e->pass[i].batch); /* this step's, and perhaps the next one's */
   poll(e);
   return work;
 }

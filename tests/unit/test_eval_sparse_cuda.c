@@ -141,10 +141,12 @@ static bool step(struct qtr_engine *e) {
   struct qtr_event event;
   bool work;
   if (qtr_engine_step(e, &work, &err)) fail_msg("%s", err.message);
-  const struct qtr_batch *b = &e->batch;
-  for (int32_t s = 0; s < b->n_seqs; s++) {
-    if (QTR_MIN(e->decode_start[s] - b->kv_len[s], b->q_start[s + 1] - b->q_start[s]) != 1) continue;
-    for (int i = 0; i < N; i++) cut_off[i] = cut_off[i] || prompt_length(i) == (size_t)e->decode_start[s];
+  for (int pass = 0; pass < QTR_PASSES; pass++) { /* this step's, and perhaps the next one's */
+    const struct qtr_batch *b = &e->pass[pass].batch;
+    for (int32_t s = 0; s < b->n_seqs; s++) {
+      if (QTR_MIN(b->decode_start[s] - b->kv_len[s], b->q_start[s + 1] - b->q_start[s]) != 1) continue;
+      for (int i = 0; i < N; i++) cut_off[i] = cut_off[i] || prompt_length(i) == (size_t)b->decode_start[s];
+    }
   }
   while (qtr_engine_poll(e, &event)) {
     struct answer *a = event.user;

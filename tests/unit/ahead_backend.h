@@ -120,7 +120,7 @@ static inline enum qtr_status ahead_collect(struct qtr_backend *b, struct qtr_er
   struct ahead *ahead = ahead_of(b);
   (void)err;
   assert_in_range(ahead->n_way, 1, 2);
-  memcpy(ahead->way[0].to, ahead->way[0].made, (size_t)ahead->way[0].n * sizeof *ahead->way[0].to);
+  if (ahead->way[0].n > 0) memcpy(ahead->way[0].to, ahead->way[0].made, (size_t)ahead->way[0].n * sizeof *ahead->way[0].to);
   ahead->way[0] = ahead->way[1];
   ahead->n_way--;
   return QTR_OK;

@@ -3,8 +3,8 @@
  * This folder is the only place that sees a CUDA header. Kernels (.cu) are reached through gemm.h, attention.h, rows.h and
  * choose.h, plain C.
  *
- * Activations are fp16. Operations inside a step are recorded; end_step uploads the batch in one copy and runs the record,
- * as a CUDA graph when the same record was run before (step.c). */
+ * Activations are fp16. Operations inside a step are recorded; launch uploads the batch in one copy and runs the record, as
+ * a CUDA graph when the same record was run before (step.c). */
 #ifndef QTR_BACKEND_CUDA_CUDA_H
 #define QTR_BACKEND_CUDA_CUDA_H
 
@@ -80,6 +80,8 @@ void qtr_cuda_flush(struct qtr_cuda *c); /* runs what is recorded; does not wait
 enum qtr_status qtr_cuda_begin_step(struct qtr_backend *b, const struct qtr_batch *batch, const float *inv_freq,
                                     size_t half_dim, struct qtr_error *err);
 enum qtr_status qtr_cuda_end_step(struct qtr_backend *b, struct qtr_error *err);
+enum qtr_status qtr_cuda_launch(struct qtr_backend *b, struct qtr_error *err);
+enum qtr_status qtr_cuda_collect(struct qtr_backend *b, struct qtr_error *err);
 void qtr_cuda_embed(struct qtr_backend *b, const struct qtr_embed_args *args);
 void qtr_cuda_rmsnorm(struct qtr_backend *b, const struct qtr_rmsnorm_args *args);
 void qtr_cuda_quant(struct qtr_backend *b, const struct qtr_quant_args *args);

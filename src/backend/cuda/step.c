@@ -1,7 +1,9 @@
 /* step.c - the operations of a step on the GPU: recording, the one upload, graphs, time stamps.
  *
- * Between begin_step and end_step operations are recorded. end_step (or whoever must see a result before it: flush) builds
- * the batch's arrays and the attention's plan in pinned memory, uploads them in one copy, and launches.
+ * Between begin_step and launch operations are recorded. launch (or whoever must see a result before it: flush) builds the
+ * batch's arrays and the attention's plan in pinned memory, uploads them in one copy, and hands all to the stream; collect
+ * waits. Two steps may be under way: what the host fills or reads (pinned blocks, results) is there twice, what the device
+ * uses once, since the stream runs one step after the other.
  *
  * Graphs. A step of decode tokens only is padded to a bucket of sequences, where the step's buffers have room: sequences
  * past the real ones have one token, no history and the spare page of the pool. Its record then depends on the bucket only,
@@ -78,17 +80,26 @@ struct qtr_cuda_step {
   bool has_plan;
   struct qtr_cuda_plan_config plan_config;
   struct qtr_choose_args choose; /* as the caller gave them */
-  bool has_choose;
+  bool has_choose, begins;       /* choose: of the record; begins: its first work is still to be uploaded */
+  bool chooses;                  /* of the step */
   uint64_t number;
 
+  /* steps under way */
+  uint64_t n_launched, n_collected;
+  struct {
+    struct qtr_choose_result *to; /* the caller's */
+    int32_t n_rows;
+  } way[2]; /* step number modulo 2, as block and result_host */
+
   /* memory, grown as needed */
-  char *host, *device; /* (block_bytes) pinned, device */
+  char *block[2], *device; /* (block_bytes) pinned, device */
+  char *host;              /* the pinned block of the step that is recorded */
   size_t block_bytes;
   float *cos, *sin; /* device (angle_floats) */
   size_t angle_floats;
   void *scratch, *select_scratch;                      /* device, attention and choices of pages */
   size_t scratch_bytes, select_bytes, select_counters; /* of the latter, zeroed at first */
-  struct qtr_choose_result *result_host, *result;      /* (result_rows) pinned, device */
+  struct qtr_choose_result *result_host[2], *result;   /* (result_rows) pinned, device */
   void *choose_scratch;
   size_t result_rows, choose_bytes;
   float *original; /* device (original_bytes / 4) logits that adjustments replaced */
@@ -96,9 +107,8 @@ struct qtr_cuda_step {
 
   struct graph graph[MAX_GRAPHS];
   size_t n_graphs;
-  cudaEvent_t begun, ended[2]; /* of the device's work on this step; ended of the last two in turn */
-  uint64_t n_timed;            /* steps */
-  double busy, idle;           /* seconds */
+  cudaEvent_t begun[3], ended[3]; /* of the device's work on a step; step number modulo 3 */
+  double busy, idle;              /* seconds */
   cudaEvent_t stamp[MAX_STAMPS];
   size_t n_stamps, n_events;
 };
@@ -110,8 +120,10 @@ enum qtr_status qtr_cuda_step_create(struct qtr_cuda *c, struct qtr_error *err) 
   c->step = s;
   if (s) s->op = calloc(MAX_OPS, sizeof *s->op);
   if (!s || !s->op) return qtr_fail_memory(err, "the record of a step", MAX_OPS * sizeof *s->op);
-  (void)qtr_cuda_ok(c, cudaEventCreate(&s->begun), "making an event");
-  for (int i = 0; i < 2; i++) (void)qtr_cuda_ok(c, cudaEventCreate(&s->ended[i]), "making an event");
+  for (int i = 0; i < 3; i++) {
+    (void)qtr_cuda_ok(c, cudaEventCreate(&s->begun[i]), "making an event");
+    (void)qtr_cuda_ok(c, cudaEventCreate(&s->ended[i]), "making an event");
+  }
   return qtr_cuda_status(c, err);
 }
 
@@ -133,12 +145,14 @@ void qtr_cuda_step_free(struct qtr_cuda *c) {
   if (!s) return;
   qtr_cuda_forget_graphs(c);
   for (size_t i = 0; i < s->n_events; i++) (void)cudaEventDestroy(s->stamp[i]);
-  if (s->begun) (void)cudaEventDestroy(s->begun);
-  for (int i = 0; i < 2; i++) {
+  for (int i = 0; i < 3; i++) {
+    if (s->begun[i]) (void)cudaEventDestroy(s->begun[i]);
     if (s->ended[i]) (void)cudaEventDestroy(s->ended[i]);
   }
-  if (s->host) (void)cudaFreeHost(s->host);
-  if (s->result_host) (void)cudaFreeHost(s->result_host);
+  for (int i = 0; i < 2; i++) {
+    if (s->block[i]) (void)cudaFreeHost(s->block[i]);
+    if (s->result_host[i]) (void)cudaFreeHost(s->result_host[i]);
+  }
   void *const memory[] = {s->device,         s->cos,     s->sin, s->scratch, s->select_scratch, s->result,
                           s->choose_scratch, s->original};
   for (size_t i = 0; i < sizeof memory / sizeof memory[0]; i++) qtr_cuda_release(memory[i]);
@@ -147,7 +161,7 @@ void qtr_cuda_step_free(struct qtr_cuda *c) {
   c->step = NULL;
 }
 
-/* Grows a device array to n_bytes; what was in it is lost, and graphs with it. */
+/* Grows a device array to n_bytes, when no step is under way any more; what was in it is lost, and graphs with it. */
 static bool grow(struct qtr_cuda *c, void **device, size_t *have, size_t n_bytes, const char *what) {
   if (n_bytes <= *have) return true;
   struct qtr_error err = {0};
@@ -311,6 +325,41 @@ static bool select_room(struct qtr_cuda *c) {
   return qtr_cuda_ok(c, cudaMemsetAsync(s->select_scratch, 0, n_counters, c->stream), "counters of page selection");
 }
 
+/* The device's work on the step begins: with its first kernel, so that the upload counts as time between steps. */
+static bool step_begins(struct qtr_cuda *c) {
+  struct qtr_cuda_step *s = c->step;
+  if (!s->begins) return true;
+  s->begins = false;
+  return qtr_cuda_ok(c, cudaEventRecord(s->begun[s->n_launched % 3], c->stream), "a time stamp");
+}
+
+/* Room for the tokens of n rows, for as many as a step may have if that is known. Those of the step under way stay: the next
+ * one takes its tokens from there. */
+static bool result_room(struct qtr_cuda *c, size_t n) {
+  struct qtr_cuda_step *s = c->step;
+  if (n <= s->result_rows) return true;
+  n = QTR_MAX(n, (size_t)s->batch.room_rows);
+  size_t n_bytes = n * sizeof *s->result, had = s->result_rows * sizeof *s->result;
+  struct qtr_choose_result *result = NULL;
+  struct qtr_error err = {0};
+  if (!qtr_cuda_ok(c, cudaStreamSynchronize(c->stream), "a step")) return false;
+  qtr_cuda_forget_graphs(c);
+  if (qtr_cuda_malloc(c, n_bytes, "sampled tokens", (void **)&result, &err))
+    return qtr_cuda_ok(c, cudaErrorMemoryAllocation, "sampled tokens");
+  if (had > 0) (void)qtr_cuda_ok(c, cudaMemcpy(result, s->result, had, cudaMemcpyDeviceToDevice), "sampled tokens");
+  qtr_cuda_release(s->result);
+  s->result = result;
+  for (int i = 0; i < 2; i++) {
+    struct qtr_choose_result *host = NULL;
+    if (!qtr_cuda_ok(c, cudaMallocHost((void **)&host, n_bytes), "pinned memory")) return false;
+    if (had > 0) memcpy(host, s->result_host[i], had);
+    if (s->result_host[i]) (void)cudaFreeHost(s->result_host[i]);
+    s->result_host[i] = host;
+  }
+  s->result_rows = n;
+  return true;
+}
+
 /* Decides where choose rows and plan go, makes room, fills the block and uploads it. */
 static bool batch_upload(struct qtr_cuda *c) {
   struct qtr_cuda_step *s = c->step;
@@ -343,13 +392,16 @@ static bool batch_upload(struct qtr_cuda *c) {
   if (total > s->block_bytes) {
     size_t n = qtr_round_up(total * 2, 4096), have = 0;
     if (!grow(c, (void **)&s->device, &have, n, "the arrays of a batch")) return false;
-    if (s->host) (void)cudaFreeHost(s->host);
-    s->host = NULL;
     s->block_bytes = 0;
-    if (!qtr_cuda_ok(c, cudaMallocHost((void **)&s->host, n), "pinned memory")) return false;
-    memset(s->host, 0, n);
+    for (int i = 0; i < 2; i++) {
+      if (s->block[i]) (void)cudaFreeHost(s->block[i]);
+      s->block[i] = NULL;
+      if (!qtr_cuda_ok(c, cudaMallocHost((void **)&s->block[i], n), "pinned memory")) return false;
+      memset(s->block[i], 0, n);
+    }
     s->block_bytes = n;
   }
+  s->host = s->block[s->n_launched % 2];
   if (s->angle_floats < tokens * s->half_dim) {
     size_t have = 0, more = 0, n = tokens * s->half_dim * 2;
     s->angle_floats = 0;
@@ -358,15 +410,7 @@ static bool batch_upload(struct qtr_cuda *c) {
     s->angle_floats = n;
   }
   size_t rows = (size_t)z->n_rows;
-  if (s->has_choose && rows > s->result_rows) {
-    size_t have = 0;
-    if (!grow(c, (void **)&s->result, &have, rows * sizeof *s->result, "sampled tokens")) return false;
-    if (s->result_host) (void)cudaFreeHost(s->result_host);
-    s->result_host = NULL;
-    s->result_rows = 0;
-    if (!qtr_cuda_ok(c, cudaMallocHost((void **)&s->result_host, rows * sizeof *s->result), "pinned memory")) return false;
-    s->result_rows = rows;
-  }
+  if (s->has_choose && !result_room(c, rows)) return false;
   if (s->has_choose && !grow(c, &s->choose_scratch, &s->choose_bytes,
                              qtr_cuda_choose_scratch_bytes(rows, (size_t)s->choose.vocab_size), "sampling"))
     return false;
@@ -379,7 +423,9 @@ static bool batch_upload(struct qtr_cuda *c) {
     struct qtr_batch padded = padded_batch(s);
     z->selecting = qtr_cuda_attention_plan(&s->plan_config, &padded, s->host + z->plan);
   }
-  return qtr_cuda_ok(c, cudaMemcpyAsync(s->device, s->host, total, cudaMemcpyHostToDevice, c->stream), "uploading a batch");
+  if (!qtr_cuda_ok(c, cudaMemcpyAsync(s->device, s->host, total, cudaMemcpyHostToDevice, c->stream), "uploading a batch"))
+    return false;
+  return step_begins(c);
 }
 
 /* ---- running ------------------------------------------------------------------------------------- */
@@ -423,10 +469,8 @@ static cudaError_t run_choose(struct qtr_cuda *c, const struct qtr_choose_args *
   const struct qtr_choose_row *row = (const struct qtr_choose_row *)(const void *)(s->device + z->choose);
   const struct qtr_cuda_adjust adjust = {.adjust = (const struct qtr_choose_adjust *)(const void *)(s->device + z->adjust),
                                          .original = s->original};
-  size_t rows = (size_t)z->n_rows, n_bytes = rows * sizeof *s->result;
-  cudaError_t error = qtr_cuda_rows_choose(a->logits, row, s->result, rows, (size_t)a->vocab_size, z->choosing == 2, &adjust,
-                                           s->choose_scratch, c->stream);
-  return error ? error : cudaMemcpyAsync(s->result_host, s->result, n_bytes, cudaMemcpyDeviceToHost, c->stream);
+  return qtr_cuda_rows_choose(a->logits, row, s->result, (size_t)z->n_rows, (size_t)a->vocab_size, z->choosing == 2, &adjust,
+                              s->choose_scratch, c->stream);
 }
 
 static cudaError_t run_norm(struct qtr_cuda *c, const struct qtr_rmsnorm_args *a) {
@@ -485,7 +529,7 @@ static cudaError_t run_op(struct qtr_cuda *c, const struct op *op, const struct 
     case OP_EMBED: {
       const struct qtr_table *t = op->as.embed.table;
       return qtr_cuda_rows_embed(t->dtype, t->data, t->scale, t->n_rows, t->dim,
-                                 (const int32_t *)(const void *)(d + s->shape.token), (size_t)s->shape.n_tokens,
+                                 (const int32_t *)(const void *)(d + s->shape.token), s->result, (size_t)s->shape.n_tokens,
                                  op->as.embed.out, c->stream);
     }
     case OP_RMSNORM: return run_norm(c, &op->as.norm);
@@ -618,7 +662,8 @@ enum qtr_status qtr_cuda_begin_step(struct qtr_backend *b, const struct qtr_batc
     c->staging_bytes = 0;
   }
   qtr_cuda_flush(c);
-  s->open = s->single = true;
+  s->open = s->single = s->begins = true;
+  s->chooses = false;
   s->batch = *batch;
   s->inv_freq = inv_freq;
   s->half_dim = half_dim;
@@ -630,13 +675,12 @@ enum qtr_status qtr_cuda_begin_step(struct qtr_backend *b, const struct qtr_batc
   return qtr_cuda_status(c, err);
 }
 
-/* After a step: how long the device worked on it, and how long it had waited for it. */
-static void clock_read(struct qtr_cuda_step *s) {
-  size_t now = s->n_timed++ % 2;
+/* After step number n: how long the device worked on it, and how long it had waited for it. */
+static void clock_read(struct qtr_cuda_step *s, uint64_t n) {
   float busy = 0, idle = 0;
-  if (cudaEventElapsedTime(&busy, s->begun, s->ended[now]) == cudaSuccess) s->busy += (double)busy * 1e-3;
-  if (s->n_timed < 2) return;
-  if (cudaEventElapsedTime(&idle, s->ended[1 - now], s->begun) == cudaSuccess) s->idle += (double)idle * 1e-3;
+  if (cudaEventElapsedTime(&busy, s->begun[n % 3], s->ended[n % 3]) == cudaSuccess) s->busy += (double)busy * 1e-3;
+  if (n == 0) return;
+  if (cudaEventElapsedTime(&idle, s->ended[(n - 1) % 3], s->begun[n % 3]) == cudaSuccess) s->idle += (double)idle * 1e-3;
 }
 
 void qtr_cuda_busy_read(struct qtr_backend *b, double *busy, double *idle) {
@@ -645,25 +689,48 @@ void qtr_cuda_busy_read(struct qtr_backend *b, double *busy, double *idle) {
   *idle = s->idle;
 }
 
-enum qtr_status qtr_cuda_end_step(struct qtr_backend *b, struct qtr_error *err) {
+enum qtr_status qtr_cuda_launch(struct qtr_backend *b, struct qtr_error *err) {
   struct qtr_cuda *c = (struct qtr_cuda *)b;
   struct qtr_cuda_step *s = c->step;
   bool decode = s->shape.n_tokens == s->shape.n_seqs && s->shape.n_rows == s->shape.n_seqs;
-  (void)qtr_cuda_ok(c, cudaEventRecord(s->begun, c->stream), "a time stamp");
-  if (s->single && decode && s->n_op > 0 && c->error == cudaSuccess) {
-    if (batch_upload(c)) run_graph(c);
-    s->n_op = 0;
-  } else {
-    qtr_cuda_flush(c);
+  uint64_t n = s->n_launched;
+  if (s->n_op > 0 && c->error == cudaSuccess && batch_upload(c)) {
+    if (s->single && decode)
+      run_graph(c);
+    else
+      run_record(c, false);
   }
+  s->n_op = 0;
+  (void)step_begins(c); /* a step of nothing */
   s->open = false;
-  (void)qtr_cuda_ok(c, cudaEventRecord(s->ended[s->n_timed % 2], c->stream), "a time stamp");
-  if (qtr_cuda_ok(c, cudaStreamSynchronize(c->stream), "a step") && c->error == cudaSuccess) clock_read(s);
-  if (s->has_choose && c->error == cudaSuccess) {
-    memcpy(s->choose.result, s->result_host, (size_t)s->choose.n_rows * sizeof *s->choose.result);
+  s->way[n % 2].to = s->choose.result;
+  s->way[n % 2].n_rows = s->chooses && c->error == cudaSuccess ? s->choose.n_rows : 0;
+  if (s->way[n % 2].n_rows > 0) {
+    size_t n_bytes = (size_t)s->choose.n_rows * sizeof *s->result;
+    (void)qtr_cuda_ok(c, cudaMemcpyAsync(s->result_host[n % 2], s->result, n_bytes, cudaMemcpyDeviceToHost, c->stream),
+                      "sampled tokens");
   }
-  s->has_choose = false;
+  (void)qtr_cuda_ok(c, cudaEventRecord(s->ended[n % 3], c->stream), "a time stamp");
+  s->n_launched++;
   return qtr_cuda_status(c, err);
+}
+
+enum qtr_status qtr_cuda_collect(struct qtr_backend *b, struct qtr_error *err) {
+  struct qtr_cuda *c = (struct qtr_cuda *)b;
+  struct qtr_cuda_step *s = c->step;
+  if (s->n_collected == s->n_launched) return qtr_fail(err, QTR_ERR_STATE, "no step was launched");
+  uint64_t n = s->n_collected++;
+  if (qtr_cuda_ok(c, cudaEventSynchronize(s->ended[n % 3]), "a step") && c->error == cudaSuccess) {
+    clock_read(s, n);
+    if (s->way[n % 2].n_rows > 0)
+      memcpy(s->way[n % 2].to, s->result_host[n % 2], (size_t)s->way[n % 2].n_rows * sizeof *s->result);
+  }
+  return qtr_cuda_status(c, err);
+}
+
+enum qtr_status qtr_cuda_end_step(struct qtr_backend *b, struct qtr_error *err) {
+  enum qtr_status status = qtr_cuda_launch(b, err), collected = qtr_cuda_collect(b, status ? NULL : err);
+  return status ? status : collected;
 }
 
 /* A new record, cleared; outside of a step the caller flushes at once. */
@@ -781,6 +848,7 @@ void qtr_cuda_choose(struct qtr_backend *b, const struct qtr_choose_args *args) 
   a->logits = args->logits;
   a->vocab_size = args->vocab_size;
   s->choose = *args;
+  s->chooses = true;
   s->shape.choosing = 1;
   for (int32_t i = 0; i < args->n_rows; i++) {
     const struct qtr_choose_row *row = &args->row[i];

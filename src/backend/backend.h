@@ -306,6 +306,7 @@ struct qtr_caps {
   int32_t threads;
   int32_t step_tokens; /* a good token budget for one step */
   float memory_share;  /* of free memory that KV pages may take; 0 = the engine's choice */
+  bool ahead;          /* there are ops.launch and ops.choose, and a second step may be launched before the first ends */
 };
 
 struct qtr_backend_options {

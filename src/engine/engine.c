@@ -200,7 +200,7 @@ static enum qtr_status sample_row(struct qtr_engine *e, const struct qtr_pass *p
 /* Launches the batch; with it, where the device can, the choice of a token for each row. Without the mutex. */
 static enum qtr_status launch(struct qtr_engine *e, struct qtr_pass *pass, struct qtr_error *err) {
   const struct qtr_backend_ops *ops = e->model->backend->ops;
-  pass->open = ops->launch != NULL && ops->choose != NULL;
+  pass->open = e->ahead;
   pass->n_adjust = 0;
   for (int32_t i = 0; ops->choose && i < pass->batch.n_logit_rows; i++) {
     pass->choose[i] = choose_row(e, pass, pass->row_seq[i], pass->row_target[i]);

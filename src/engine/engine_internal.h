@@ -5,7 +5,7 @@
  * is set. The sequences of its passes (`batch_seq`) belong to it as well; other threads leave them alone and only mark their
  * request cancelled.
  *
- * Ahead. A step is planned, launched and collected. Where the device works on its own (ops.launch), the step after it is
+ * Ahead. A step is planned, launched and collected. Where the device works on its own (caps.ahead), the step after it is
  * planned and launched before it is collected, so the device never waits for the host: a token that is not known yet has a
  * place in its sequence already, and the device puts it into the next batch itself. What a step's tokens are computed from
  * counts as computed from the launch on, because the device runs steps in order: pages may be published, given back and
@@ -176,6 +176,7 @@ struct qtr_engine {
   int32_t n_eos;
   size_t kv_page_bytes, stream_page_bytes, selection_bytes;
   bool prefix_cache;
+  bool ahead; /* steps may be launched before the last one is collected */
   /* Sparse attention: */
   struct qtr_kv_sparse sparse; /* as the cache has it, but streaming is NULL */
   bool streams;                /* there are streaming heads: n_stream_pages pages hold their K and V */

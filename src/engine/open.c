@@ -406,6 +406,7 @@ static enum qtr_status choose_lengths(struct qtr_engine *e, const struct qtr_eng
     e->max_num_seqs = seqs;
   }
   e->threads = caps.threads;
+  e->ahead = caps.ahead;
   (void)snprintf(e->device, sizeof e->device, "%s", caps.device ? caps.device : "");
   return QTR_OK;
 }
@@ -470,7 +471,7 @@ static enum qtr_status make_batch(struct qtr_engine *e, struct qtr_error *err) {
                                 {&e->row_logits, (size_t)e->vocab_size * sizeof *e->row_logits},
                                 {&e->allowed, qtr_ceil_div((size_t)e->vocab_size, 32) * sizeof *e->allowed}};
   enum qtr_status status = make_arrays(array, sizeof array / sizeof array[0], err);
-  int n_passes = e->model->backend->ops->launch ? QTR_PASSES : 1;
+  int n_passes = e->ahead ? QTR_PASSES : 1;
   for (int i = 0; i < n_passes && !status; i++) status = make_pass(e, &e->pass[i], err);
   if (status) return status;
   for (size_t i = 0; i < seqs; i++) e->free_slot[e->n_free_slots++] = (int32_t)(seqs - 1 - i); /* 0 goes first */

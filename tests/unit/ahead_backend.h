@@ -131,6 +131,11 @@ static inline enum qtr_status ahead_end(struct qtr_backend *b, struct qtr_error 
   return status ? status : ahead_collect(b, err);
 }
 
+static inline void ahead_caps(struct qtr_backend *b, struct qtr_caps *caps) {
+  ahead_of(b)->inner->caps(b, caps);
+  caps->ahead = true;
+}
+
 static inline void ahead_close(struct qtr_backend *b) {
   struct ahead *ahead = ahead_of(b);
   qtr_sampler_free(ahead->sampler);
@@ -148,6 +153,7 @@ static inline void ahead_wrap(struct qtr_backend *b, int32_t vocab_size) {
   ahead->inner = b->ops;
   ahead->ops = *b->ops;
   ahead->ops.close = ahead_close;
+  ahead->ops.caps = ahead_caps;
   ahead->ops.begin_step = ahead_begin;
   ahead->ops.end_step = ahead_end;
   ahead->ops.launch = ahead_launch;

@@ -567,6 +567,7 @@ static void nan_linear(struct qtr_backend *b, const struct qtr_linear_args *args
 
 static void test_device_fails(void **unused) {
   (void)unused;
+  if (steps_ahead() > 0) skip(); /* test_engine_ahead does it */
   struct qtr_engine *engine = start(&(struct qtr_engine_options){.max_num_seqs = 2});
   struct qtr_error err = {0};
   bool work = true;
@@ -600,7 +601,7 @@ static void test_device_fails(void **unused) {
 static void test_logits_without_numbers(void **unused) {
   (void)unused;
   struct qtr_engine *engine = start(&(struct qtr_engine_options){0});
-  broken_ops = qtr_backend_reference;
+  broken_ops = *engine->model->backend->ops;
   broken_ops.linear = nan_linear;
   bad_rows = 0;
   engine->model->backend->ops = &broken_ops;
@@ -614,7 +615,7 @@ static void test_logits_without_numbers(void **unused) {
   bad_rows = 0;
   while (step(engine)) continue;
   assert_int_equal(run.finish[0], QTR_FINISH_ERROR);
-  assert_int_equal(run.n[0], 4);
+  assert_int_equal(run.n[0], 4 + steps_ahead());
   assert_true(run.finish[1] == QTR_FINISH_LENGTH && run.finish[2] == QTR_FINISH_LENGTH);
   assert_true(run.n[1] == 10 && run.n[2] == 10);
   finish(engine);

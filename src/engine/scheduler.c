@@ -151,6 +151,11 @@ void qtr_scheduler_end(struct qtr_engine *e, struct qtr_request *r, enum qtr_fin
 
 /* ---- planning ------------------------------------------------------------------------------------ */
 
+/* Is the sequence's last token pending? Then it ends with that, and there is nothing more to compute. */
+static bool is_full(const struct qtr_sequence *s) {
+  return s->n_tokens == s->request->n_prompt + s->request->max_tokens;
+}
+
 /* Sends the last running sequence back to the queue and gives its share of the step back. */
 static void preempt_last(struct qtr_engine *e, int32_t *budget) {
   struct qtr_sequence *s = e->running[--e->n_running];
@@ -180,7 +185,7 @@ static bool plan_running(struct qtr_engine *e, bool decode, int32_t *budget, int
     struct qtr_sequence *s = e->running[i];
     int32_t left = s->n_tokens - s->n_computed;
     if ((left == 1) != decode || s->n_planned > 0) continue;
-    if (s->n_tokens == s->request->n_prompt + s->request->max_tokens) continue; /* its last token is pending */
+    if (is_full(s)) continue;
     while (s->state == QTR_SEQ_RUNNING && s->n_pages < pages_for(s->n_tokens)) {
       int32_t page = qtr_kv_pool_take(e->pool);
       if (page >= 0) {
@@ -233,6 +238,7 @@ static void admit(struct qtr_engine *e, int32_t *budget, int32_t *rows) {
     struct qtr_request *r = s->request;
     /* Further completions wait until the first has published the prompt, then share its pages. */
     if (s->index > 0 && (e->prefix_cache || r->prompt_logprobs) && !r->prefilled) continue;
+    if (is_full(s)) continue; /* preempted just now */
     if (!qtr_sequence_prepare(s)) { /* out of memory: this one ends, its siblings need not wait for it */
       r->prefilled = true;
       finish_with(e, s, QTR_FINISH_ERROR);

@@ -152,9 +152,7 @@ void qtr_scheduler_end(struct qtr_engine *e, struct qtr_request *r, enum qtr_fin
 /* ---- planning ------------------------------------------------------------------------------------ */
 
 /* Is the sequence's last token pending? Then it ends with that, and there is nothing more to compute. */
-static bool is_full(const struct qtr_sequence *s) {
-  return s->n_tokens == s->request->n_prompt + s->request->max_tokens;
-}
+static bool is_full(const struct qtr_sequence *s) { return s->n_tokens == s->request->n_prompt + s->request->max_tokens; }
 
 /* Sends the last running sequence back to the queue and gives its share of the step back. */
 static void preempt_last(struct qtr_engine *e, int32_t *budget) {
@@ -238,7 +236,7 @@ static void admit(struct qtr_engine *e, int32_t *budget, int32_t *rows) {
     struct qtr_request *r = s->request;
     /* Further completions wait until the first has published the prompt, then share its pages. */
     if (s->index > 0 && (e->prefix_cache || r->prompt_logprobs) && !r->prefilled) continue;
-    if (is_full(s)) continue; /* preempted just now */
+    if (is_full(s)) continue;       /* preempted just now */
     if (!qtr_sequence_prepare(s)) { /* out of memory: this one ends, its siblings need not wait for it */
       r->prefilled = true;
       finish_with(e, s, QTR_FINISH_ERROR);

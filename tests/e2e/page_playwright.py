@@ -334,6 +334,8 @@ def markdown(browser, url):
 def errors(browser, url):
     refused = ("the server responded with a status of", "Failed to load resource", "ERR_")
     with Visit(browser, url, expected=refused) as page:
+        settle(page, max_tokens="30")  # a drawn answer may be thousands of tokens long
+
         def refuse(status, message, **headers):
             page.route("**/v1/chat/completions", lambda route: route.fulfill(status=status, headers=headers, content_type="application/json",
                        body=json.dumps({"error": {"message": message, "type": "x", "param": None, "code": None}})))
@@ -371,6 +373,7 @@ def keys(browser):
         server = Server("--api-key", file.name)
         with Visit(browser, server.url, expected=("401",)) as page:
             expect(page.locator("#state")).to_have_text("API key needed")
+            settle(page, max_tokens="30")
             ask(page, "Hello")
             expect(page.get_by_role("alert")).to_contain_text("API key")
             page.get_by_role("button", name="Enter the key").click()

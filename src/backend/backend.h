@@ -186,8 +186,11 @@ struct qtr_choose_row {
   uint64_t seed, position; /* of the random stream, as in engine/sampler.h */
 };
 enum { QTR_CHOOSE_NONE = -1 /* nothing finite */, QTR_CHOOSE_UNDECIDED = -2 /* the caller must look at the row */ };
-/* Of a row without `skip` only top_p < 1 without top_k, or a top_k above this, may be left undecided. */
 #define QTR_CHOOSE_SURE_TOP_K 1024
+/* Of rows without `skip` only others than these may be left undecided. */
+static inline bool qtr_choose_sure(const struct qtr_choose_row *row) {
+  return row->temperature == 0 || (row->top_k <= QTR_CHOOSE_SURE_TOP_K && (row->top_k > 0 || row->top_p >= 1));
+}
 struct qtr_choose_result {
   int32_t token; /* or one of the above */
   int32_t n_top;
@@ -357,6 +360,7 @@ struct qtr_backend_ops {
    * then. The next step may begin after a launch, so two may be under way: the device runs them in order, and a token -1 - i
    * of the second's batch is the one that the first chooses for its row i (any, if it chooses none). What a step leaves in
    * buffers, its logits above all, is gone when the next one is launched. `download` waits for both. */
+#define QTR_STEPS_UNDER_WAY 2
   enum qtr_status (*launch)(struct qtr_backend *b, struct qtr_error *err);
   enum qtr_status (*collect)(struct qtr_backend *b, struct qtr_error *err);
 

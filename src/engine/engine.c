@@ -110,9 +110,8 @@ static struct qtr_sample_args sample_args(const struct qtr_sequence *s) {
 /* Is a row's choice the device's, and independent of tokens that are not known yet? */
 static bool row_open(const struct qtr_engine *e, const struct qtr_choose_row *row) {
   if (row->skip || row->n_adjust > 0 || row->top_k > QTR_CHOOSE_SURE_TOP_K) return false;
-  bool sure = row->temperature == 0 || row->top_k > 0 || row->top_p >= 1;
   /* Going back over a token would leave traces in the statistics of pages, and needs what a window has passed by. */
-  return sure || !(e->streams || e->sparse.budget > 0);
+  return qtr_choose_sure(row) || !(e->streams || e->sparse.budget > 0);
 }
 
 /* What the device needs to know to sample a row. */
@@ -201,12 +200,12 @@ static enum qtr_status sample_row(struct qtr_engine *e, const struct qtr_pass *p
 static enum qtr_status launch(struct qtr_engine *e, struct qtr_pass *pass, struct qtr_error *err) {
   const struct qtr_backend_ops *ops = e->model->backend->ops;
   pass->open = e->ahead;
-  pass->n_adjust = 0;
-  for (int32_t i = 0; ops->choose && i < pass->batch.n_logit_rows; i++) {
-    pass->choose[i] = choose_row(e, pass, pass->row_seq[i], pass->row_target[i]);
-    pass->open = pass->open && row_open(e, &pass->choose[i]);
-  }
   if (ops->choose) {
+    pass->n_adjust = 0;
+    for (int32_t i = 0; i < pass->batch.n_logit_rows; i++) {
+      pass->choose[i] = choose_row(e, pass, pass->row_seq[i], pass->row_target[i]);
+      pass->open = pass->open && row_open(e, &pass->choose[i]);
+    }
     pass->batch.choose = pass->choose;
     pass->batch.chosen = pass->chosen;
     pass->batch.adjust = pass->adjust;
@@ -248,7 +247,7 @@ static void die(struct qtr_engine *e, const struct qtr_error *why) {
   e->dead = true;
   e->death = *why;
   e->cancelled = NULL;
-  for (struct qtr_pass *pass = e->pass; pass < e->pass + QTR_PASSES; pass++) {
+  for (struct qtr_pass *pass = e->pass; pass < e->pass + QTR_STEPS_UNDER_WAY; pass++) {
     pass->launched = false;
     for (int32_t i = 0; i < pass->batch.n_logit_rows; i++) {
       qtr_event_recycle(&e->events, pass->row_node[i]);
@@ -260,10 +259,9 @@ static void die(struct qtr_engine *e, const struct qtr_error *why) {
   }
 }
 
-/* Under the mutex, which is given away while the host prepares and the device is told. */
+/* Under the mutex, which is given away while the host prepares and the device is told: `stepping` is set. */
 static enum qtr_status launch_planned(struct qtr_engine *e, struct qtr_pass *pass, double *model_seconds,
                                       struct qtr_error *err) {
-  e->stepping = true;
   pthread_mutex_unlock(&e->mutex);
   double start = qtr_now();
   enum qtr_status status = launch(e, pass, err);
@@ -317,9 +315,9 @@ enum qtr_status qtr_engine_step(struct qtr_engine *e, bool *has_work, struct qtr
       status = qtr_fail_memory(err, "events", sizeof(struct qtr_event_node));
       goto done;
     }
-    status = launch_planned(e, pass, &model_seconds, &why);
   }
   e->stepping = true;
+  if (!pass->launched) status = launch_planned(e, pass, &model_seconds, &why);
   if (!status) status = go_ahead(e, pass, &behind, &model_seconds, &why);
   pthread_mutex_unlock(&e->mutex);
 

@@ -134,7 +134,6 @@ void qtr_sequence_describe(const struct qtr_sequence *seq, struct qtr_event *eve
 /* ---- engine (engine.c, open.c) and scheduler (scheduler.c) --------------------------------------- */
 
 #define QTR_ID_SLOTS 4096 /* of the id table, a power of two */
-#define QTR_PASSES 2      /* steps between launch and results, at most */
 
 /* A step of the model, from its plan to its results. */
 struct qtr_pass {
@@ -199,8 +198,7 @@ struct qtr_engine {
   struct qtr_stats stats; /* counters only */
 
   /* the step's own */
-  struct qtr_pass pass[QTR_PASSES];
-  struct qtr_pass *last; /* the one planned last */
+  struct qtr_pass pass[QTR_STEPS_UNDER_WAY]; /* the second only with `ahead` */
   struct qtr_sampler *sampler;
   float *row_logits; /* (vocab_size) */
   uint32_t *allowed; /* (vocab_size / 32 rounded up) tokens that a constraint lets through */

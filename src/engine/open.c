@@ -471,7 +471,7 @@ static enum qtr_status make_batch(struct qtr_engine *e, struct qtr_error *err) {
                                 {&e->row_logits, (size_t)e->vocab_size * sizeof *e->row_logits},
                                 {&e->allowed, qtr_ceil_div((size_t)e->vocab_size, 32) * sizeof *e->allowed}};
   enum qtr_status status = make_arrays(array, sizeof array / sizeof array[0], err);
-  int n_passes = e->ahead ? QTR_PASSES : 1;
+  int n_passes = e->ahead ? QTR_STEPS_UNDER_WAY : 1;
   for (int i = 0; i < n_passes && !status; i++) status = make_pass(e, &e->pass[i], err);
   if (status) return status;
   for (size_t i = 0; i < seqs; i++) e->free_slot[e->n_free_slots++] = (int32_t)(seqs - 1 - i); /* 0 goes first */
@@ -492,7 +492,7 @@ static void engine_free(struct qtr_engine *e) {
   qtr_kv_pool_free(e->pool);
   qtr_event_queue_free(&e->events);
   qtr_sampler_free(e->sampler);
-  for (int i = 0; i < QTR_PASSES; i++) free_pass(&e->pass[i]);
+  for (int i = 0; i < QTR_STEPS_UNDER_WAY; i++) free_pass(&e->pass[i]);
   void *const array[] = {e->running, e->row_logits, e->allowed, e->model_dir, e->free_slot};
   for (size_t i = 0; i < sizeof array / sizeof array[0]; i++) free(array[i]);
   (void)pthread_mutex_destroy(&e->mutex);
@@ -632,7 +632,7 @@ enum qtr_status qtr_engine_open(const struct qtr_engine_options *o, struct qtr_e
 
 struct qtr_model *qtr_engine_close_keep_model(struct qtr_engine *e) {
   struct qtr_model *model = e->model;
-  for (int i = 0; i < QTR_PASSES; i++) { /* nothing may be under way in what is freed now */
+  for (int i = 0; i < QTR_STEPS_UNDER_WAY; i++) { /* nothing may be under way in what is freed now */
     if (e->pass[i].launched) (void)qtr_model_collect(model, e->workspace, NULL);
   }
   for (size_t slot = 0; slot < QTR_ID_SLOTS; slot++) {

@@ -92,7 +92,7 @@ void qtr_scheduler_add(struct qtr_engine *e, struct qtr_request *r) {
 
 /* Takes a sequence out of the steps that are under way: what they compute for it is dropped. */
 static void forget(struct qtr_engine *e, const struct qtr_sequence *s) {
-  for (struct qtr_pass *pass = e->pass; pass < e->pass + QTR_PASSES; pass++) {
+  for (struct qtr_pass *pass = e->pass; pass < e->pass + QTR_STEPS_UNDER_WAY; pass++) {
     if (!pass->launched) continue;
     for (int32_t i = 0; i < pass->batch.n_seqs; i++) {
       if (pass->batch_seq[i] == s) pass->batch_seq[i] = NULL;
@@ -325,7 +325,6 @@ void qtr_scheduler_plan(struct qtr_engine *e, struct qtr_pass *pass) {
   bool ample = plan_running(e, true, &budget, &rows);
   ample = plan_running(e, false, &budget, &rows) && ample;
   if (ample) admit(e, &budget, &rows);
-  e->last = pass;
   build_batch(e, pass);
 }
 

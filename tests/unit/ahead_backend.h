@@ -29,9 +29,9 @@ static struct ahead {
   struct {
     struct qtr_choose_result *to, *made;
     int32_t n;
-  } way[2]; /* steps launched: the older one first */
+  } way[QTR_STEPS_UNDER_WAY]; /* steps launched: the older one first */
   int n_way;
-  struct qtr_choose_result made[2][AHEAD_MOST], *before; /* what the step launched last chose */
+  struct qtr_choose_result made[QTR_STEPS_UNDER_WAY][AHEAD_MOST];
   int which;
 } ahead_all[4];
 
@@ -50,7 +50,7 @@ static inline enum qtr_status ahead_begin(struct qtr_backend *b, const struct qt
     if (token < 0) {
       assert_int_equal(ahead->n_way, 1); /* only the step before is still unknown */
       assert_in_range(-1 - token, 0, ahead->way[0].n - 1);
-      token = QTR_MAX(ahead->before[-1 - token].token, 0);
+      token = QTR_MAX(ahead->way[0].made[-1 - token].token, 0);
     }
     ahead->token[i] = token;
   }
@@ -68,10 +68,9 @@ static inline void ahead_choose(struct qtr_backend *b, const struct qtr_choose_a
 static inline void ahead_row(struct qtr_sampler *sampler, const struct qtr_choose_args *args, int32_t i,
                              struct qtr_choose_result *result) {
   const struct qtr_choose_row *row = &args->row[i];
-  bool sure = row->temperature == 0 || (row->top_k > 0 && row->top_k <= QTR_CHOOSE_SURE_TOP_K) || row->top_p >= 1;
   *result = (struct qtr_choose_result){.token = QTR_CHOOSE_UNDECIDED};
   if (row->skip) return;
-  if (row->n_adjust > 0 || (!sure && (row->seed + row->position) % 3 == 0)) return;
+  if (row->n_adjust > 0 || (!qtr_choose_sure(row) && (row->seed + row->position) % 3 == 0)) return;
   const struct qtr_sampling sampling = {.temperature = row->temperature,
                                         .top_p = row->top_p,
                                         .min_p = row->min_p,
@@ -112,7 +111,6 @@ static inline enum qtr_status ahead_launch(struct qtr_backend *b, struct qtr_err
   ahead->way[ahead->n_way].to = c->result;
   ahead->way[ahead->n_way].made = made;
   ahead->way[ahead->n_way++].n = n;
-  ahead->before = made;
   return QTR_OK;
 }
 

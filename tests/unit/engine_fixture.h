@@ -68,13 +68,22 @@ static inline struct qtr_engine *tiny_engine(struct qtr_model *model, const stru
   return engine;
 }
 
+/* The batch that was planned last. */
+static inline const struct qtr_batch *last_batch(const struct qtr_engine *engine) {
+  return &engine->pass[engine->pass[1].launched].batch;
+}
+
+/* A step that must go well; whether there is more to do. */
+static inline bool tiny_step(struct qtr_engine *engine) {
+  struct qtr_error err = {0};
+  bool work;
+  if (qtr_engine_step(engine, &work, &err)) fail_msg("%s", err.message);
+  return work;
+}
+
 /* Runs until nothing is left. */
 static inline void drain(struct qtr_engine *engine) {
-  struct qtr_error err = {0};
-  bool work = true;
-  while (work) {
-    if (qtr_engine_step(engine, &work, &err)) fail_msg("%s", err.message);
-  }
+  while (tiny_step(engine)) continue;
 }
 
 /* The state after everything has ended: no page used, pool consistent, nothing queued. */

@@ -26,7 +26,7 @@ struct expected {
 
 /* One KV head of one layer, over one sequence of the step that has just been. */
 static void count_head(struct qtr_engine *e, int32_t layer, int32_t head, int32_t seq, struct expected *x) {
-  const struct qtr_batch *b = &e->last->batch;
+  const struct qtr_batch *b = last_batch(e);
   const struct qtr_kv_heads *h = e->model->backend->ops->kv_heads(e->kv);
   const struct qtr_kv_sparse *s = &h->sparse;
   static bool seen[MAX_LEN], own[MAX_LEN];
@@ -102,10 +102,10 @@ static void check(const struct qtr_sparse_options *sparse, const char *precision
     struct expected x = {0};
     for (int32_t layer = 0; layer < LAYERS; layer++) {
       for (int32_t head = 0; head < HEADS; head++) {
-        for (int32_t seq = 0; seq < e->last->batch.n_seqs; seq++) count_head(e, layer, head, seq, &x);
+        for (int32_t seq = 0; seq < last_batch(e)->n_seqs; seq++) count_head(e, layer, head, seq, &x);
       }
     }
-    double outputs_bytes = 2.0 * LAYERS * e->last->batch.n_tokens * GROUP * HEADS * DIM * sizeof(float);
+    double outputs_bytes = 2.0 * LAYERS * last_batch(e)->n_tokens * GROUP * HEADS * DIM * sizeof(float);
     double bytes = x.keys * (double)row + x.logical * DIM * 4 + outputs_bytes;
     double ops = 4 * DIM * x.pairs + 4 * GROUP * DIM * x.logical;
     assert_int_equal(after.n_calls - before.n_calls, LAYERS);

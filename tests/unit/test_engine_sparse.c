@@ -125,10 +125,9 @@ static void note_single_tokens(const struct qtr_batch *b) {
 }
 
 static bool step(struct qtr_engine *e) {
-  struct qtr_error err = {0};
-  bool work;
-  if (qtr_engine_step(e, &work, &err)) fail_msg("%s", err.message);
-  for (int i = 0; i < QTR_PASSES; i++) note_single_tokens(&e->pass[i].batch); /* this step's, and perhaps the next one's */
+  bool work = tiny_step(e);
+  for (int i = 0; i < QTR_STEPS_UNDER_WAY; i++)
+    note_single_tokens(&e->pass[i].batch); /* this step's, and perhaps the next one's */
   poll(e);
   return work;
 }

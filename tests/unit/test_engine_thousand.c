@@ -166,7 +166,7 @@ static void run_together(const struct setup *setup) {
   for (long step = 0; work || added < subject.n; step++) {
     for (int k = pick(4); k > 0 && added < subject.n; k--) (void)add(engine, added++, true);
     if (qtr_engine_step(engine, &work, &err)) fail_msg("%s: %s", setup->name, err.message);
-    assert_true(engine->last->batch.n_tokens <= setup->budget && engine->last->batch.n_seqs <= setup->seqs);
+    assert_true(last_batch(engine)->n_tokens <= setup->budget && last_batch(engine)->n_seqs <= setup->seqs);
     if (!qtr_kv_pool_check(engine->pool, &err)) fail_msg("%s, step %ld: %s", setup->name, step, err.message);
     n_ended += take_events(engine, got, true);
     assert_true(step < 1000000);

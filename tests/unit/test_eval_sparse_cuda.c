@@ -141,7 +141,7 @@ static bool step(struct qtr_engine *e) {
   struct qtr_event event;
   bool work;
   if (qtr_engine_step(e, &work, &err)) fail_msg("%s", err.message);
-  for (int pass = 0; pass < QTR_PASSES; pass++) { /* this step's, and perhaps the next one's */
+  for (int pass = 0; pass < QTR_STEPS_UNDER_WAY; pass++) { /* this step's, and perhaps the next one's */
     const struct qtr_batch *b = &e->pass[pass].batch;
     for (int32_t s = 0; s < b->n_seqs; s++) {
       if (QTR_MIN(b->decode_start[s] - b->kv_len[s], b->q_start[s + 1] - b->q_start[s]) != 1) continue;

@@ -20,7 +20,7 @@ enum {
   WARPS = THREADS / 32,
   BLOCK = 512,
   LANES = 8,
-  CANDIDATES = 1024,
+  CANDIDATES = QTR_CHOOSE_SURE_TOP_K,
   MAX_TOP = 20,
   SHARE = 8 /* blocks of a greedy row */
 };

@@ -21,7 +21,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_OPS = 4096, MAX_GRAPHS = 64, MAX_STAMPS = 4096 };
+enum { MAX_OPS = 4096, MAX_GRAPHS = 64, MAX_STAMPS = 4096, WAYS = QTR_STEPS_UNDER_WAY, CLOCKS = WAYS + 1 };
 
 enum op_kind {
   OP_NONE,
@@ -80,8 +80,7 @@ struct qtr_cuda_step {
   bool has_plan;
   struct qtr_cuda_plan_config plan_config;
   struct qtr_choose_args choose; /* as the caller gave them */
-  bool has_choose, begins;       /* choose: of the record; begins: its first work is still to be uploaded */
-  bool chooses;                  /* of the step */
+  bool begins, chooses;          /* the step: its first work is still to be uploaded; it samples */
   uint64_t number;
 
   /* steps under way */
@@ -89,17 +88,17 @@ struct qtr_cuda_step {
   struct {
     struct qtr_choose_result *to; /* the caller's */
     int32_t n_rows;
-  } way[2]; /* step number modulo 2, as block and result_host */
+  } way[WAYS]; /* step number modulo WAYS, as block and result_host */
 
   /* memory, grown as needed */
-  char *block[2], *device; /* (block_bytes) pinned, device */
-  char *host;              /* the pinned block of the step that is recorded */
+  char *block[WAYS], *device; /* (block_bytes) pinned, device */
+  char *host;                 /* the pinned block of the step that is recorded */
   size_t block_bytes;
   float *cos, *sin; /* device (angle_floats) */
   size_t angle_floats;
-  void *scratch, *select_scratch;                      /* device, attention and choices of pages */
-  size_t scratch_bytes, select_bytes, select_counters; /* of the latter, zeroed at first */
-  struct qtr_choose_result *result_host[2], *result;   /* (result_rows) pinned, device */
+  void *scratch, *select_scratch;                       /* device, attention and choices of pages */
+  size_t scratch_bytes, select_bytes, select_counters;  /* of the latter, zeroed at first */
+  struct qtr_choose_result *result_host[WAYS], *result; /* (result_rows) pinned, device */
   void *choose_scratch;
   size_t result_rows, choose_bytes;
   float *original; /* device (original_bytes / 4) logits that adjustments replaced */
@@ -107,8 +106,8 @@ struct qtr_cuda_step {
 
   struct graph graph[MAX_GRAPHS];
   size_t n_graphs;
-  cudaEvent_t begun[3], ended[3]; /* of the device's work on a step; step number modulo 3 */
-  double busy, idle;              /* seconds */
+  cudaEvent_t begun[CLOCKS], ended[CLOCKS]; /* of the device's work on a step; step number modulo CLOCKS */
+  double busy, idle;                        /* seconds */
   cudaEvent_t stamp[MAX_STAMPS];
   size_t n_stamps, n_events;
 };
@@ -120,7 +119,7 @@ enum qtr_status qtr_cuda_step_create(struct qtr_cuda *c, struct qtr_error *err) 
   c->step = s;
   if (s) s->op = calloc(MAX_OPS, sizeof *s->op);
   if (!s || !s->op) return qtr_fail_memory(err, "the record of a step", MAX_OPS * sizeof *s->op);
-  for (int i = 0; i < 3; i++) {
+  for (int i = 0; i < CLOCKS; i++) {
     (void)qtr_cuda_ok(c, cudaEventCreate(&s->begun[i]), "making an event");
     (void)qtr_cuda_ok(c, cudaEventCreate(&s->ended[i]), "making an event");
   }
@@ -145,11 +144,11 @@ void qtr_cuda_step_free(struct qtr_cuda *c) {
   if (!s) return;
   qtr_cuda_forget_graphs(c);
   for (size_t i = 0; i < s->n_events; i++) (void)cudaEventDestroy(s->stamp[i]);
-  for (int i = 0; i < 3; i++) {
+  for (int i = 0; i < CLOCKS; i++) {
     if (s->begun[i]) (void)cudaEventDestroy(s->begun[i]);
     if (s->ended[i]) (void)cudaEventDestroy(s->ended[i]);
   }
-  for (int i = 0; i < 2; i++) {
+  for (int i = 0; i < WAYS; i++) {
     if (s->block[i]) (void)cudaFreeHost(s->block[i]);
     if (s->result_host[i]) (void)cudaFreeHost(s->result_host[i]);
   }
@@ -172,6 +171,17 @@ static bool grow(struct qtr_cuda *c, void **device, size_t *have, size_t n_bytes
   *have = 0;
   if (qtr_cuda_malloc(c, n_bytes, what, device, &err)) return qtr_cuda_ok(c, cudaErrorMemoryAllocation, what);
   *have = n_bytes;
+  return true;
+}
+
+/* The same of pinned memory: the first `keep` bytes stay, the rest is zero. */
+static bool grow_pinned(struct qtr_cuda *c, void **pinned, size_t keep, size_t n_bytes) {
+  void *more = NULL;
+  if (!qtr_cuda_ok(c, cudaMallocHost(&more, n_bytes), "pinned memory")) return false;
+  memset(more, 0, n_bytes);
+  if (keep > 0) memcpy(more, *pinned, keep);
+  if (*pinned) (void)cudaFreeHost(*pinned);
+  *pinned = more;
   return true;
 }
 
@@ -330,7 +340,7 @@ static bool step_begins(struct qtr_cuda *c) {
   struct qtr_cuda_step *s = c->step;
   if (!s->begins) return true;
   s->begins = false;
-  return qtr_cuda_ok(c, cudaEventRecord(s->begun[s->n_launched % 3], c->stream), "a time stamp");
+  return qtr_cuda_ok(c, cudaEventRecord(s->begun[s->n_launched % CLOCKS], c->stream), "a time stamp");
 }
 
 /* Room for the tokens of n rows, for as many as a step may have if that is known. Those of the step under way stay: the next
@@ -349,12 +359,8 @@ static bool result_room(struct qtr_cuda *c, size_t n) {
   if (had > 0) (void)qtr_cuda_ok(c, cudaMemcpy(result, s->result, had, cudaMemcpyDeviceToDevice), "sampled tokens");
   qtr_cuda_release(s->result);
   s->result = result;
-  for (int i = 0; i < 2; i++) {
-    struct qtr_choose_result *host = NULL;
-    if (!qtr_cuda_ok(c, cudaMallocHost((void **)&host, n_bytes), "pinned memory")) return false;
-    if (had > 0) memcpy(host, s->result_host[i], had);
-    if (s->result_host[i]) (void)cudaFreeHost(s->result_host[i]);
-    s->result_host[i] = host;
+  for (int i = 0; i < WAYS; i++) {
+    if (!grow_pinned(c, (void **)&s->result_host[i], had, n_bytes)) return false;
   }
   s->result_rows = n;
   return true;
@@ -366,15 +372,15 @@ static bool batch_upload(struct qtr_cuda *c) {
   struct shape *z = &s->shape;
   const struct qtr_kv *kv = NULL;
   const struct op *attention = NULL;
-  s->has_choose = false;
+  bool has_choose = false;
   for (size_t i = 0; i < s->n_op; i++) {
     const struct op *op = &s->op[i];
     if (op->kind == OP_ROPE_KV) kv = op->as.rope.kv;
     if (op->kind == OP_ATTENTION && !attention) attention = op;
-    if (op->kind == OP_CHOOSE) s->has_choose = true;
+    if (op->kind == OP_CHOOSE) has_choose = true;
   }
   size_t tokens = (size_t)z->n_tokens, seqs = (size_t)z->n_seqs, at = z->choose;
-  if (s->has_choose) (void)place(&at, (size_t)z->n_rows * sizeof(struct qtr_choose_row));
+  if (has_choose) (void)place(&at, (size_t)z->n_rows * sizeof(struct qtr_choose_row));
   z->plan = at;
   s->has_plan = attention != NULL;
   if (attention) {
@@ -386,22 +392,19 @@ static bool batch_upload(struct qtr_cuda *c) {
     if (!select_room(c)) return false;
   }
   z->adjust = at;
-  size_t n_adjust = s->has_choose ? (size_t)s->choose.n_adjust : 0, total = at;
+  size_t n_adjust = has_choose ? (size_t)s->choose.n_adjust : 0, total = at;
   (void)place(&total, n_adjust * sizeof(struct qtr_choose_adjust));
   if (!grow(c, (void **)&s->original, &s->original_bytes, n_adjust * 2 * sizeof(float), "adjusted logits")) return false;
   if (total > s->block_bytes) {
     size_t n = qtr_round_up(total * 2, 4096), have = 0;
     if (!grow(c, (void **)&s->device, &have, n, "the arrays of a batch")) return false;
     s->block_bytes = 0;
-    for (int i = 0; i < 2; i++) {
-      if (s->block[i]) (void)cudaFreeHost(s->block[i]);
-      s->block[i] = NULL;
-      if (!qtr_cuda_ok(c, cudaMallocHost((void **)&s->block[i], n), "pinned memory")) return false;
-      memset(s->block[i], 0, n);
+    for (int i = 0; i < WAYS; i++) {
+      if (!grow_pinned(c, (void **)&s->block[i], 0, n)) return false;
     }
     s->block_bytes = n;
   }
-  s->host = s->block[s->n_launched % 2];
+  s->host = s->block[s->n_launched % WAYS];
   if (s->angle_floats < tokens * s->half_dim) {
     size_t have = 0, more = 0, n = tokens * s->half_dim * 2;
     s->angle_floats = 0;
@@ -410,12 +413,12 @@ static bool batch_upload(struct qtr_cuda *c) {
     s->angle_floats = n;
   }
   size_t rows = (size_t)z->n_rows;
-  if (s->has_choose && !result_room(c, rows)) return false;
-  if (s->has_choose && !grow(c, &s->choose_scratch, &s->choose_bytes,
-                             qtr_cuda_choose_scratch_bytes(rows, (size_t)s->choose.vocab_size), "sampling"))
+  if (has_choose && !result_room(c, rows)) return false;
+  if (has_choose && !grow(c, &s->choose_scratch, &s->choose_bytes,
+                          qtr_cuda_choose_scratch_bytes(rows, (size_t)s->choose.vocab_size), "sampling"))
     return false;
   block_fill(s, kv);
-  if (s->has_choose) {
+  if (has_choose) {
     choose_fill(s);
     if (n_adjust) memcpy(s->host + z->adjust, s->choose.adjust, n_adjust * sizeof *s->choose.adjust);
   }
@@ -678,9 +681,10 @@ enum qtr_status qtr_cuda_begin_step(struct qtr_backend *b, const struct qtr_batc
 /* After step number n: how long the device worked on it, and how long it had waited for it. */
 static void clock_read(struct qtr_cuda_step *s, uint64_t n) {
   float busy = 0, idle = 0;
-  if (cudaEventElapsedTime(&busy, s->begun[n % 3], s->ended[n % 3]) == cudaSuccess) s->busy += (double)busy * 1e-3;
+  if (cudaEventElapsedTime(&busy, s->begun[n % CLOCKS], s->ended[n % CLOCKS]) == cudaSuccess) s->busy += (double)busy * 1e-3;
   if (n == 0) return;
-  if (cudaEventElapsedTime(&idle, s->ended[(n - 1) % 3], s->begun[n % 3]) == cudaSuccess) s->idle += (double)idle * 1e-3;
+  if (cudaEventElapsedTime(&idle, s->ended[(n - 1) % CLOCKS], s->begun[n % CLOCKS]) == cudaSuccess)
+    s->idle += (double)idle * 1e-3;
 }
 
 void qtr_cuda_busy_read(struct qtr_backend *b, double *busy, double *idle) {
@@ -703,14 +707,14 @@ enum qtr_status qtr_cuda_launch(struct qtr_backend *b, struct qtr_error *err) {
   s->n_op = 0;
   (void)step_begins(c); /* a step of nothing */
   s->open = false;
-  s->way[n % 2].to = s->choose.result;
-  s->way[n % 2].n_rows = s->chooses && c->error == cudaSuccess ? s->choose.n_rows : 0;
-  if (s->way[n % 2].n_rows > 0) {
+  s->way[n % WAYS].to = s->choose.result;
+  s->way[n % WAYS].n_rows = s->chooses && c->error == cudaSuccess ? s->choose.n_rows : 0;
+  if (s->way[n % WAYS].n_rows > 0) {
     size_t n_bytes = (size_t)s->choose.n_rows * sizeof *s->result;
-    (void)qtr_cuda_ok(c, cudaMemcpyAsync(s->result_host[n % 2], s->result, n_bytes, cudaMemcpyDeviceToHost, c->stream),
+    (void)qtr_cuda_ok(c, cudaMemcpyAsync(s->result_host[n % WAYS], s->result, n_bytes, cudaMemcpyDeviceToHost, c->stream),
                       "sampled tokens");
   }
-  (void)qtr_cuda_ok(c, cudaEventRecord(s->ended[n % 3], c->stream), "a time stamp");
+  (void)qtr_cuda_ok(c, cudaEventRecord(s->ended[n % CLOCKS], c->stream), "a time stamp");
   s->n_launched++;
   return qtr_cuda_status(c, err);
 }
@@ -720,10 +724,10 @@ enum qtr_status qtr_cuda_collect(struct qtr_backend *b, struct qtr_error *err) {
   struct qtr_cuda_step *s = c->step;
   if (s->n_collected == s->n_launched) return qtr_fail(err, QTR_ERR_STATE, "no step was launched");
   uint64_t n = s->n_collected++;
-  if (qtr_cuda_ok(c, cudaEventSynchronize(s->ended[n % 3]), "a step") && c->error == cudaSuccess) {
+  if (qtr_cuda_ok(c, cudaEventSynchronize(s->ended[n % CLOCKS]), "a step") && c->error == cudaSuccess) {
     clock_read(s, n);
-    if (s->way[n % 2].n_rows > 0)
-      memcpy(s->way[n % 2].to, s->result_host[n % 2], (size_t)s->way[n % 2].n_rows * sizeof *s->result);
+    if (s->way[n % WAYS].n_rows > 0)
+      memcpy(s->way[n % WAYS].to, s->result_host[n % WAYS], (size_t)s->way[n % WAYS].n_rows * sizeof *s->result);
   }
   return qtr_cuda_status(c, err);
 }

@@ -106,9 +106,14 @@ static void on_tick(evutil_socket_t fd, short what, void *arg) {
   (void)what;
   for_each_job(s, qtr_job_tick, now);
   if (!s->draining) return;
-  if (now >= s->t_cut) for_each_job(s, cut, now);
-  /* Answers still leave through their connections; two seconds more for the slowest, then they are closed. */
-  if ((!s->jobs && qtr_http_connections(s->http) == 0) || now >= s->t_cut + 2) (void)event_base_loopbreak(s->base);
+  if (now >= s->t_cut) {
+    for_each_job(s, cut, now);
+    /* Answers still leave through their connections; two seconds from the cut for the slowest, then they are closed. */
+    if (s->t_close <= 0) s->t_close = now + 2;
+  }
+  if ((!s->jobs && qtr_http_connections(s->http) == 0) || (s->t_close > 0 && now >= s->t_close)) {
+    (void)event_base_loopbreak(s->base);
+  }
 }
 
 static void on_signal(evutil_socket_t number, short what, void *arg) {

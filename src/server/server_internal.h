@@ -29,7 +29,9 @@ struct qtr_server {
   size_t n_waiting_bytes;  /* of bodies that wait for a worker */
   struct qtr_buffer chunk; /* the one that is being written; kept, so that a token allocates nothing */
   int64_t created;         /* of the model, for its list: when the server started */
-  double t_start, t_cut;   /* t_cut: when a shutdown cuts what still runs */
+  double t_start;
+  double t_cut;   /* when a shutdown cuts what still runs */
+  double t_close; /* when it closes the connections whose answers have not left by then; 0 = nothing is cut yet */
   bool draining;
   bool tools_rendered; /* the chat template shows tools to the model */
   enum qtr_tool_format tool_format;

@@ -1,6 +1,7 @@
 /* runtime.c - the CUDA runtime's functions that step.c calls, over a queue that a thread works off, now and then late. */
 #include "host_cuda.h"
 
+#include "base/clock.h"
 #include "base/status.h"
 
 #include <pthread.h>
@@ -31,12 +32,6 @@ static pthread_cond_t pushed = PTHREAD_COND_INITIALIZER, done = PTHREAD_COND_INI
 static struct graph captured;
 static bool capturing;
 int host_graph_launches, host_captures, host_wrong;
-
-static double now(void) {
-  struct timespec t;
-  (void)clock_gettime(CLOCK_MONOTONIC, &t);
-  return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-}
 
 static void *stream(void *unused) {
   uint32_t random = 7;
@@ -116,7 +111,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 static void record(void *arg) {
   struct event *event;
   memcpy(&event, arg, sizeof event);
-  event->seconds = now();
+  event->seconds = qtr_now();
 }
 
 cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) {

@@ -1,9 +1,8 @@
-/* test_server_http.c - connections under clients that do not behave: slow, silent, greedy, gone. The limits are short here.
- */
+/* test_server_http.c - connections under clients that do not behave: slow, silent, greedy, gone. The limits are short where
+ * a test is about them. */
+#include "http_client.h"
 #include "server/http.h"
 
-#include <arpa/inet.h>
-#include <errno.h>
 #include <event2/event.h>
 #include <poll.h>
 #include <pthread.h>
@@ -13,8 +12,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <cmocka.h>
@@ -159,8 +156,7 @@ static int end(void **state) {
 
 static int dial(const struct fixture *f) {
   int fd = socket(AF_INET, SOCK_STREAM, 0);
-  struct sockaddr_in to = {
-      .sin_family = AF_INET, .sin_port = htons((uint16_t)f->port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+  struct sockaddr_in to = loopback(f->port);
   const struct timeval tv = {.tv_sec = 60};
   assert_true(fd >= 0);
   (void)setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &tv, sizeof tv);
@@ -170,13 +166,6 @@ static int dial(const struct fixture *f) {
 }
 
 static void say(int fd, const char *text) { (void)!send(fd, text, strlen(text), MSG_NOSIGNAL); }
-
-static ssize_t take(int fd, void *out, size_t size) {
-  ssize_t got;
-  do got = recv(fd, out, size, 0);
-  while (got < 0 && errno == EINTR);
-  return got;
-}
 
 /* Everything until the server closes. Returns the length; -1 when it does not close within a minute. */
 static long hear(int fd, char *out, size_t size) {
@@ -190,10 +179,6 @@ static long hear(int fd, char *out, size_t size) {
   }
   out[n] = 0;
   return (long)n;
-}
-
-static void pause_ms(int ms) {
-  (void)nanosleep(&(struct timespec){.tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000L}, NULL);
 }
 
 static void await(atomic_int *counter, int value) {

@@ -2,14 +2,11 @@
  * serves, clients that vanish in every way, many at once, the end by signal. Prompts are token ids: the model has no text.
  */
 #include "engine_fixture.h"
+#include "http_client.h"
 #include "server/server.h"
 
-#include <arpa/inet.h>
-#include <errno.h>
 #include <pthread.h>
 #include <signal.h>
-#include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 
 struct fixture {
@@ -33,18 +30,13 @@ static enum qtr_status failing_end(struct qtr_backend *b, struct qtr_error *err)
 }
 
 static enum qtr_status slow_end(struct qtr_backend *b, struct qtr_error *err) {
-  (void)nanosleep(&(struct timespec){.tv_nsec = 10000000}, NULL);
+  pause_ms(10);
   return qtr_backend_reference.end_step(b, err);
-}
-
-static struct sockaddr_in address(int port) {
-  return (struct sockaddr_in){
-      .sin_family = AF_INET, .sin_port = htons((uint16_t)port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
 }
 
 /* Takes a port nobody has: neither a socket that binds nor one that connects gets it, only one that asks to share it. */
 static void hold_port(struct fixture *f) {
-  struct sockaddr_in a = address(0);
+  struct sockaddr_in a = loopback(0);
   socklen_t len = sizeof a;
   f->holder = socket(AF_INET, SOCK_STREAM, 0);
   assert_int_equal(setsockopt(f->holder, SOL_SOCKET, SO_REUSEADDR, &(int){1}, sizeof(int)), 0);
@@ -53,12 +45,8 @@ static void hold_port(struct fixture *f) {
   f->options.port = ntohs(a.sin_port);
 }
 
-static void pause_ms(int ms) {
-  (void)nanosleep(&(struct timespec){.tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000L}, NULL);
-}
-
 static int dial(const struct fixture *f) {
-  struct sockaddr_in to = address(f->options.port);
+  struct sockaddr_in to = loopback(f->options.port);
   const struct timeval tv = {.tv_sec = 300}; /* for a server that hangs; a busy machine under a sanitizer is slow */
   for (int i = 0; i < 500; i++) {
     int fd = socket(AF_INET, SOCK_STREAM, 0);
@@ -119,8 +107,8 @@ static void send_request(int fd, const char *method, const char *path, const cha
 static char *hear(int fd) {
   size_t n = 0, size = 1 << 16;
   char *out = malloc(size);
-  for (ssize_t got; out && ((got = recv(fd, out + n, size - 1 - n, 0)) > 0 || (got < 0 && errno == EINTR));) {
-    if (got > 0) n += (size_t)got;
+  for (ssize_t got; out && (got = take(fd, out + n, size - 1 - n)) > 0;) {
+    n += (size_t)got;
     if (n == size - 1) out = realloc(out, size *= 2);
   }
   assert_non_null(out);
@@ -142,17 +130,18 @@ static void expect(char *answer, const char *status, const char *holds) {
   free(answer);
 }
 
+#define COMPLETIONS "/v1/completions"
+
 /* For what a stalled machine may delay: asks again while the answer is `busy`, which is right only for a while. */
 static char *ask_until(const struct fixture *f, const char *body, const char *busy) {
   for (int i = 0;; i++) {
-    char *answer = ask(f, "POST", "/v1/completions", body);
+    char *answer = ask(f, "POST", COMPLETIONS, body);
     if (i == 100 || strncmp(answer, busy, strlen(busy)) != 0) return answer;
     free(answer);
     pause_ms(20);
   }
 }
 
-#define COMPLETIONS "/v1/completions"
 #define LONG "{\"prompt\":[50,60,70],\"max_tokens\":900,\"ignore_eos\":true,\"seed\":1}"
 #define STREAM "{\"prompt\":[50,60,70],\"max_tokens\":900,\"ignore_eos\":true,\"seed\":1,\"stream\":true}"
 #define MEDIUM "{\"prompt\":[50,60,70],\"max_tokens\":200,\"ignore_eos\":true,\"seed\":1"
@@ -203,7 +192,7 @@ static void test_vanishing(void **state) {
     seed = seed * 1664525u + 1013904223u;
     pause_ms((int)(seed >> 24) / 16);
     char some[256];
-    if (i % 2 && i % 3 == 0) (void)recv(fd, some, sizeof some, 0);
+    if (i % 2 && i % 3 == 0) (void)take(fd, some, sizeof some);
     if (i % 5 == 0) (void)setsockopt(fd, SOL_SOCKET, SO_LINGER, &(struct linger){.l_onoff = 1}, sizeof(struct linger));
     if (i % 5 == 1) {
       (void)shutdown(fd, SHUT_WR);
@@ -449,7 +438,7 @@ static void test_end(void **state) {
     send_request(fd, "POST", COMPLETIONS, round == 0 ? MEDIUM "}" : STREAM);
     if (round > 0) {
       char first[32];
-      assert_true(recv(fd, first, sizeof first, 0) > 0);
+      assert_true(take(fd, first, sizeof first) > 0);
     }
     if (round == 0) await_requests(&f, 1);
     if (round == 2) {

@@ -1,5 +1,6 @@
 /* check_linear.c - matrices of a device against the reference, for many numbers of tokens at random offsets of one set of
- * rows: each row must agree with the reference, and have the same bits whatever it is computed with.
+ * rows: each row must agree with the reference, and have the same bits whatever it is computed with. One row in a step of
+ * its own, where a device may let the product quantise or normalise it, must have the bits that separate operations give.
  *
  * Tolerances. Integer formats: the accumulator is exact, so only the handful of fp32 operations of B.2 – B.4 differ, by
  * contraction at most: 1e-6 of the terms' magnitude, and szero times the difference of the sums Σx. Floating-point formats:
@@ -17,7 +18,48 @@ struct run {
   const float *previous; /* (max_tokens, width): what ADD adds to */
   float *raw;            /* (max_tokens, n_out) the reference's y without epilogue */
   float *expected;       /* (max_tokens, width) the reference's result */
+  const void *weight;    /* device (n_in): rows are normalised first; NULL: quantised only */
+  bool in_step;          /* one row: in a step, so that the device sees all operations before it runs one */
 };
+
+static void step_begin(const struct op_device *d) {
+  static const float inv_freq[1] = {1};
+  static const int32_t zero[1] = {0}, q_start[2] = {0, 1};
+  static const struct qtr_batch batch = {.n_tokens = 1,
+                                         .n_seqs = 1,
+                                         .n_logit_rows = 1,
+                                         .max_blocks = 1,
+                                         .token = zero,
+                                         .position = zero,
+                                         .q_start = q_start,
+                                         .kv_len = zero,
+                                         .block_table = zero,
+                                         .logit_row = zero};
+  struct qtr_error err = {0};
+  op_must(d->ops->begin_step(d->b, &batch, inv_freq, 1, &err), &err);
+}
+
+static void step_end(const struct op_device *d) {
+  struct qtr_error err = {0};
+  op_must(d->ops->end_step(d->b, &err), &err);
+}
+
+static void make_input(const struct op_device *d, const struct run *r, const void *x, size_t n, struct qtr_input *in) {
+  size_t dim = r->entry->n_in;
+  if (r->weight) {
+    const struct qtr_rmsnorm_args norm = {.x = x,
+                                          .weight = r->weight,
+                                          .out = in,
+                                          .quant = r->quant,
+                                          .norm = QTR_NORM_EXACT,
+                                          .eps = 1e-5f,
+                                          .n_tokens = n,
+                                          .dim = dim};
+    d->ops->rmsnorm(d->b, &norm);
+  } else {
+    d->ops->quant(d->b, &(struct qtr_quant_args){.x = x, .out = in, .quant = r->quant, .n_tokens = n, .dim = dim});
+  }
+}
 
 /* Quantises n rows from x + offset and multiplies; out: host (n + 1, width), the last row a guard. */
 static void run_linear(const struct op_device *d, const struct run *r, const struct qtr_linear *l, struct qtr_input *in,
@@ -27,12 +69,11 @@ static void run_linear(const struct op_device *d, const struct run *r, const str
   }
   bool f32 = epilogue == QTR_EPILOGUE_LOGITS && d->caps.act_dtype != QTR_DTYPE_F32;
   void *device = op_upload(d, out, (n + 1) * width * (f32 ? 2 : 1)); /* a half-precision device: room for F32, unpoisoned */
-  d->ops->quant(
-      d->b,
-      &(struct qtr_quant_args){
-          .x = op_at(d, x, offset * r->entry->n_in), .out = in, .quant = r->quant, .n_tokens = n, .dim = r->entry->n_in});
+  if (r->in_step) step_begin(d);
+  make_input(d, r, op_at(d, x, offset * r->entry->n_in), n, in);
   d->ops->linear(d->b,
                  &(struct qtr_linear_args){.linear = l, .input = in, .epilogue = epilogue, .out = device, .n_tokens = n});
+  if (r->in_step) step_end(d);
   op_download(d, device, f32 ? QTR_DTYPE_F32 : d->caps.act_dtype, (n + (f32 ? 0 : 1)) * width, out);
   d->ops->free(d->b, device);
 }
@@ -85,6 +126,23 @@ static void compare_row(const struct op_check *c, const struct run *r, size_t ro
   }
 }
 
+/* Row o of the device's x by separate operations and in a step, quantised and normalised; got, again: (2, width). */
+static void check_step(const struct op_check *c, const struct run *r, const struct qtr_linear *l, struct qtr_input *in,
+                       const void *x, size_t o, const void *weight, float *got, float *again, struct op_diff *diff) {
+  struct run apart = *r;
+  size_t width = op_out_width(r->entry);
+  for (int normalised = 0; normalised < 2; normalised++) {
+    apart.weight = normalised ? weight : NULL;
+    struct run in_step = apart;
+    in_step.in_step = true;
+    run_linear(&c->dev, &apart, l, in, x, o, 1, r->entry->epilogue, width, got);
+    run_linear(&c->dev, &in_step, l, in, x, o, 1, r->entry->epilogue, width, again);
+    diff->n++;
+    if (memcmp(got, again, width * sizeof *got))
+      op_bad(diff, "row %zu, %s, changes in a step", o, normalised ? "normalised" : "quantised");
+  }
+}
+
 void op_check_linear(struct op_check *c, const struct op_entry *e, enum qtr_linear_format format, struct op_diff *diff) {
   struct op_matrix matrix;
   op_matrix_make(&c->rng, e, format, &matrix);
@@ -104,7 +162,11 @@ void op_check_linear(struct op_check *c, const struct op_entry *e, enum qtr_line
   r.raw = op_malloc((n_all + 1) * n_out, sizeof *r.raw);
   r.expected = op_malloc((n_all + 1) * width, sizeof *r.expected);
   float *got = op_malloc((n_all + 1) * width, sizeof *got), *first = op_malloc(n_all * width, sizeof *first);
+  float *again = op_malloc(2 * width, sizeof *again);
   bool *have = op_malloc(n_all, sizeof *have);
+  float *gamma = op_malloc(dim, sizeof *gamma);
+  for (size_t i = 0; i < dim; i++) gamma[i] = 1 + 0.3f * op_rng_normal(&c->rng);
+  void *weight = op_upload(&c->dev, gamma, dim);
   struct qtr_linear *ref = op_linear(&c->ref, &matrix.source), *dev = op_linear(&c->dev, &matrix.source);
   struct qtr_input *ref_in = op_input(&c->ref, n_all, dim), *dev_in = op_input(&c->dev, n_all, dim);
   /* The reference keeps gate and up one after the other, so it can also give them plain: the tolerance of SiLU needs both.
@@ -131,6 +193,7 @@ void op_check_linear(struct op_check *c, const struct op_entry *e, enum qtr_line
         memcpy(mine, got + t * width, width * sizeof *mine);
         have[o + t] = true;
       }
+      if (n == 1 && r.quant == QTR_QUANT_INT8) check_step(c, &r, dev, dev_in, device, o, weight, got, again, diff);
     }
   }
   size_t bytes = c->dev.ops->linear_bytes(dev);
@@ -140,7 +203,10 @@ void op_check_linear(struct op_check *c, const struct op_entry *e, enum qtr_line
   c->ref.ops->input_free(c->ref.b, ref_in);
   c->dev.ops->input_free(c->dev.b, dev_in);
   c->dev.ops->free(c->dev.b, device);
+  c->dev.ops->free(c->dev.b, weight);
   op_matrix_free(&matrix);
+  free(gamma);
+  free(again);
   free(x);
   free(previous);
   free(r.raw);

@@ -348,7 +348,8 @@ static void test_a_thousand_through_a_small_pool(void **unused) {
 }
 
 /* Requests come and go, a third of them cancelled, for $QUATTUOR_SOAK_SECONDS (5): afterwards the device's free memory is
- * what it was once everything had been used, and no page is held. */
+ * what it was once everything had been used, and no page is held. Penalties in every other 200 requests: steps then wait for
+ * the tokens of the last one, without them they are launched ahead. */
 static void test_memory_stays(void **unused) {
   (void)unused;
   const char *wish = getenv("QUATTUOR_SOAK_SECONDS");
@@ -373,7 +374,7 @@ static void test_memory_stays(void **unused) {
       o.n_prompt_token = make_prompt((int)(next_random() % 5000), prompt);
       o.max_tokens = 1 + (int32_t)(next_random() % 60);
       o.sampling.temperature = n_added % 2 ? 0.9f : 0;
-      o.sampling.repetition_penalty = n_added % 3 ? 1 : 1.1f;
+      o.sampling.repetition_penalty = n_added / 200 % 2 && n_added % 3 == 0 ? 1.1f : 1;
       if (qtr_engine_add(e, &o, &id[n_added % 64], &err)) fail_msg("%s", err.message);
       n_added++;
       qtr_engine_stats(e, &stats);

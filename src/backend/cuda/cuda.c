@@ -177,8 +177,8 @@ static void cuda_caps(struct qtr_backend *b, struct qtr_caps *caps) {
   (void)cudaMemGetInfo(&available, &total);
   *caps = (struct qtr_caps){
       .act_dtype = QTR_DTYPE_F16, .device = "cuda", .threads = c->threads, .step_tokens = 8192, .memory_share = 0.94f};
-  const char *ahead = getenv("QUATTUOR_AHEAD"); /* off until it has been measured on a GPU: docs/benchmarks.md */
-  caps->ahead = ahead && strcmp(ahead, "0") != 0;
+  const char *ahead = getenv("QUATTUOR_AHEAD"); /* "0": steps one after the other, to compare; docs/benchmarks.md */
+  caps->ahead = !ahead || strcmp(ahead, "0") != 0;
   (void)snprintf(caps->description, sizeof caps->description, "%s", c->description);
   caps->memory_total = c->memory_total;
   caps->memory_free = available;

@@ -43,7 +43,8 @@ static float uniform(struct maker *m, float std) {
 }
 
 /* Fills one part of n_out rows. The standard deviations of uniform codes are sqrt((levels^2 - 1)/12): 4.61 of 16, 73.9 of
- * 256. */
+ * 256; of codes less a zero point of 7 or 8, whichever, 4.64. Weights must be zero in the mean, for a mean that all rows
+ * share makes activations of one value, layer by layer more (tests/unit/test_model_random.c). */
 static enum qtr_status make_part(struct maker *m, enum qtr_linear_format format, size_t n_out, size_t n_in, float gain,
                                  struct qtr_linear_part *part, void **owned) {
   float std = gain / sqrtf((float)n_in);
@@ -60,15 +61,16 @@ static enum qtr_status make_part(struct maker *m, enum qtr_linear_format format,
   if (int4 || format == QTR_LINEAR_W8A8) {
     fill_bytes(m, block, weight_bytes);
     for (size_t i = 0; i < n_out; i++) {
-      scale[i] = qtr_f16_round(std / (grouped ? 4.61f * 12.2f : int4 ? 4.61f : 73.9f));
+      scale[i] = qtr_f16_round(std / (grouped ? 4.64f * 11.73f : int4 ? 4.61f : 73.9f));
       szero[i] = qtr_f16_round(7.5f * scale[i]);
     }
-    if (grouped) { /* second-level scales 8…16, zero 8: -128 <= (q - 8) * s2 <= 112 */
+    if (grouped) { /* second-level scales 8…15, their root mean square 11.73; zero points 7 and 8: |(q - z) * s2| <= 120 */
       uint8_t *s2 = block + weight_bytes, *zero = s2 + s2_bytes;
       fill_bytes(m, s2, s2_bytes);
       for (size_t i = 0; i < s2_bytes; i++) {
-        s2[i] = (uint8_t)(8 + s2[i] % 9);
-        zero[i] = (uint8_t)(0u - 8u * s2[i]);
+        uint32_t z = 7 + (s2[i] >> 7);
+        s2[i] = (uint8_t)(8 + s2[i] % 8);
+        zero[i] = (uint8_t)(0u - z * s2[i]);
       }
       part->s2_scale = s2;
       part->s2_zero = zero;

@@ -14,6 +14,7 @@
  * Bits: a warp's pages, the order of warps and of segments are fixed by the sequence, so no other sequence matters. */
 #include "backend/cuda/attention_kernels.h"
 #include "backend/cuda/launch.cuh"
+#include "backend/cuda/ptx.cuh"
 
 #include <type_traits>
 
@@ -22,8 +23,6 @@ namespace {
 constexpr int WARPS = 4, THREADS = WARPS * 32, MAX_SLOTS = 8;
 
 /* ---- PTX ----------------------------------------------------------------------------------------- */
-
-__device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -43,47 +42,38 @@ __device__ __forceinline__ uint32_t transpose(uint32_t x) {
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void ring_init(uint32_t barrier, int slots) {
   if (threadIdx.x % 32 == 0) {
-    for (int i = 0; i < slots; i++) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier + 8 * i) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;\n fence.proxy.async.shared::cta;" ::: "memory");
+    for (int i = 0; i < slots; i++) barrier_init(barrier + 8 * i, 1);
+    barriers_show();
   }
   __syncwarp();
 }
 template <int BYTES>
 __device__ __forceinline__ void slot_fill(uint32_t to, const uint8_t *from, uint32_t barrier) {
   if (threadIdx.x % 32 == 0) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "n"(BYTES) : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                 "l"(from), "n"(BYTES), "r"(barrier)
-                 : "memory");
+    barrier_expect(barrier, BYTES);
+    copy_bulk(to, from, BYTES, barrier);
   }
 }
 __device__ __forceinline__ void slot_skip() {}
 __device__ __forceinline__ void slot_wait(uint32_t barrier, uint32_t parity, int slots) {
   (void)slots;
-  asm volatile(
-      "{\n .reg .pred p;\n"
-      "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-      " @!p bra again;\n}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
+  barrier_wait(barrier, parity);
 }
 #else
 __device__ __forceinline__ void ring_init(uint32_t, int) {}
-__device__ __forceinline__ void slot_skip() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void slot_skip() { copy_commit(); }
 template <int BYTES>
 __device__ __forceinline__ void slot_fill(uint32_t to, const uint8_t *from, uint32_t) {
-  for (int i = (int)threadIdx.x % 32 * 16; i < BYTES; i += 512) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + (uint32_t)i), "l"(from + i) : "memory");
-  }
+  for (int i = (int)threadIdx.x % 32 * 16; i < BYTES; i += 512) copy16(to + (uint32_t)i, from + i);
   slot_skip();
 }
 __device__ __forceinline__ void slot_wait(uint32_t, uint32_t, int slots) { /* slots - 1 younger blocks are on their way */
   if (slots == 1) {
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    copy_wait<0>();
   } else if (slots == 2) {
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
+    copy_wait<1>();
   } else {
-    asm volatile("cp.async.wait_group 2;" ::: "memory");
+    copy_wait<2>();
   }
   __syncwarp();
 }

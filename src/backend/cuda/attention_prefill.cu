@@ -20,6 +20,7 @@
  * attention_decode.cu's). */
 #include "backend/cuda/attention_kernels.h"
 #include "backend/cuda/launch.cuh"
+#include "backend/cuda/ptx.cuh"
 
 namespace {
 
@@ -70,12 +71,6 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));
 }
 
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N>
-__device__ __forceinline__ void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
-}
 /* Registers that an instruction in flight reads or writes: the compiler must not move them across. */
 template <int N>
 __device__ __forceinline__ void hold(float (&x)[N]) {
@@ -88,33 +83,9 @@ __device__ __forceinline__ void hold(uint32_t (&x)[N][4]) {
   for (int i = 0; i < N * 4; i++) asm volatile("" : "+r"(x[i / 4][i % 4])::"memory");
 }
 
-__device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 /* Low and high word: K-major, 128-byte swizzle, 8 rows = 1,024 bytes. */
 __device__ __forceinline__ uint32_t descriptor_low(uint32_t address) { return address >> 4 | 1u << 16; }
 __device__ __forceinline__ uint64_t descriptor(uint32_t low) { return (uint64_t)0x40000040u << 32 | low; }
-__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t n) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(n) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n .reg .pred p;\n"
-      "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-      " @!p bra again;\n}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t n_bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(n_bytes) : "memory");
-}
-__device__ __forceinline__ void copy_bulk(uint32_t to, const void *from, uint32_t n_bytes, uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "l"(from), "r"(n_bytes), "r"(barrier)
-               : "memory");
-}
 #endif
 
 /* ---- shared memory ------------------------------------------------------------------------------- */
@@ -358,7 +329,7 @@ __device__ __forceinline__ void produce(const struct attention_params &p, memory
         m.column[s].inv_zero[n] = make_float2(y.inv_s, y.zero);
         m.column[s].log_s[n] = y.log_s;
       }
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      proxy_fence();
       barrier_arrive(full + 8 * s);
       asm volatile("bar.sync 1, 128;" ::: "memory"); /* all have read the raw page */
       if (thread == 0) copy_next(raw_at);
@@ -649,7 +620,7 @@ __global__ void __launch_bounds__(THREADS, 1) k_attention_prefill(const __grid_c
     for (int i = 0; i < S::raw_stages; i++) barrier_init(shared_address(&m.raw_full[i]), 1);
     barrier_init(shared_address(&m.q_full), 128);
     barrier_init(shared_address(&m.q_empty), 8 * QTR_ARRIVING_LANES);
-    asm volatile("fence.mbarrier_init.release.cluster;\n fence.proxy.async.shared::cta;" ::: "memory");
+    barriers_show();
   }
   __syncthreads();
   qtr_begin();

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "backend/cuda/gemm_internal.h"
+#include "backend/cuda/ptx.cuh"
 
 #define THREADS 256
 #define SHARED_MAX 101376 /* of a block on sm_86 and sm_89 */
@@ -28,13 +29,6 @@ struct shape {
   static_assert(SHARED <= SHARED_MAX, "a stage is too large");
 };
 
-static __device__ __forceinline__ void copy16(uint32_t to, const void *from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
-}
-template <int LEFT>
-static __device__ __forceinline__ void copy_wait(void) {
-  asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
-}
 /* Beyond fp16: the largest number, no infinity. */
 static __device__ __forceinline__ float finite(float x) { return fminf(fmaxf(x, -65504.0f), 65504.0f); }
 static __device__ __forceinline__ uint32_t word_at(uint32_t at) {
@@ -107,7 +101,7 @@ __global__ void __launch_bounds__(THREADS, N == 128 ? 1 : 2) k_gemm_sm80(const _
   using S = shape<FORMAT, N, ROWS>;
   constexpr bool ZERO = FORMAT == QTR_LINEAR_W4A8;
   extern __shared__ __align__(128) uint8_t memory[];
-  const uint32_t shared = (uint32_t)__cvta_generic_to_shared(memory);
+  const uint32_t shared = shared_address(memory);
   const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, g = lane / 4, c = lane % 4;
   const int wm = warp % S::WARPS_M, wn = warp / S::WARPS_M % S::WARPS_N, wk = warp / (S::WARPS_M * S::WARPS_N);
   int32_t m, n;
@@ -117,14 +111,14 @@ __global__ void __launch_bounds__(THREADS, N == 128 ? 1 : 2) k_gemm_sm80(const _
   int32_t acc[S::MT][S::NT][4] = {};
   for (int k = 0; k < S::STAGES - 1; k++) {
     if (k < p.k_steps) load_stage<FORMAT, N, ROWS>(p, shared + k * S::STAGE, k, row0, token0);
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    copy_commit();
   }
   for (int32_t k = 0; k < p.k_steps; k++) {
     copy_wait<S::STAGES - 2>();
     __syncthreads();
     int32_t ahead = k + S::STAGES - 1;
     if (ahead < p.k_steps) load_stage<FORMAT, N, ROWS>(p, shared + ahead % S::STAGES * S::STAGE, ahead, row0, token0);
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    copy_commit();
     const uint32_t stage = shared + k % S::STAGES * S::STAGE;
 #pragma unroll
     for (int i = 0; i < 4 / S::WARPS_K; i++) {

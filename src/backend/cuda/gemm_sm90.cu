@@ -23,6 +23,7 @@
 #include "backend/cuda/gemm_internal.h"
 #include "backend/cuda/gemm_wgmma.h"
 #include "backend/cuda/launch.cuh"
+#include "backend/cuda/ptx.cuh"
 #include "backend/cuda/row_quant.cuh"
 
 #pragma nv_diag_suppress 177 /* other architectures use none of the device functions */
@@ -34,24 +35,6 @@
 
 /* ---- PTX ----------------------------------------------------------------------------------------- */
 
-static __device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
-
-static __device__ __forceinline__ void barrier_init(uint32_t bar, uint32_t count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
-}
-static __device__ __forceinline__ void barrier_expect(uint32_t bar, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
-static __device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity) {
-  asm volatile(
-      "{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra "
-      "again;\ndone:\n}\n" ::"r"(bar),
-      "r"(parity)
-      : "memory");
-}
-static __device__ __forceinline__ void barrier_arrive(uint32_t bar) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
 /* On the barrier at the same address of block `rank` of the cluster. */
 static __device__ __forceinline__ void barrier_arrive_at(uint32_t bar, uint32_t rank) {
   asm volatile(
@@ -75,11 +58,6 @@ static __device__ __forceinline__ uint32_t cluster_rank(void) {
 }
 static __device__ __forceinline__ void group_sync(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
 
-static __device__ __forceinline__ void load_bulk(uint32_t to, const void *from, uint32_t bytes, uint32_t bar) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(bar)
-               : "memory");
-}
 /* Blocks of 128 columns from block k, rows from `token`: the box of the map. PAIR 2: to the same place of both blocks. */
 template <int PAIR>
 static __device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap *map, int32_t k, int32_t token,
@@ -239,7 +217,7 @@ static __device__ __forceinline__ void make_activations(const struct qtr_gemm_wo
     }
     if (t % 128 == token) *x_scale = r.scale, *x_sum = r.sum;
   }
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  proxy_fence();
   asm volatile("bar.sync 3, %0;" ::"n"(THREADS) : "memory");
 }
 
@@ -507,7 +485,7 @@ static __device__ __forceinline__ void epilogue(const int32_t (&acc)[T / 2], con
         matrix_store2(at, pack_half(y0, y1), pack_half(z0, z1));
       }
     }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    proxy_fence();
     if (t == 0 && c0 / CHUNK + 1 >= BUFFERS && c0 + CHUNK < T) { /* the next buffer is free again */
       asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(BUFFERS > 2 ? BUFFERS - 2 : 0) : "memory");
     }
@@ -536,8 +514,8 @@ static __device__ __forceinline__ void load_weights(uint32_t to, const struct qt
   const uint32_t n = S::NARROW ? (uint32_t)min(S::BLOCKS, p.k_steps - k * S::BLOCKS) : 1;
   const uint8_t *from = p.code + ((size_t)(S::NARROW ? m : 2 * m) * p.k_steps + (size_t)k * S::BLOCKS) * S::BLOCK;
   barrier_expect(bar, (QUANT ? 0 : S::X_BYTES) + (S::NARROW ? n * S::BLOCK : S::W_BYTES));
-  load_bulk(to, from, n * S::BLOCK, bar);
-  if (!S::NARROW) load_bulk(to + S::BLOCK, from + (size_t)p.k_steps * S::BLOCK, S::BLOCK, bar);
+  copy_bulk(to, from, n * S::BLOCK, bar);
+  if (!S::NARROW) copy_bulk(to + S::BLOCK, from + (size_t)p.k_steps * S::BLOCK, S::BLOCK, bar);
 }
 
 /* PAIR blocks of a cluster share activations, or SPLIT blocks share a tile; not both. QUANT: one tile of tokens, made here.
@@ -569,8 +547,7 @@ __global__ void __launch_bounds__((shape<FORMAT, N, ROWS, SPLIT>::THREADS), (sha
       barrier_init(l.full + 8 * i, 1);
       barrier_init(l.empty + 8 * i, 4 * S::CONSUMERS * PAIR * QTR_ARRIVING_LANES);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    barriers_show();
   }
   if (PAIR == 1) {
     __syncthreads();

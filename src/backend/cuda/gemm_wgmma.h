@@ -1,18 +1,11 @@
 /* gemm_wgmma.h - wgmma.mma_async.m64nNk32.s32.s8.s8 with A in registers, one function a token tile N (sm_90a).
  *
  * d: (N / 2) accumulators a thread, a: one k32 step of 64 rows, b: shared-memory descriptor of N rows of 32 bytes (K-major,
- * 128-byte swizzle). accumulate = 0 starts from zero. Neither d nor a may be touched before wgmma_wait says so. */
+ * 128-byte swizzle). accumulate = 0 starts from zero. Neither d nor a may be touched before wgmma_wait (ptx.cuh) says so. */
 #ifndef QTR_BACKEND_CUDA_GEMM_WGMMA_H
 #define QTR_BACKEND_CUDA_GEMM_WGMMA_H
 
 #include <stdint.h>
-
-static __device__ __forceinline__ void wgmma_fence(void) { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-static __device__ __forceinline__ void wgmma_commit(void) { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int LEFT>
-static __device__ __forceinline__ void wgmma_wait(void) {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
-}
 
 template <int N>
 struct wgmma;

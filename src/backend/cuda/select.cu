@@ -21,6 +21,7 @@
 #include <cuda_fp16.h>
 
 #include "backend/cuda/launch.cuh"
+#include "backend/cuda/ptx.cuh"
 #include "backend/cuda/select.h"
 #include "backend/cuda/select_plan.h"
 
@@ -196,16 +197,6 @@ __device__ static inline void mma_f64(double d[4], const double a[8], double2 b0
         : "d"(a[i]), "d"(b[i / 2]));
   }
 #endif
-}
-
-__device__ static inline void copy_async(void *to, const void *from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from)
-               : "memory");
-}
-__device__ static inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING>
-__device__ static inline void copy_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
 /* What comes before is seen by whoever sees what comes after; of the whole block, next to a barrier. */
@@ -386,8 +377,8 @@ __device__ static void tiles_score(const struct select_params &p, const struct q
 #pragma unroll
                                   for (int j = 0; j < PART; j++) {
                                     int at = ((part * PART + j) * 4 + lane % 4) * 8;
-                                    copy_async(to_here + (2 * j) * 32, upper + at);
-                                    copy_async(to_here + (2 * j + 1) * 32, lower + at);
+                                    copy16(shared_address(to_here + (2 * j) * 32), upper + at);
+                                    copy16(shared_address(to_here + (2 * j + 1) * 32), lower + at);
                                   }
     };
 #pragma unroll
@@ -485,7 +476,7 @@ __device__ static void choose(const key_t64 *keys, int tail, int limit, int32_t 
   __syncthreads(); /* nobody reads the memory of what was before */
   if (COPIED) {
 #pragma unroll 4
-    for (int i = 2 * threadIdx.x; i < tail; i += 2 * THREADS) copy_async(&m->key[i], &keys[i]);
+    for (int i = 2 * threadIdx.x; i < tail; i += 2 * THREADS) copy16(shared_address(&m->key[i]), &keys[i]);
     copy_commit();
   }
   constexpr int EACH = BINS / THREADS; /* bins of a thread, from the top */

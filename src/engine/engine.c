@@ -109,9 +109,10 @@ static struct qtr_sample_args sample_args(const struct qtr_sequence *s) {
 
 /* Is a row's choice the device's, and independent of tokens that are not known yet? */
 static bool row_open(const struct qtr_engine *e, const struct qtr_choose_row *row) {
-  if (row->skip || row->n_adjust > 0 || (row->temperature > 0 && row->top_k > QTR_CHOOSE_SURE_TOP_K)) return false;
+  if (row->skip || row->n_adjust > 0) return false;
+  if (qtr_choose_sure(row)) return true;
   /* Going back over a token would leave traces in the statistics of pages, and needs what a window has passed by. */
-  return qtr_choose_sure(row) || !(e->streams || e->sparse.budget > 0);
+  return row->top_k <= QTR_CHOOSE_SURE_TOP_K && !(e->streams || e->sparse.budget > 0);
 }
 
 /* What the device needs to know to sample a row. */

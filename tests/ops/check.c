@@ -249,17 +249,6 @@ static void *poison(const struct op_device *d, size_t n) {
   return p;
 }
 
-static void step_begin(const struct op_device *d, const struct qtr_batch *batch) {
-  static const float inv_freq[1] = {1};
-  struct qtr_error err = {0};
-  op_must(d->ops->begin_step(d->b, batch, inv_freq, 1, &err), &err);
-}
-
-static void step_end(const struct op_device *d) {
-  struct qtr_error err = {0};
-  op_must(d->ops->end_step(d->b, &err), &err);
-}
-
 static void compare_rows(const struct op_check *c, void *dev, const float *ref, size_t n, struct op_diff *diff) {
   float *got = op_malloc(n + 1, sizeof *got);
   op_download(&c->dev, dev, c->dev.caps.act_dtype, n + 1, got);
@@ -302,9 +291,9 @@ void op_check_embed(struct op_check *c, const struct op_entry *e, enum qtr_dtype
     struct qtr_table *table = NULL;
     struct qtr_error err = {0};
     op_must(d->ops->table_create(d->b, &source, &table, &err), &err);
-    step_begin(d, &batch);
+    op_step_begin(d, &batch, NULL, 0);
     d->ops->embed(d->b, &(struct qtr_embed_args){.table = table, .out = i ? device : out});
-    step_end(d);
+    op_step_end(d);
     d->ops->table_free(d->b, table);
   }
   compare_rows(c, device, out, n * dim, diff);
@@ -331,12 +320,12 @@ void op_check_gather(struct op_check *c, const struct op_entry *e, struct op_dif
                             .logit_row = row};
   void *from = op_upload(&c->dev, x, n * dim), *to = poison(&c->dev, n_rows * dim + 1);
   op_download(&c->dev, from, c->dev.caps.act_dtype, n * dim, x);
-  step_begin(&c->ref, &batch);
+  op_step_begin(&c->ref, &batch, NULL, 0);
   c->ref.ops->gather(c->ref.b, &(struct qtr_gather_args){.x = x, .out = out, .dim = dim});
-  step_end(&c->ref);
-  step_begin(&c->dev, &batch);
+  op_step_end(&c->ref);
+  op_step_begin(&c->dev, &batch, NULL, 0);
   c->dev.ops->gather(c->dev.b, &(struct qtr_gather_args){.x = from, .out = to, .dim = dim});
-  step_end(&c->dev);
+  op_step_end(&c->dev);
   compare_rows(c, to, out, n_rows * dim, diff);
   c->dev.ops->free(c->dev.b, from);
   free(x);

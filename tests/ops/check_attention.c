@@ -35,23 +35,12 @@ enum { N_LAYERS = 2, LAYER = 1 };
 
 static size_t width_of(const struct op_entry *e) { return (size_t)(e->n_heads + 2 * e->n_kv_heads) * (size_t)e->head_dim; }
 
-static void begin(const struct op_device *d, const struct qtr_batch *batch, const float *inv_freq,
-                  const struct op_entry *e) {
-  struct qtr_error err = {0};
-  op_must(d->ops->begin_step(d->b, batch, inv_freq, (size_t)e->head_dim / 2, &err), &err);
-}
-
-static void end(const struct op_device *d) {
-  struct qtr_error err = {0};
-  op_must(d->ops->end_step(d->b, &err), &err);
-}
-
 /* One step that only writes K and V; qkv host (n_tokens, width), on return as the device left it. */
 static void step_write(const struct op_device *d, struct qtr_kv *kv, const struct op_entry *e, int32_t layer,
                        const struct qtr_batch *batch, const float *inv_freq, float *qkv) {
   size_t n = (size_t)batch->n_tokens * width_of(e);
   void *device = op_upload(d, qkv, n);
-  begin(d, batch, inv_freq, e);
+  op_step_begin(d, batch, inv_freq, e->head_dim / 2);
   d->ops->rope_kv_write(d->b, &(struct qtr_rope_kv_args){.qkv = device,
                                                          .kv = kv,
                                                          .layer = layer,
@@ -59,7 +48,7 @@ static void step_write(const struct op_device *d, struct qtr_kv *kv, const struc
                                                          .n_kv_heads = e->n_kv_heads,
                                                          .head_dim = e->head_dim});
   op_download(d, device, d->caps.act_dtype, n, qkv);
-  end(d);
+  op_step_end(d);
   d->ops->free(d->b, device);
 }
 
@@ -230,7 +219,7 @@ static void step_attend(const struct op_device *d, struct qtr_kv *kv, const stru
   void *device = op_upload(d, qkv, n * width_of(e));
   for (size_t i = 0; i < n_out; i++) out[i] = NAN;
   void *result = op_upload(d, out, n_out);
-  begin(d, batch, k->inv_freq, e);
+  op_step_begin(d, batch, k->inv_freq, e->head_dim / 2);
   d->ops->rope_kv_write(d->b, &(struct qtr_rope_kv_args){.qkv = device,
                                                          .kv = kv,
                                                          .layer = LAYER,
@@ -246,7 +235,7 @@ static void step_attend(const struct op_device *d, struct qtr_kv *kv, const stru
                                                        .n_kv_heads = e->n_kv_heads,
                                                        .head_dim = e->head_dim});
   op_download(d, result, d->caps.act_dtype, n_out, out);
-  end(d);
+  op_step_end(d);
   d->ops->free(d->b, device);
   d->ops->free(d->b, result);
 }

@@ -22,27 +22,17 @@ struct run {
   bool in_step;          /* one row: in a step, so that the device sees all operations before it runs one */
 };
 
-static void step_begin(const struct op_device *d) {
-  static const float inv_freq[1] = {1};
-  static const int32_t zero[1] = {0}, q_start[2] = {0, 1};
-  static const struct qtr_batch batch = {.n_tokens = 1,
-                                         .n_seqs = 1,
-                                         .n_logit_rows = 1,
-                                         .max_blocks = 1,
-                                         .token = zero,
-                                         .position = zero,
-                                         .q_start = q_start,
-                                         .kv_len = zero,
-                                         .block_table = zero,
-                                         .logit_row = zero};
-  struct qtr_error err = {0};
-  op_must(d->ops->begin_step(d->b, &batch, inv_freq, 1, &err), &err);
-}
-
-static void step_end(const struct op_device *d) {
-  struct qtr_error err = {0};
-  op_must(d->ops->end_step(d->b, &err), &err);
-}
+static const int32_t zero[1] = {0}, one_start[2] = {0, 1};
+static const struct qtr_batch one_token = {.n_tokens = 1,
+                                           .n_seqs = 1,
+                                           .n_logit_rows = 1,
+                                           .max_blocks = 1,
+                                           .token = zero,
+                                           .position = zero,
+                                           .q_start = one_start,
+                                           .kv_len = zero,
+                                           .block_table = zero,
+                                           .logit_row = zero};
 
 static void make_input(const struct op_device *d, const struct run *r, const void *x, size_t n, struct qtr_input *in) {
   size_t dim = r->entry->n_in;
@@ -69,11 +59,11 @@ static void run_linear(const struct op_device *d, const struct run *r, const str
   }
   bool f32 = epilogue == QTR_EPILOGUE_LOGITS && d->caps.act_dtype != QTR_DTYPE_F32;
   void *device = op_upload(d, out, (n + 1) * width * (f32 ? 2 : 1)); /* a half-precision device: room for F32, unpoisoned */
-  if (r->in_step) step_begin(d);
+  if (r->in_step) op_step_begin(d, &one_token, NULL, 0);
   make_input(d, r, op_at(d, x, offset * r->entry->n_in), n, in);
   d->ops->linear(d->b,
                  &(struct qtr_linear_args){.linear = l, .input = in, .epilogue = epilogue, .out = device, .n_tokens = n});
-  if (r->in_step) step_end(d);
+  if (r->in_step) op_step_end(d);
   op_download(d, device, f32 ? QTR_DTYPE_F32 : d->caps.act_dtype, (n + (f32 ? 0 : 1)) * width, out);
   d->ops->free(d->b, device);
 }

@@ -321,3 +321,14 @@ struct qtr_linear *op_linear(const struct op_device *d, const struct qtr_linear_
   op_must(d->ops->linear_create(d->b, source, &l, &err), &err);
   return l;
 }
+
+void op_step_begin(const struct op_device *d, const struct qtr_batch *batch, const float *inv_freq, int32_t half_dim) {
+  static const float none[1] = {1};
+  struct qtr_error err = {0};
+  op_must(d->ops->begin_step(d->b, batch, inv_freq ? inv_freq : none, inv_freq ? (size_t)half_dim : 1, &err), &err);
+}
+
+void op_step_end(const struct op_device *d) {
+  struct qtr_error err = {0};
+  op_must(d->ops->end_step(d->b, &err), &err);
+}

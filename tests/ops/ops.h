@@ -119,6 +119,9 @@ void op_download(const struct op_device *d, const void *x, enum qtr_dtype dtype,
 void *op_at(const struct op_device *d, const void *x, size_t index); /* address of activation value `index` */
 struct qtr_input *op_input(const struct op_device *d, size_t n_tokens, size_t dim);
 struct qtr_linear *op_linear(const struct op_device *d, const struct qtr_linear_source *source);
+/* inv_freq: (half_dim); NULL: of a step that rotates nothing. */
+void op_step_begin(const struct op_device *d, const struct qtr_batch *batch, const float *inv_freq, int32_t half_dim);
+void op_step_end(const struct op_device *d);
 
 /* ---- check --------------------------------------------------------------------------------------- */
 

@@ -213,12 +213,11 @@ static void fill_cache(struct kv_run *r, const struct qtr_batch *batch, const fl
   for (int32_t s = 0; s < batch->n_seqs; s++) {
     for (int32_t from = 0; from < batch->kv_len[s]; from += (int32_t)chunk) {
       struct op_batch b;
-      struct qtr_error err = {0};
       op_batch_single(batch->block_table + (size_t)s * (size_t)batch->max_blocks, batch->max_blocks, from,
                       QTR_MIN((int32_t)chunk, batch->kv_len[s] - from), &b);
-      op_must(r->d->ops->begin_step(r->d->b, &b.batch, inv_freq, (size_t)r->e->head_dim / 2, &err), &err);
+      op_step_begin(r->d, &b.batch, inv_freq, r->e->head_dim / 2);
       for (int32_t layer = 0; layer < r->n_layers; layer++) time_kv_write(r, (size_t)layer);
-      op_must(r->d->ops->end_step(r->d->b, &err), &err);
+      op_step_end(r->d);
       op_batch_free(&b);
     }
   }
@@ -252,7 +251,7 @@ static void perf_kv(const struct op_device *d, const struct op_ceiling *c, const
   r.qkv = op_upload(d, x, n * width);
   r.out = op_upload(d, x, n * (size_t)e->n_heads * dim);
   if (e->kind == OP_ATTENTION) fill_cache(&r, batch, inv_freq, rng);
-  op_must(d->ops->begin_step(d->b, batch, inv_freq, dim / 2, &err), &err);
+  op_step_begin(d, batch, inv_freq, e->head_dim / 2);
   for (int32_t layer = 0; layer < r.n_layers; layer++) time_kv_write(&r, (size_t)layer);
 
   double token_bytes = (double)layer_bytes / n_pages / QTR_PAGE_TOKENS, context = 0, pairs = 0; /* of one layer, K and V */
@@ -269,7 +268,7 @@ static void perf_kv(const struct op_device *d, const struct op_ceiling *c, const
     op_report(c, name, p->name, median_seconds(d, time_kv_write, &r),
               (double)n * token_bytes + rows * (2 * (e->n_heads + e->n_kv_heads) + e->n_kv_heads), 0, false, json);
   }
-  op_must(d->ops->end_step(d->b, &err), &err);
+  op_step_end(d);
   d->ops->kv_free(d->b, r.kv);
   d->ops->free(d->b, r.qkv);
   d->ops->free(d->b, r.out);

@@ -53,13 +53,12 @@ typedef void (*layer_fn)(const struct sparse_run *r, void *qkv, int32_t layer);
 /* One step; returns the seconds of a layer. */
 static double run_step(const struct sparse_run *r, const struct qtr_batch *batch, layer_fn fn, void *qkv) {
   const struct qtr_backend_ops *ops = r->d->ops;
-  struct qtr_error err = {0};
-  op_must(ops->begin_step(r->d->b, batch, r->inv_freq, (size_t)r->e->head_dim / 2, &err), &err);
+  op_step_begin(r->d, batch, r->inv_freq, r->e->head_dim / 2);
   double start = qtr_now(), seconds = 0;
   if (ops->stamp) ops->stamp(r->d->b);
   for (int32_t layer = 0; layer < r->n_layers; layer++) fn(r, qkv, layer);
   if (ops->stamp) ops->stamp(r->d->b);
-  op_must(ops->end_step(r->d->b, &err), &err);
+  op_step_end(r->d);
   if (!ops->stamp || ops->stamps_read(r->d->b, &seconds, 1) != 1) seconds = qtr_now() - start;
   return seconds / r->n_layers;
 }

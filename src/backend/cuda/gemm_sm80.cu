@@ -31,11 +31,6 @@ struct shape {
 
 /* Beyond fp16: the largest number, no infinity. */
 static __device__ __forceinline__ float finite(float x) { return fminf(fmaxf(x, -65504.0f), 65504.0f); }
-static __device__ __forceinline__ uint32_t word_at(uint32_t at) {
-  uint32_t v;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(at));
-  return v;
-}
 static __device__ __forceinline__ void mma(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -85,7 +80,7 @@ static __device__ __forceinline__ void load_fragment(uint32_t stage, int tile, i
   }
   uint32_t at = code + ((half + (uint32_t)s / 2) * WIDTH + thread) * 16 + (uint32_t)s % 2 * 8, word[2];
   asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(word[0]), "=r"(word[1]) : "r"(at));
-  uint32_t c = S::GROUPED ? word_at(code + S::CODE_BYTES + (uint32_t)tile * 32 + lane / 4 * 4) : 0;
+  uint32_t c = S::GROUPED ? shared_load4(code + S::CODE_BYTES + (uint32_t)tile * 32 + lane / 4 * 4) : 0;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     a[r] = qtr_dequant_low(word[r]), a[2 + r] = qtr_dequant_high(word[r]);

@@ -1,13 +1,19 @@
-/* ptx.cuh - instructions that CUDA C has no words for and that more than one kernel needs: barriers in shared memory, copies
- * into it, and the order of wgmma (PTX ISA, "mbarrier", "Data Movement and Conversion", "Asynchronous wgmma"). Addresses of
- * shared memory are what shared_address gives. Copies of 16 bytes are there from sm_80 on; bulk copies and the barriers'
- * bytes from sm_90 on; wgmma is sm_90a's. */
+/* ptx.cuh - instructions that CUDA C has no words for and that more than one kernel needs: words of shared memory, barriers
+ * there, copies into it, and the order of wgmma (PTX ISA, "mbarrier", "Data Movement and Conversion", "Asynchronous wgmma").
+ * Addresses of shared memory are what shared_address gives. Copies of 16 bytes are there from sm_80 on; bulk copies and the
+ * barriers' bytes from sm_90 on; wgmma is sm_90a's. */
 #ifndef QTR_BACKEND_CUDA_PTX_CUH
 #define QTR_BACKEND_CUDA_PTX_CUH
 
 #include <stdint.h>
 
 __device__ static __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+__device__ static __forceinline__ uint32_t shared_load4(uint32_t at) {
+  uint32_t v;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(at));
+  return v;
+}
 
 /* ---- barriers: `count` arrivals and all expected bytes end a phase ---------------------------------- */
 

@@ -31,7 +31,7 @@ struct cache {
   struct qtr_kv_sparse sparse;
 };
 
-enum { N_LAYERS = 2, LAYER = 1 };
+enum { N_LAYERS = 2, LAYER = 1, CHECKS = OP_CHECK | OP_CHECK_LONG };
 
 static size_t width_of(const struct op_entry *e) { return (size_t)(e->n_heads + 2 * e->n_kv_heads) * (size_t)e->head_dim; }
 
@@ -183,7 +183,7 @@ static void compare_cache(const struct op_check *c, const struct cache *k, struc
 void op_check_kv_write(struct op_check *c, const struct op_entry *e, enum qtr_kv_format format, struct op_diff *diff) {
   size_t width = width_of(e), dim = (size_t)e->head_dim, rotated = (size_t)(e->n_heads + e->n_kv_heads) * dim;
   for (size_t i = 0; i < n_op_patterns; i++) {
-    if (!(op_patterns[i].use & OP_CHECK)) continue;
+    if (!(op_patterns[i].use & e->use & CHECKS)) continue;
     struct cache k;
     cache_make(c, e, format, &op_patterns[i], true, &k);
     size_t n = (size_t)k.b.batch.n_tokens * width;
@@ -552,7 +552,7 @@ void op_check_attention(struct op_check *c, const struct op_entry *e, enum qtr_k
   const struct op_pattern *pattern = e->kind == OP_SPARSE ? op_sparse_patterns : op_patterns;
   size_t n_patterns = e->kind == OP_SPARSE ? n_op_sparse_patterns : n_op_patterns;
   for (size_t i = 0; i < n_patterns; i++, pattern++) {
-    if (!(pattern->use & OP_CHECK)) continue;
+    if (!(pattern->use & e->use & CHECKS)) continue;
     struct cache k;
     cache_make(c, e, format, pattern, false, &k);
     size_t n = (size_t)k.b.batch.n_tokens;

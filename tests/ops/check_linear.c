@@ -22,6 +22,10 @@ struct run {
   bool in_step;          /* one row: in a step, so that the device sees all operations before it runs one */
 };
 
+/* Numbers of tokens of check_many, and what it takes at most: products on a CPU, values of a side of the product. */
+static const size_t many_tokens[] = {144, 192, 200, 256, 257, 384, 511, 700, 1030, 2100, 4099};
+enum { MANY_PRODUCTS = 1 << 28, MANY_VALUES = 1 << 25 };
+
 static const int32_t zero[1] = {0}, one_start[2] = {0, 1};
 static const struct qtr_batch one_token = {.n_tokens = 1,
                                            .n_seqs = 1,
@@ -133,6 +137,43 @@ static void check_step(const struct op_check *c, const struct run *r, const stru
   }
 }
 
+/* n rows: the entry's over and over, which must become what they became among few. first: (max_tokens, width), NULL where
+ * rows may differ in their last bits: compared with the reference's then. */
+static void check_many(const struct op_check *c, const struct run *r, const struct qtr_linear *l,
+                       const struct qtr_input *ref_in, size_t n, const float *first, const bool *have,
+                       struct op_diff *diff) {
+  const struct op_entry *e = r->entry;
+  size_t dim = e->n_in, width = op_out_width(e);
+  size_t period = e->max_tokens % 8 ? e->max_tokens : e->max_tokens - 1; /* so that a tile read in place of another shows */
+  float *x = op_malloc(n * dim, sizeof *x), *previous = op_malloc(n * width, sizeof *previous);
+  float *got = op_malloc((n + 1) * width, sizeof *got);
+  for (size_t t = 0; t < n; t++) {
+    memcpy(x + t * dim, r->x + t % period * dim, dim * sizeof *x);
+    memcpy(previous + t * width, r->previous + t % period * width, width * sizeof *previous);
+  }
+  struct run many = *r;
+  many.previous = previous;
+  void *device = op_upload(&c->dev, x, n * dim);
+  struct qtr_input *in = op_input(&c->dev, n, dim);
+  run_linear(&c->dev, &many, l, in, device, 0, n, e->epilogue, width, got);
+  if (!isnan(got[n * width]) && c->dev.caps.act_dtype == QTR_DTYPE_F32) op_bad(diff, "wrote past the last of %zu rows", n);
+  for (size_t t = 0; t < n; t++) {
+    size_t row = t % period;
+    if (!first || !have[row]) {
+      compare_row(c, r, row, got + t * width, ref_in, in, t, diff);
+      continue;
+    }
+    diff->n++;
+    if (memcmp(first + row * width, got + t * width, width * sizeof *got))
+      op_bad(diff, "row %zu, in place %zu, changes when among %zu rows", row, t, n);
+  }
+  c->dev.ops->input_free(c->dev.b, in);
+  c->dev.ops->free(c->dev.b, device);
+  free(got);
+  free(previous);
+  free(x);
+}
+
 void op_check_linear(struct op_check *c, const struct op_entry *e, enum qtr_linear_format format, struct op_diff *diff) {
   struct op_matrix matrix;
   op_matrix_make(&c->rng, e, format, &matrix);
@@ -185,6 +226,11 @@ void op_check_linear(struct op_check *c, const struct op_entry *e, enum qtr_line
       }
       if (n == 1 && r.quant == QTR_QUANT_INT8) check_step(c, &r, dev, dev_in, device, o, weight, got, again, diff);
     }
+  }
+  for (size_t i = 0; i < sizeof many_tokens / sizeof many_tokens[0]; i++) {
+    size_t n = many_tokens[i];
+    if (n * QTR_MAX(dim, width) > MANY_VALUES || (!c->dev.ops->wait && n * dim * n_out > MANY_PRODUCTS)) break;
+    check_many(c, &r, dev, ref_in, n, library ? NULL : first, have, diff);
   }
   size_t bytes = c->dev.ops->linear_bytes(dev);
   if (bytes < n_out * dim / 2) op_bad(diff, "linear_bytes tells %zu", bytes);

@@ -17,7 +17,12 @@
 /* ---- the table ----------------------------------------------------------------------------------- */
 
 enum op_kind { OP_QUANT, OP_NORM, OP_LINEAR, OP_KV_WRITE, OP_ATTENTION, OP_SPARSE, OP_EMBED, OP_GATHER, N_OP_KINDS };
-enum op_use { OP_CHECK = 1, OP_PERF = 2, OP_PERF_GPU = 4 /* too large for a CPU */ };
+enum op_use {
+  OP_CHECK = 1,
+  OP_PERF = 2,
+  OP_PERF_GPU = 4,  /* too large for a CPU */
+  OP_CHECK_LONG = 8 /* an entry: checked with the patterns of this use too, which have steps of many tokens */
+};
 enum op_norm_format { OP_NORM_EXACT_FLOAT, OP_NORM_EXACT_INT8, OP_NORM_QSERVE_INT8, N_OP_NORM_FORMATS };
 
 struct op_entry {

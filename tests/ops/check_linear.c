@@ -62,7 +62,11 @@ static void run_linear(const struct op_device *d, const struct run *r, const str
     out[i] = epilogue == QTR_EPILOGUE_ADD && i < n * width ? r->previous[offset * width + i] : NAN;
   }
   bool f32 = epilogue == QTR_EPILOGUE_LOGITS && d->caps.act_dtype != QTR_DTYPE_F32;
-  void *device = op_upload(d, out, (n + 1) * width * (f32 ? 2 : 1)); /* a half-precision device: room for F32, unpoisoned */
+  size_t n_values = (n + 1) * width * (f32 ? 2 : 1); /* F32 of a half-precision device takes the room of two */
+  float *before = op_malloc(n_values, sizeof *before);
+  for (size_t i = 0; i < n_values; i++) before[i] = f32 ? NAN : out[i];
+  void *device = op_upload(d, before, n_values);
+  free(before);
   if (r->in_step) op_step_begin(d, &one_token, NULL, 0);
   make_input(d, r, op_at(d, x, offset * r->entry->n_in), n, in);
   d->ops->linear(d->b,

@@ -163,9 +163,11 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n_bytes, enum cud
   return cudaSuccess;
 }
 
+/* Of the default stream, for which ours does not wait: at once, whatever ours still has to do. */
 cudaError_t cudaMemcpy(void *to, const void *from, size_t n_bytes, enum cudaMemcpyKind kind) {
-  (void)cudaMemcpyAsync(to, from, n_bytes, kind, NULL);
-  return cudaStreamSynchronize(NULL);
+  (void)kind;
+  memcpy(to, from, n_bytes);
+  return cudaSuccess;
 }
 
 cudaError_t cudaMemsetAsync(void *memory, int value, size_t n_bytes, cudaStream_t s) {
@@ -237,10 +239,28 @@ enum qtr_status qtr_cuda_status(const struct qtr_cuda *c, struct qtr_error *err)
   return c->error ? qtr_fail(err, QTR_ERR_BACKEND, "error %d in %s", (int)c->error, c->where) : QTR_OK;
 }
 
-enum qtr_status qtr_cuda_malloc(struct qtr_cuda *c, size_t n_bytes, const char *what, void **device, struct qtr_error *err) {
-  (void)c;
-  *device = calloc(1, n_bytes > 0 ? n_bytes : 1);
-  return *device ? QTR_OK : qtr_fail_memory(err, what, n_bytes);
+struct zeros {
+  void *at;
+  size_t n_bytes;
+};
+
+static void clear(void *arg) {
+  const struct zeros *z = arg;
+  memset(z->at, 0, z->n_bytes);
 }
 
-void qtr_cuda_release(void *device) { free(device); }
+/* Zeroed by the stream, as there. */
+enum qtr_status qtr_cuda_malloc(struct qtr_cuda *c, size_t n_bytes, const char *what, void **device, struct qtr_error *err) {
+  (void)c;
+  *device = malloc(n_bytes > 0 ? n_bytes : 1);
+  if (!*device) return qtr_fail_memory(err, what, n_bytes);
+  memset(*device, 0xaa, n_bytes);
+  host_push(clear, &(struct zeros){*device, n_bytes}, sizeof(struct zeros));
+  return QTR_OK;
+}
+
+/* Memory is given back when nothing uses it any more. */
+void qtr_cuda_release(void *device) {
+  (void)wait_for(all_pushed());
+  free(device);
+}

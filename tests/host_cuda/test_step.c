@@ -65,7 +65,7 @@ static void plan(struct pass *p) {
                           .logit_row = p->logit_row,
                           .max_blocks = BLOCKS,
                           .room_tokens = TOKENS,
-                          .room_rows = below(2) ? ROWS : 0,
+                          .room_rows = n_steps > 50 && below(2) ? ROWS : 0, /* results grow first, with tokens in them */
                           .choose = p->choose,
                           .chosen = p->chosen};
   for (int32_t i = 0; i < SEQS && budget > 0; i++) {

@@ -59,15 +59,6 @@ static enum qtr_status device_zeros(size_t n_bytes, const char *what, const stru
                   c->n_pages, n_bytes >> 20, n_free >> 20, n_total >> 20, cudaGetErrorString(error));
 }
 
-static enum qtr_status device_copy(const void *host, size_t n_bytes, const struct qtr_kv_config *c, void **device,
-                                   struct qtr_error *err) {
-  enum qtr_status status = device_zeros(n_bytes, "the head table of a KV cache", c, device, err);
-  if (status) return status;
-  cudaError_t error = cudaMemcpy(*device, host, n_bytes, cudaMemcpyHostToDevice);
-  if (error == cudaSuccess) return QTR_OK;
-  return qtr_fail(err, QTR_ERR_BACKEND, "copying the head table of a KV cache: %s", cudaGetErrorString(error));
-}
-
 enum qtr_status qtr_cuda_kv_create(struct qtr_backend *b, const struct qtr_kv_config *config, struct qtr_kv **kv,
                                    struct qtr_error *err) {
   const struct qtr_kv_config *c = config;
@@ -110,7 +101,8 @@ enum qtr_status qtr_cuda_kv_create(struct qtr_backend *b, const struct qtr_kv_co
   k->data = device;
   if (status) goto done;
   device = NULL;
-  status = device_copy(k->head, n_heads * sizeof *k->head, c, &device, err);
+  status =
+      qtr_cuda_upload((struct qtr_cuda *)b, k->head, n_heads * sizeof *k->head, "the heads of a KV cache", &device, err);
   k->order = device;
   if (status) goto done;
   const struct qtr_kv_sparse *s = &k->heads.sparse;
@@ -123,7 +115,9 @@ enum qtr_status qtr_cuda_kv_create(struct qtr_backend *b, const struct qtr_kv_co
     if (!status) status = device_zeros(n_lists, "the lists of chosen pages", c, &device, err);
     k->lists = device;
     device = NULL;
-    if (!status) status = device_copy(retrieval, n_heads * sizeof *retrieval, c, &device, err);
+    if (!status)
+      status = qtr_cuda_upload((struct qtr_cuda *)b, retrieval, n_heads * sizeof *retrieval, "the heads of a KV cache",
+                               &device, err);
     k->retrieval = device;
     if (status) goto done;
   }
@@ -206,7 +200,8 @@ void qtr_cuda_selection_read(struct qtr_backend *b, const struct qtr_kv *kv, int
   (void)cudaMemcpy(header, list, sizeof header, cudaMemcpyDeviceToHost);
   *n = header[0];
   *tail = header[1];
-  if (*n > 0) (void)cudaMemcpy(page, list + 2, (size_t)*n * sizeof *page, cudaMemcpyDeviceToHost);
+  size_t room = kv->list_ints - 2, n_listed = *n < 0 ? 0 : QTR_MIN((size_t)*n, room); /* whatever the GPU has written */
+  if (n_listed > 0) (void)cudaMemcpy(page, list + 2, n_listed * sizeof *page, cudaMemcpyDeviceToHost);
 }
 
 void qtr_cuda_stats_read(struct qtr_backend *b, const struct qtr_kv *kv, int32_t layer, int32_t page, int32_t logical,

@@ -356,7 +356,8 @@ static bool result_room(struct qtr_cuda *c, size_t n) {
   qtr_cuda_forget_graphs(c);
   if (qtr_cuda_malloc(c, n_bytes, "sampled tokens", (void **)&result, &err))
     return qtr_cuda_ok(c, cudaErrorMemoryAllocation, "sampled tokens");
-  if (had > 0) (void)qtr_cuda_ok(c, cudaMemcpy(result, s->result, had, cudaMemcpyDeviceToDevice), "sampled tokens");
+  if (had > 0) /* behind the zeros, which this stream writes; releasing the old ones waits for it */
+    (void)qtr_cuda_ok(c, cudaMemcpyAsync(result, s->result, had, cudaMemcpyDeviceToDevice, c->stream), "sampled tokens");
   qtr_cuda_release(s->result);
   s->result = result;
   for (int i = 0; i < WAYS; i++) {

@@ -2,7 +2,8 @@
  *
  * One layer: RMSNorm + quantise, QKV, RoPE + KV write, attention, quantise, O added to the residual stream, RMSNorm +
  * quantise, gate|up with SiLU·mul, quantise, down added to the residual stream. Llama 1–3, Vicuna, Yi, Mistral and
- * Qwen 1.5/2 differ in data only: biases, head sizes, frequencies, tied embeddings. */
+ * Qwen 1.5/2 differ in data only: biases, head sizes, frequencies, tied embeddings. The last layer computes of a token whose
+ * logits nobody wants no more than K and V, but for attention, which is one operation for all tokens. */
 #include "base/checked.h"
 #include "base/clock.h"
 #include "base/status.h"
@@ -184,16 +185,16 @@ static void run_norm(struct step *s, const void *x, const void *weight, size_t n
   mark(s, QTR_PROFILE_NORM, (double)(n_tokens * dim * (s->act_unit + 1)), 0);
 }
 
-static void run_quant(struct step *s, const void *x, size_t dim) {
+static void run_quant(struct step *s, const void *x, size_t n_tokens, size_t dim) {
   const struct qtr_quant_args args = {
       .x = x,
       .out = s->w->input,
       .quant = qtr_linear_quant(s->model->format),
-      .n_tokens = (size_t)s->batch->n_tokens,
+      .n_tokens = n_tokens,
       .dim = dim,
   };
   s->b->ops->quant(s->b, &args);
-  mark(s, QTR_PROFILE_QUANT, (double)args.n_tokens * (double)dim * (double)(s->act_unit + 1), 0);
+  mark(s, QTR_PROFILE_QUANT, (double)n_tokens * (double)dim * (double)(s->act_unit + 1), 0);
 }
 
 /* n_in and n_out are for the profile only. */
@@ -211,17 +212,22 @@ static void look(const struct step *s, enum qtr_tap_point point, int32_t layer, 
   if (tap) tap->see(tap->user, point, layer, x, (size_t)s->batch->n_tokens, dim);
 }
 
-/* w->qkv to w->attn, by way of the cache. */
-static void run_attention(struct step *s, int32_t i) {
+/* w->qkv turned, K and V of it to the cache. */
+static void run_rope_kv(struct step *s, int32_t i) {
   const struct qtr_config *c = &s->model->config;
   struct qtr_workspace *w = s->w;
-  size_t n_tokens = (size_t)s->batch->n_tokens, heads = (size_t)c->n_heads * (size_t)c->head_dim;
   const struct qtr_rope_kv_args rope = {
       .qkv = w->qkv, .kv = s->kv, .layer = i, .n_heads = c->n_heads, .n_kv_heads = c->n_kv_heads, .head_dim = c->head_dim};
   s->b->ops->rope_kv_write(s->b, &rope);
   look(s, QTR_TAP_QKV, i, w->qkv, qkv_width(c));
-  mark(s, QTR_PROFILE_ROPE_KV, (double)(2 * n_tokens * qkv_width(c) * s->act_unit), 0);
+  mark(s, QTR_PROFILE_ROPE_KV, (double)(2 * (size_t)s->batch->n_tokens * qkv_width(c) * s->act_unit), 0);
+}
 
+/* w->qkv and the cache to w->attn. */
+static void run_attention(struct step *s, int32_t i) {
+  const struct qtr_config *c = &s->model->config;
+  struct qtr_workspace *w = s->w;
+  size_t n_tokens = (size_t)s->batch->n_tokens, heads = (size_t)c->n_heads * (size_t)c->head_dim;
   const struct qtr_attention_args attention = {
       .qkv = w->qkv,
       .kv = s->kv,
@@ -239,30 +245,71 @@ static void run_attention(struct step *s, int32_t i) {
   mark(s, QTR_PROFILE_ATTENTION, bytes + (double)(2 * n_tokens * heads * s->act_unit), ops);
 }
 
-static void run_layer(struct step *s, int32_t i) {
+/* The first part of a layer: w->x to w->qkv, and to the cache. */
+static void run_qkv(struct step *s, int32_t i) {
   const struct qtr_config *c = &s->model->config;
   const struct qtr_layer *layer = &s->model->layer[i];
   struct qtr_workspace *w = s->w;
-  enum qtr_linear_format format = s->model->format;
   size_t n_tokens = (size_t)s->batch->n_tokens, hidden = (size_t)c->hidden_size;
-  size_t heads = (size_t)c->n_heads * (size_t)c->head_dim, inner = (size_t)c->intermediate_size;
-
   look(s, QTR_TAP_LAYER_IN, i, w->x, hidden);
-  run_norm(s, w->x, layer->input_norm, n_tokens, format, s->model->norm);
+  run_norm(s, w->x, layer->input_norm, n_tokens, s->model->format, s->model->norm);
   run_linear(s, QTR_PROFILE_QKV, layer->qkv, QTR_EPILOGUE_STORE, w->qkv, n_tokens, hidden, qkv_width(c));
-  run_attention(s, i);
+  run_rope_kv(s, i);
+}
 
-  look(s, QTR_TAP_ATTENTION, i, w->attn, heads);
-  run_quant(s, w->attn, heads);
-  run_linear(s, QTR_PROFILE_O, layer->o, QTR_EPILOGUE_ADD, w->x, n_tokens, heads, hidden);
+/* The last part, on n_tokens rows: adds what comes of attention's output to the residual stream x, and what the MLP makes of
+ * that. */
+static void run_rest(struct step *s, int32_t i, void *x, const void *attn, size_t n_tokens) {
+  const struct qtr_config *c = &s->model->config;
+  const struct qtr_layer *layer = &s->model->layer[i];
+  struct qtr_workspace *w = s->w;
+  size_t hidden = (size_t)c->hidden_size, heads = (size_t)c->n_heads * (size_t)c->head_dim;
+  size_t inner = (size_t)c->intermediate_size;
+  run_quant(s, attn, n_tokens, heads);
+  run_linear(s, QTR_PROFILE_O, layer->o, QTR_EPILOGUE_ADD, x, n_tokens, heads, hidden);
 
-  look(s, QTR_TAP_MLP_IN, i, w->x, hidden);
-  run_norm(s, w->x, layer->post_norm, n_tokens, format, s->model->norm);
+  look(s, QTR_TAP_MLP_IN, i, x, hidden);
+  run_norm(s, x, layer->post_norm, n_tokens, s->model->format, s->model->norm);
   run_linear(s, QTR_PROFILE_GATE_UP, layer->gate_up, QTR_EPILOGUE_SILU_MUL, w->mlp, n_tokens, hidden, 2 * inner);
   look(s, QTR_TAP_MLP, i, w->mlp, inner);
-  run_quant(s, w->mlp, inner);
-  run_linear(s, QTR_PROFILE_DOWN, layer->down, QTR_EPILOGUE_ADD, w->x, n_tokens, inner, hidden);
-  look(s, QTR_TAP_LAYER_OUT, i, w->x, hidden);
+  run_quant(s, w->mlp, n_tokens, inner);
+  run_linear(s, QTR_PROFILE_DOWN, layer->down, QTR_EPILOGUE_ADD, x, n_tokens, inner, hidden);
+  look(s, QTR_TAP_LAYER_OUT, i, x, hidden);
+}
+
+static void run_layer(struct step *s, int32_t i) {
+  const struct qtr_config *c = &s->model->config;
+  struct qtr_workspace *w = s->w;
+  run_qkv(s, i);
+  run_attention(s, i);
+  look(s, QTR_TAP_ATTENTION, i, w->attn, (size_t)c->n_heads * (size_t)c->head_dim);
+  run_rest(s, i, w->x, w->attn, (size_t)s->batch->n_tokens);
+}
+
+static void gather(struct step *s, const void *x, void *out, size_t dim) {
+  s->b->ops->gather(s->b, &(struct qtr_gather_args){.x = x, .out = out, .dim = dim});
+}
+
+/* Does a token of the batch choose pages that later steps read? Generated ones do, in a sparse cache. */
+static bool any_generated(const struct qtr_batch *batch) {
+  for (int32_t i = 0; batch->decode_start && i < batch->n_seqs; i++) {
+    if (batch->kv_len[i] + batch->q_start[i + 1] - batch->q_start[i] > batch->decode_start[i]) return true;
+  }
+  return false;
+}
+
+/* The last layer of a step that wants the logits of some tokens only: nobody reads more of the others than K and V. Leaves
+ * the residual stream of the logit rows in w->rows. */
+static void run_last_layer(struct step *s, int32_t i) {
+  const struct qtr_config *c = &s->model->config;
+  struct qtr_workspace *w = s->w;
+  size_t rows = (size_t)s->batch->n_logit_rows;
+  run_qkv(s, i);
+  if (rows > 0 || any_generated(s->batch)) run_attention(s, i);
+  if (rows == 0) return;
+  gather(s, w->attn, w->qkv, (size_t)c->n_heads * (size_t)c->head_dim); /* which has been read */
+  gather(s, w->x, w->rows, (size_t)c->hidden_size);
+  run_rest(s, i, w->rows, w->qkv, rows);
 }
 
 /* Keeps state i of the residual stream where somebody asked for it. Gathering is the copy that every backend has, as part of
@@ -270,9 +317,7 @@ static void run_layer(struct step *s, int32_t i) {
 static void keep_state(struct step *s, int32_t i) {
   struct qtr_workspace *w = s->w;
   if (!w->states || s->batch->n_logit_rows == 0) return;
-  const struct qtr_gather_args gather = {
-      .x = w->x, .out = (char *)w->states + (size_t)i * w->state_stride, .dim = (size_t)s->model->config.hidden_size};
-  s->b->ops->gather(s->b, &gather);
+  gather(s, w->x, (char *)w->states + (size_t)i * w->state_stride, (size_t)s->model->config.hidden_size);
 }
 
 /* Checks the batch and the tap, and opens the step on the backend. */
@@ -334,6 +379,7 @@ enum qtr_status qtr_model_attend(struct qtr_model *model, struct qtr_kv *kv, str
   enum qtr_status status = open_step(&s, model, kv, w, batch, err);
   if (status) return status;
   memcpy(w->qkv, qkv, n_tokens * qkv_width(c) * sizeof *qkv);
+  run_rope_kv(&s, layer);
   run_attention(&s, layer);
   status = b->ops->end_step(b, err);
   if (!status) memcpy(out, w->attn, n_tokens * (size_t)c->n_heads * (size_t)c->head_dim * sizeof *out);
@@ -352,15 +398,16 @@ enum qtr_status qtr_model_launch(struct qtr_model *model, struct qtr_kv *kv, str
   b->ops->embed(b, &embed);
   mark(&s, QTR_PROFILE_EMBED, (double)batch->n_tokens * c->hidden_size * 2 * (double)s.act_unit, 0);
   keep_state(&s, 0);
-  for (int32_t i = 0; i < c->n_layers; i++) {
+  bool some = batch->n_logit_rows < batch->n_tokens && !model->tap && !w->states;
+  for (int32_t i = 0; i < c->n_layers - some; i++) {
     run_layer(&s, i);
     keep_state(&s, i + 1);
   }
+  if (some) run_last_layer(&s, c->n_layers - 1);
 
   if (batch->n_logit_rows > 0) {
     size_t rows = (size_t)batch->n_logit_rows, hidden = (size_t)c->hidden_size;
-    const struct qtr_gather_args gather = {.x = w->x, .out = w->rows, .dim = hidden};
-    b->ops->gather(b, &gather);
+    if (!some) gather(&s, w->x, w->rows, hidden);
     run_norm(&s, w->rows, model->final_norm, rows, model->head_format, QTR_NORM_EXACT);
     run_linear(&s, QTR_PROFILE_HEAD, model->head, QTR_EPILOGUE_LOGITS, w->logits, rows, hidden, (size_t)c->vocab_size);
     if (batch->choose && b->ops->choose) {

@@ -44,6 +44,7 @@ const char *const qtr_profile_names[QTR_N_PROFILE_OPS] = {"embed", "norm+quant",
 static size_t qkv_width(const struct qtr_config *c) {
   return ((size_t)c->n_heads + 2 * (size_t)c->n_kv_heads) * (size_t)c->head_dim;
 }
+static size_t attn_width(const struct qtr_config *c) { return (size_t)c->n_heads * (size_t)c->head_dim; }
 
 enum qtr_status qtr_workspace_create(const struct qtr_model *model, size_t max_tokens, size_t max_rows,
                                      struct qtr_workspace **workspace, struct qtr_error *err) {
@@ -56,7 +57,7 @@ enum qtr_status qtr_workspace_create(const struct qtr_model *model, size_t max_t
   struct qtr_caps caps;
   b->ops->caps(b, &caps);
   size_t unit = w->act_unit = qtr_dtype_bytes(caps.act_dtype);
-  size_t hidden = (size_t)c->hidden_size, heads = (size_t)c->n_heads * (size_t)c->head_dim;
+  size_t hidden = (size_t)c->hidden_size, heads = attn_width(c);
   size_t widest = QTR_MAX(QTR_MAX(hidden, heads), (size_t)c->intermediate_size);
   const struct {
     void **p;
@@ -227,7 +228,7 @@ static void run_rope_kv(struct step *s, int32_t i) {
 static void run_attention(struct step *s, int32_t i) {
   const struct qtr_config *c = &s->model->config;
   struct qtr_workspace *w = s->w;
-  size_t n_tokens = (size_t)s->batch->n_tokens, heads = (size_t)c->n_heads * (size_t)c->head_dim;
+  size_t n_tokens = (size_t)s->batch->n_tokens, heads = attn_width(c);
   const struct qtr_attention_args attention = {
       .qkv = w->qkv,
       .kv = s->kv,
@@ -263,7 +264,7 @@ static void run_rest(struct step *s, int32_t i, void *x, const void *attn, size_
   const struct qtr_config *c = &s->model->config;
   const struct qtr_layer *layer = &s->model->layer[i];
   struct qtr_workspace *w = s->w;
-  size_t hidden = (size_t)c->hidden_size, heads = (size_t)c->n_heads * (size_t)c->head_dim;
+  size_t hidden = (size_t)c->hidden_size, heads = attn_width(c);
   size_t inner = (size_t)c->intermediate_size;
   run_quant(s, attn, n_tokens, heads);
   run_linear(s, QTR_PROFILE_O, layer->o, QTR_EPILOGUE_ADD, x, n_tokens, heads, hidden);
@@ -282,7 +283,7 @@ static void run_layer(struct step *s, int32_t i) {
   struct qtr_workspace *w = s->w;
   run_qkv(s, i);
   run_attention(s, i);
-  look(s, QTR_TAP_ATTENTION, i, w->attn, (size_t)c->n_heads * (size_t)c->head_dim);
+  look(s, QTR_TAP_ATTENTION, i, w->attn, attn_width(c));
   run_rest(s, i, w->x, w->attn, (size_t)s->batch->n_tokens);
 }
 
@@ -292,8 +293,8 @@ static void gather(struct step *s, const void *x, void *out, size_t dim) {
 
 /* Does a token of the batch choose pages that later steps read? Generated ones do, in a sparse cache. */
 static bool any_generated(const struct qtr_batch *batch) {
-  for (int32_t i = 0; batch->decode_start && i < batch->n_seqs; i++) {
-    if (batch->kv_len[i] + batch->q_start[i + 1] - batch->q_start[i] > batch->decode_start[i]) return true;
+  for (int32_t i = 0; i < batch->n_seqs; i++) {
+    if (batch->kv_len[i] + batch->q_start[i + 1] - batch->q_start[i] > qtr_batch_decode_start(batch, i)) return true;
   }
   return false;
 }
@@ -307,7 +308,7 @@ static void run_last_layer(struct step *s, int32_t i) {
   run_qkv(s, i);
   if (rows > 0 || any_generated(s->batch)) run_attention(s, i);
   if (rows == 0) return;
-  gather(s, w->attn, w->qkv, (size_t)c->n_heads * (size_t)c->head_dim); /* which has been read */
+  gather(s, w->attn, w->qkv, attn_width(c)); /* which has been read */
   gather(s, w->x, w->rows, (size_t)c->hidden_size);
   run_rest(s, i, w->rows, w->qkv, rows);
 }
@@ -382,7 +383,7 @@ enum qtr_status qtr_model_attend(struct qtr_model *model, struct qtr_kv *kv, str
   run_rope_kv(&s, layer);
   run_attention(&s, layer);
   status = b->ops->end_step(b, err);
-  if (!status) memcpy(out, w->attn, n_tokens * (size_t)c->n_heads * (size_t)c->head_dim * sizeof *out);
+  if (!status) memcpy(out, w->attn, n_tokens * attn_width(c) * sizeof *out);
   return status;
 }
 

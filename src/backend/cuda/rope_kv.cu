@@ -118,6 +118,22 @@ __device__ static void row_turn(__half *x, int half, const float (&cos)[NE], con
   }
 }
 
+/* Calls f(h, j, place) for every value of a row that this lane holds and that has a whole number of bytes, where it is
+ * stored. */
+template <int FORMAT, int LANES, int NE, typename F>
+__device__ static void places_visit(int row_dim, uint8_t *block, bool there, bool is_v, int slot, const F &f) {
+  using S = split<LANES, NE>;
+  int dim = S::whole ? 8 * LANES : row_dim, half = row_dim / 2, shift;
+#pragma unroll
+  for (int j = 0; j < NE; j++) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      if (there && S::index(j) < half)
+        f(h, j, block + qtr_kv_element(FORMAT, dim, is_v, slot, h * half + S::index(j), &shift));
+    }
+  }
+}
+
 /* Codes to their places. code: those of a row's pairs; bytes: (MAX_DIM) of shared memory of this warp, for LANES 32. All
  * lanes of a warp come here, `there` those whose row is stored. */
 template <int FORMAT, int LANES, int NE>
@@ -151,15 +167,8 @@ __device__ static void codes_write(const struct rope_params &p, uint8_t *block, 
     }
     __syncwarp();
   } else {
-    int dim = S::whole ? 8 * LANES : p.dim;
-#pragma unroll
-    for (int j = 0; j < NE; j++) {
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        if (there && S::index(j) < half)
-          block[qtr_kv_element(FORMAT, dim, is_v, slot, h * half + S::index(j), &shift)] = (uint8_t)code[h][j];
-      }
-    }
+    places_visit<FORMAT, LANES, NE>(p.dim, block, there, is_v, slot,
+                                    [&](int h, int j, uint8_t *at) { *at = (uint8_t)code[h][j]; });
   }
 }
 
@@ -170,16 +179,9 @@ __device__ static void row_store(const struct rope_params &p, uint8_t *block, bo
   using S = split<LANES, NE>;
   int half = p.dim / 2, shift;
   if constexpr (FORMAT == QTR_KV_F16) {
-    int dim = S::whole ? 8 * LANES : p.dim;
-#pragma unroll
-    for (int j = 0; j < NE; j++) {
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        if (there && S::index(j) < half)
-          *(__half *)(block + qtr_kv_element(FORMAT, dim, is_v, slot, h * half + S::index(j), &shift)) =
-              __float2half_rn(kv_sane(row.v[h][j]));
-      }
-    }
+    places_visit<FORMAT, LANES, NE>(p.dim, block, there, is_v, slot, [&](int h, int j, uint8_t *at) {
+      *(__half *)at = __float2half_rn(kv_sane(row.v[h][j]));
+    });
     return;
   }
   float r, zero = 0, levels = FORMAT == QTR_KV_INT4 ? 15 : 255;

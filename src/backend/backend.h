@@ -182,6 +182,8 @@ struct qtr_choose_row {
   int32_t n_top;                   /* -1 = no log-probabilities; 0 … 20 best tokens wanted besides the chosen one's */
   int32_t skip;                    /* nonzero: this row is chosen by the caller */
   int32_t first_adjust, n_adjust;  /* its part of the batch's adjustments, each token once */
+  int32_t pending; /* nonzero: the token whose logits the row are counts as output as well. It is below 0 in the batch (see
+                      ops.launch), so the adjustments could not count it; the device does */
   float repetition_penalty, presence_penalty, frequency_penalty;
   uint64_t seed, position; /* of the random stream, as in engine/sampler.h */
 };

@@ -107,9 +107,9 @@ static struct qtr_sample_args sample_args(const struct qtr_sequence *s) {
                                   .n_top = r->logprobs};
 }
 
-/* Is a row's choice the device's, and independent of tokens that are not known yet? */
+/* Is a row's choice the device's, so that the next step needs none of the host? */
 static bool row_open(const struct qtr_engine *e, const struct qtr_choose_row *row) {
-  if (row->skip || row->n_adjust > 0) return false;
+  if (row->skip) return false;
   if (qtr_choose_sure(row)) return true;
   /* Going back over a token would leave traces in the statistics of pages, and needs what a window has passed by. */
   return row->top_k <= QTR_CHOOSE_SURE_TOP_K && !(e->streams || e->sparse.budget > 0);
@@ -144,6 +144,7 @@ static struct qtr_choose_row choose_row(struct qtr_engine *e, struct qtr_pass *p
     pass->adjust_capacity = 2 * need;
   }
   const struct qtr_sample_args args = sample_args(s);
+  row.pending = s->n_pending > 0 && qtr_sampling_has_penalties(p);
   row.first_adjust = (int32_t)pass->n_adjust;
   row.n_adjust = (int32_t)qtr_sampler_adjustments(e->sampler, &args, pass->adjust + pass->n_adjust, most);
   pass->n_adjust += (size_t)row.n_adjust;

@@ -15,9 +15,9 @@ extern int host_graph_launches, host_captures, host_wrong; /* wrong: a kernel or
 
 /* What attention leaves for a token: a number of all tokens of its sequence up to it. */
 int32_t host_digest(const int32_t *token, int32_t n);
-/* And what is chosen after it. */
-static inline int32_t host_next(int32_t digest, uint64_t position) {
-  return (int32_t)(((uint64_t)digest * 13 + position) % 50000);
+/* And what is chosen after it; last: the token itself. */
+static inline int32_t host_next(int32_t digest, int32_t last, uint64_t position) {
+  return (int32_t)(((uint64_t)digest * 13 + (uint64_t)last * 5 + position) % 50000);
 }
 
 #endif

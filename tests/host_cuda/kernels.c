@@ -20,20 +20,20 @@ struct embed {
   const int32_t *token;
   const struct qtr_choose_result *chosen;
   size_t n;
-  int32_t *out;
+  int32_t *known, *out;
 };
 
 static void embed(void *arg) {
   const struct embed *a = arg;
   for (size_t i = 0; i < a->n; i++)
-    a->out[i] = a->token[i] < 0 && a->chosen ? a->chosen[-1 - a->token[i]].token : a->token[i];
+    a->known[i] = a->out[i] = a->token[i] < 0 && a->chosen ? a->chosen[-1 - a->token[i]].token : a->token[i];
 }
 
 cudaError_t qtr_cuda_rows_embed(enum qtr_dtype dtype, const void *data, const float *scale, size_t n_rows, size_t dim,
-                                const int32_t *token, const struct qtr_choose_result *chosen, size_t n_tokens, void *out,
-                                cudaStream_t s) {
+                                const int32_t *token, const struct qtr_choose_result *chosen, size_t n_tokens,
+                                int32_t *known, void *out, cudaStream_t s) {
   (void)dtype, (void)data, (void)scale, (void)n_rows, (void)dim, (void)s;
-  host_push(embed, &(struct embed){token, chosen, n_tokens, out}, sizeof(struct embed));
+  host_push(embed, &(struct embed){token, chosen, n_tokens, known, out}, sizeof(struct embed));
   return cudaSuccess;
 }
 
@@ -127,20 +127,24 @@ struct choose {
   const int32_t *digest;
   const struct qtr_choose_row *row;
   struct qtr_choose_result *result;
+  const int32_t *known, *logit_row;
   size_t n;
 };
 
 static void choose(void *arg) {
   const struct choose *a = arg;
-  for (size_t i = 0; i < a->n; i++)
-    a->result[i].token = a->row[i].skip ? QTR_CHOOSE_UNDECIDED : host_next(a->digest[i], a->row[i].position);
+  for (size_t i = 0; i < a->n; i++) {
+    int32_t last = a->known[a->logit_row[i]];
+    a->result[i].token = a->row[i].skip ? QTR_CHOOSE_UNDECIDED : host_next(a->digest[i], last, a->row[i].position);
+  }
 }
 
 cudaError_t qtr_cuda_rows_choose(float *logits, const struct qtr_choose_row *row, struct qtr_choose_result *result,
                                  size_t n_rows, size_t vocab_size, bool drawing, const struct qtr_cuda_adjust *adjust,
                                  void *scratch, cudaStream_t s) {
-  (void)vocab_size, (void)drawing, (void)adjust, (void)scratch, (void)s;
-  host_push(choose, &(struct choose){(const int32_t *)(const void *)logits, row, result, n_rows}, sizeof(struct choose));
+  (void)vocab_size, (void)drawing, (void)scratch, (void)s;
+  const struct choose arg = {(const int32_t *)(const void *)logits, row, result, adjust->known, adjust->logit_row, n_rows};
+  host_push(choose, &arg, sizeof arg);
   return cudaSuccess;
 }
 

@@ -129,7 +129,7 @@ static void collect(struct pass *p) {
   for (int32_t i = 0; i < p->batch.n_logit_rows; i++) {
     struct sequence *s = p->row_seq[i];
     int32_t at = s->n - s->n_pending--;
-    assert_int_equal(p->chosen[i].token, host_next(host_digest(s->token, at), (uint64_t)at));
+    assert_int_equal(p->chosen[i].token, host_next(host_digest(s->token, at), s->token[at - 1], (uint64_t)at));
     s->token[at] = p->chosen[i].token;
     n_tokens++;
     if (s->n == s->n_most && s->n_pending == 0) s->lives = false;

@@ -24,7 +24,7 @@ static struct ahead {
   const struct qtr_backend_ops *inner;
   struct qtr_sampler *sampler;
   struct qtr_batch batch;
-  int32_t token[AHEAD_MOST];
+  int32_t token[AHEAD_MOST], logit_row[AHEAD_MOST];
   struct qtr_choose_args choose; /* of the step being recorded; result NULL: none */
   struct {
     struct qtr_choose_result *to, *made;
@@ -54,6 +54,9 @@ static inline enum qtr_status ahead_begin(struct qtr_backend *b, const struct qt
     }
     ahead->token[i] = token;
   }
+  assert_in_range(batch->n_logit_rows, 0, AHEAD_MOST);
+  if (batch->n_logit_rows > 0)
+    memcpy(ahead->logit_row, batch->logit_row, (size_t)batch->n_logit_rows * sizeof *ahead->logit_row);
   ahead->batch = *batch;
   ahead->batch.token = ahead->token;
   ahead->choose.result = NULL;
@@ -65,33 +68,57 @@ static inline void ahead_choose(struct qtr_backend *b, const struct qtr_choose_a
   ahead->choose = *args;
 }
 
-static inline void ahead_row(struct qtr_sampler *sampler, const struct qtr_choose_args *args, int32_t i,
+/* A row of logits with its adjustments; pending: the token that these do not count yet, -1: none. The caller frees it. */
+static inline float *ahead_adjusted(const struct qtr_choose_args *args, int32_t i, int32_t pending) {
+  const struct qtr_choose_row *row = &args->row[i];
+  size_t vocab = (size_t)args->vocab_size;
+  float *x = malloc(vocab * sizeof *x);
+  assert_non_null(x);
+  memcpy(x, (const float *)args->logits + (size_t)i * vocab, vocab * sizeof *x);
+  struct qtr_choose_adjust last = {.token = pending, .count = -1};
+  for (int32_t k = 0; k <= row->n_adjust; k++) {
+    struct qtr_choose_adjust a = k < row->n_adjust ? args->adjust[row->first_adjust + k] : last;
+    if (a.token < 0) continue;
+    if (a.token == pending) {
+      a.count = QTR_MAX(a.count, 0) + 1;
+      last.token = -1;
+    }
+    float *v = &x[a.token];
+    *v += a.bias;
+    if (a.count >= 0) *v = *v > 0 ? *v / row->repetition_penalty : *v * row->repetition_penalty;
+    if (a.count > 0) *v -= row->presence_penalty + row->frequency_penalty * (float)a.count;
+  }
+  return x;
+}
+
+static inline void ahead_row(struct qtr_sampler *sampler, const struct qtr_choose_args *args, int32_t i, int32_t token,
                              struct qtr_choose_result *result) {
   const struct qtr_choose_row *row = &args->row[i];
   *result = (struct qtr_choose_result){.token = QTR_CHOOSE_UNDECIDED};
   if (row->skip) return;
-  if (row->n_adjust > 0 || (!qtr_choose_sure(row) && (row->seed + row->position) % 3 == 0)) return;
+  if (!qtr_choose_sure(row) && (row->seed + row->position) % 3 == 0) return;
   const struct qtr_sampling sampling = {.temperature = row->temperature,
                                         .top_p = row->top_p,
                                         .min_p = row->min_p,
                                         .top_k = row->top_k,
                                         .repetition_penalty = 1};
-  const struct qtr_sample_args sample = {.logits = (const float *)args->logits + (size_t)i * (size_t)args->vocab_size,
-                                         .sampling = &sampling,
-                                         .seed = row->seed,
-                                         .position = row->position,
-                                         .n_top = row->n_top};
+  float *x = ahead_adjusted(args, i, row->pending ? token : -1);
+  const float *logits = (const float *)args->logits + (size_t)i * (size_t)args->vocab_size;
+  const struct qtr_sample_args sample = {
+      .logits = x, .sampling = &sampling, .seed = row->seed, .position = row->position, .n_top = -1};
   struct qtr_sample_result chosen;
   qtr_sample(sampler, &sample, &chosen);
+  free(x);
   result->token = chosen.token;
   if (chosen.token < 0 || row->n_top < 0) return;
-  result->logit = sample.logits[chosen.token];
+  qtr_sampler_score(sampler, logits, result->token, row->n_top, &chosen); /* of the row as it came */
+  result->logit = logits[chosen.token];
   result->best = result->logit - chosen.logprob; /* logarithm of the row's sum of exponentials */
   result->exp_sum = 1;
   result->n_top = chosen.n_top;
   for (int32_t k = 0; k < chosen.n_top; k++) {
     result->top_token[k] = chosen.top[k].token;
-    result->top_logit[k] = sample.logits[chosen.top[k].token];
+    result->top_logit[k] = logits[chosen.top[k].token];
   }
 }
 
@@ -105,7 +132,7 @@ static inline enum qtr_status ahead_launch(struct qtr_backend *b, struct qtr_err
   int32_t n = c->result ? c->n_rows : 0;
   assert_in_range(n, 0, AHEAD_MOST);
   for (int32_t i = 0; i < n; i++) {
-    ahead_row(ahead->sampler, c, i, &made[i]);
+    ahead_row(ahead->sampler, c, i, ahead->token[ahead->logit_row[i]], &made[i]);
     c->result[i] = (struct qtr_choose_result){.token = 1 << 30}; /* not before collect */
   }
   ahead->way[ahead->n_way].to = c->result;

@@ -39,6 +39,16 @@ static struct qtr_request_options request(int i, struct answer *answer) {
   if (i % 4 == 2) o.sampling.top_p = 0.8f; /* may be left undecided */
   if (i % 4 == 3) o.sampling.top_k = 20;
   if (i % 10 == 5) o.sampling.frequency_penalty = 0.5f;
+  if (i % 10 == 4) {
+    o.sampling.repetition_penalty = 1.3f;
+    o.sampling.presence_penalty = 0.7f;
+  }
+  if (i % 20 == 14) {
+    o.logit_bias = &bias;
+    o.n_logit_bias = 1;
+    o.logprobs = 3;
+  }
+  if (i % 20 == 9) o.sampling.top_k = 2 * QTR_CHOOSE_SURE_TOP_K;
   if (i % 10 == 7) {
     o.logit_bias = &bias;
     o.n_logit_bias = 1;
@@ -98,7 +108,7 @@ static void test_same_tokens(void **unused) {
       struct qtr_engine *engine = open_engine(ahead, &options[k]);
       for (int i = 0; i < N; i++) {
         struct qtr_request_options o = request(i, &answers[ahead][i]);
-        if (k == 2 && (o.sampling.frequency_penalty > 0 || o.n_logit_bias > 0)) continue; /* these hold all up */
+        if (k == 2 && o.sampling.top_k > QTR_CHOOSE_SURE_TOP_K) continue; /* these hold all up */
         add(engine, &o);
         if (i % 3 == 0) (void)step(engine);
       }
@@ -144,7 +154,20 @@ static void test_when(void **unused) {
   qtr_engine_stats(engine, &stats);
   assert_int_equal(stats.n_steps, 11);
 
-  o = request(5, &answers[0][1]); /* with a penalty */
+  o = request(5, &answers[0][1]); /* with a penalty: the device counts the token that is not known yet */
+  o.ignore_eos = true;
+  o.n_prompt_token = 50;
+  o.max_tokens = 5;
+  add(engine, &o);
+  for (int i = 1; i <= 5; i++) {
+    (void)step(engine);
+    assert_int_equal(answers[0][1].n, i);
+    assert_int_equal(under_way(engine), i < 5);
+  }
+
+  memset(&answers[0][1], 0, sizeof answers[0][1]);
+  o = request(9, &answers[0][1]); /* with a large top-k */
+  assert_true(o.sampling.top_k > QTR_CHOOSE_SURE_TOP_K);
   o.ignore_eos = true;
   o.n_prompt_token = 50;
   o.max_tokens = 5;
@@ -161,7 +184,7 @@ static void test_when(void **unused) {
   add(engine, &o);
   for (int i = 0; i < 5; i++) (void)step(engine);
   assert_int_equal(under_way(engine), 1);
-  o = request(5, &answers[0][3]); /* comes in between: its first row needs nothing that is unknown, the next ones do */
+  o = request(9, &answers[0][3]); /* comes in between */
   o.ignore_eos = true;
   o.n_prompt_token = 10;
   o.max_tokens = 10;

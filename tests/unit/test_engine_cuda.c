@@ -1,6 +1,7 @@
 /* The whole engine on a GPU with the demo model: sampling on the device gives the sampler's tokens, greedy answers are the
  * CPU's (or part at a near tie), a request gives the same tokens alone and among 255 others, and a thousand requests through
- * a pool far too small lose nothing. Skipped, saying so, where there is no GPU or no CUDA in the build. */
+ * a pool far too small lose nothing. Skipped, saying so, where there is no GPU or no CUDA in the build. $QUATTUOR_TEST: a
+ * pattern of the tests to run, for tools that slow them down. */
 #include "backend/backend.h"
 #include "base/checked.h"
 #include "base/clock.h"
@@ -30,16 +31,17 @@ static float uniform(void) { return (float)(next_random() >> 40) * 0x1p-24f; }
 
 /* ---- sampling ------------------------------------------------------------------------------------ */
 
-enum { ROWS = 64, DIM = 64 };
+enum { ROWS = 64, DIM = 64, HISTORY = 30 };
 
-/* Two rows of three have penalties or bias. */
+/* Two rows of three have penalties or bias. Every other one of those with penalties is told its last token in the batch. */
+static bool is_pending(int32_t i) { return i % 6 == 3; }
 static struct qtr_sample_args history(const struct qtr_sampling *sampling, const int32_t *prompt, const int32_t *output,
                                       const struct qtr_logit_bias *bias, int32_t i) {
   return (struct qtr_sample_args){.sampling = sampling,
                                   .prompt = prompt,
                                   .n_prompt = 20,
                                   .output = output,
-                                  .n_output = 30,
+                                  .n_output = HISTORY,
                                   .bias = bias,
                                   .n_bias = i % 3 == 1 ? 4 : 0};
 }
@@ -59,7 +61,11 @@ static void sample_both(struct qtr_backend *b, size_t vocab, float spread) {
   struct qtr_linear *linear;
   struct qtr_input *input;
   struct qtr_sampler *sampler;
-  void *device, *out;
+  struct qtr_table *table;
+  void *device, *out, *embedded;
+  const struct qtr_table_source embedding = {.dtype = QTR_DTYPE_F16, .n_rows = vocab, .dim = DIM, .data = weight};
+  assert_int_equal(ops->table_create(b, &embedding, &table, &err), QTR_OK);
+  assert_int_equal(ops->alloc(b, ROWS * DIM * sizeof(float), &embedded, &err), QTR_OK);
   assert_int_equal(ops->linear_create(b, &source, &linear, &err), QTR_OK);
   assert_int_equal(ops->input_create(b, ROWS, DIM, &input, &err), QTR_OK);
   assert_int_equal(ops->upload_floats(b, x, ROWS * DIM, &device, &err), QTR_OK);
@@ -69,7 +75,7 @@ static void sample_both(struct qtr_backend *b, size_t vocab, float spread) {
   static struct qtr_choose_row row[ROWS];
   static struct qtr_choose_result result[ROWS];
   static struct qtr_choose_adjust adjust[ROWS * 64];
-  static int32_t prompt[ROWS][20], output[ROWS][30];
+  static int32_t prompt[ROWS][20], output[ROWS][HISTORY], last[ROWS];
   static struct qtr_logit_bias bias[ROWS][4];
   static struct qtr_sampling sampling[ROWS];
   int32_t n_adjust = 0;
@@ -93,11 +99,15 @@ static void sample_both(struct qtr_backend *b, size_t vocab, float spread) {
                                         .presence_penalty = i % 3 ? 0 : uniform(),
                                         .frequency_penalty = i % 3 ? 0 : uniform()};
     for (size_t k = 0; k < 20; k++) prompt[i][k] = (int32_t)(next_random() % QTR_MIN(vocab, (size_t)60));
-    for (size_t k = 0; k < 30; k++) output[i][k] = (int32_t)(next_random() % QTR_MIN(vocab, (size_t)60));
+    for (size_t k = 0; k < HISTORY; k++) output[i][k] = (int32_t)(next_random() % QTR_MIN(vocab, (size_t)60));
     for (size_t k = 0; k < 4; k++) {
       bias[i][k] = (struct qtr_logit_bias){(int32_t)(next_random() % QTR_MIN(vocab, (size_t)80)), 10 * uniform()};
     }
-    const struct qtr_sample_args args = history(&sampling[i], prompt[i], output[i], bias[i], i);
+    if (i % 12 == 3) output[i][HISTORY - 1] = (int32_t)vocab - 1 - i % 2; /* has not been there before */
+    struct qtr_sample_args args = history(&sampling[i], prompt[i], output[i], bias[i], i);
+    last[i] = output[i][HISTORY - 1];
+    row[i].pending = is_pending(i);
+    args.n_output -= is_pending(i);
     row[i].repetition_penalty = sampling[i].repetition_penalty;
     row[i].presence_penalty = sampling[i].presence_penalty;
     row[i].frequency_penalty = sampling[i].frequency_penalty;
@@ -110,7 +120,7 @@ static void sample_both(struct qtr_backend *b, size_t vocab, float spread) {
                                   .n_seqs = ROWS,
                                   .n_logit_rows = ROWS,
                                   .max_blocks = 1,
-                                  .token = zeros,
+                                  .token = last,
                                   .position = zeros,
                                   .q_start = ints,
                                   .kv_len = zeros,
@@ -120,6 +130,7 @@ static void sample_both(struct qtr_backend *b, size_t vocab, float spread) {
   for (int repeat = 0; repeat < 3; repeat++) { /* by itself, captured, as a graph */
     memset(result, 0xff, sizeof result);
     assert_int_equal(ops->begin_step(b, &batch, inv_freq, 1, &err), QTR_OK);
+    ops->embed(b, &(struct qtr_embed_args){.table = table, .out = embedded});
     ops->quant(b,
                &(struct qtr_quant_args){.x = device, .out = input, .quant = QTR_QUANT_NONE, .n_tokens = ROWS, .dim = DIM});
     ops->linear(b, &(struct qtr_linear_args){
@@ -162,6 +173,8 @@ static void sample_both(struct qtr_backend *b, size_t vocab, float spread) {
   qtr_sampler_free(sampler);
   ops->linear_free(b, linear);
   ops->input_free(b, input);
+  ops->table_free(b, table);
+  ops->free(b, embedded);
   ops->free(b, device);
   ops->free(b, out);
   free(weight);
@@ -203,11 +216,9 @@ static struct qtr_engine *open_engine(const char *device, int32_t pages, int32_t
   return e;
 }
 
-static void add(struct qtr_engine *e, const int32_t *prompt, size_t n, int32_t max_tokens, int32_t n_top, float temperature,
-                struct answer *a) {
+static struct qtr_request_options request(const int32_t *prompt, size_t n, int32_t max_tokens, int32_t n_top,
+                                          float temperature, struct answer *a) {
   struct qtr_request_options o;
-  struct qtr_error err = {0};
-  uint64_t id;
   qtr_request_options_init(&o);
   o.prompt_token = prompt;
   o.n_prompt_token = n;
@@ -219,14 +230,29 @@ static void add(struct qtr_engine *e, const int32_t *prompt, size_t n, int32_t m
   o.sampling.seed = 7;
   o.user = a;
   memset(a, 0, sizeof *a);
-  if (qtr_engine_add(e, &o, &id, &err)) fail_msg("%s", err.message);
+  return o;
 }
 
-static void run(struct qtr_engine *e) {
+static void add_request(struct qtr_engine *e, const struct qtr_request_options *o) {
+  struct qtr_error err = {0};
+  uint64_t id;
+  if (qtr_engine_add(e, o, &id, &err)) fail_msg("%s", err.message);
+}
+
+static void add(struct qtr_engine *e, const int32_t *prompt, size_t n, int32_t max_tokens, int32_t n_top, float temperature,
+                struct answer *a) {
+  const struct qtr_request_options o = request(prompt, n, max_tokens, n_top, temperature, a);
+  add_request(e, &o);
+}
+
+/* Until all have ended. Returns how many steps ended with another one under way. */
+static int run(struct qtr_engine *e) {
   struct qtr_error err = {0};
   struct qtr_event event;
+  int n_ahead = 0;
   for (bool work = true; work;) {
     if (qtr_engine_step(e, &work, &err)) fail_msg("%s", err.message);
+    n_ahead += e->pass[0].launched || e->pass[1].launched;
     while (qtr_engine_poll(e, &event)) {
       struct answer *a = event.user;
       if (event.n_top_logprob == 2) {
@@ -237,6 +263,7 @@ static void run(struct qtr_engine *e) {
       a->end = (int32_t)event.finish;
     }
   }
+  return n_ahead;
 }
 
 /* Prompt i: a few tokens of a kind, 5 … 300 long. */
@@ -325,6 +352,52 @@ static void test_alone_and_among_255_others(void **unused) {
   }
 }
 
+/* Penalties and biases with a step under way, whose tokens only the device knows: the tokens of one step after the other. */
+static void test_penalties_ahead(void **unused) {
+  (void)unused;
+  enum { N = 24, TOKENS = 150 };
+  static const struct qtr_logit_bias bias[] = {{300, 2}, {301, -3}};
+  const char *wish = getenv("QUATTUOR_AHEAD");
+  char *kept = wish ? strdup(wish) : NULL;
+  int32_t prompt[400];
+  int n_ahead[2];
+  for (int ahead = 0; ahead < 2; ahead++) {
+    (void)setenv("QUATTUOR_AHEAD", ahead ? "1" : "0", 1);
+    struct answer *answer = ahead ? together : alone;
+    struct qtr_engine *e = open_engine("cuda", 200, 16);
+    for (int i = 0; i < N; i++) {
+      struct qtr_request_options o =
+          request(prompt, make_prompt(i, prompt), TOKENS - i, i % 5 == 0 ? 2 : -1, i % 2 ? 0.9f : 0, &answer[i]);
+      if (i % 3 == 0) o.sampling.frequency_penalty = 0.4f;
+      if (i % 4 == 0) o.sampling.presence_penalty = 0.6f;
+      if (i % 4 == 1) o.sampling.repetition_penalty = 1.2f;
+      if (i % 6 == 5) {
+        o.logit_bias = bias;
+        o.n_logit_bias = 2;
+      }
+      add_request(e, &o);
+    }
+    n_ahead[ahead] = run(e);
+    qtr_engine_close(e);
+  }
+  if (kept)
+    (void)setenv("QUATTUOR_AHEAD", kept, 1);
+  else
+    (void)unsetenv("QUATTUOR_AHEAD");
+  free(kept);
+  print_message("with penalties %d steps were launched ahead\n", n_ahead[1]);
+  assert_int_equal(n_ahead[0], 0);
+  assert_true(n_ahead[1] > TOKENS);
+  for (int i = 0; i < N; i++) {
+    assert_int_equal(alone[i].n, TOKENS - i);
+    assert_int_equal(together[i].n, TOKENS - i);
+    for (int k = 0; k < TOKENS - i; k++) {
+      if (alone[i].token[k] != together[i].token[k])
+        fail_msg("request %d: token %d is %d, ahead %d", i, k, alone[i].token[k], together[i].token[k]);
+    }
+  }
+}
+
 static void test_a_thousand_through_a_small_pool(void **unused) {
   (void)unused;
   int32_t prompt[400];
@@ -348,8 +421,8 @@ static void test_a_thousand_through_a_small_pool(void **unused) {
 }
 
 /* Requests come and go, a third of them cancelled, for $QUATTUOR_SOAK_SECONDS (5): afterwards the device's free memory is
- * what it was once everything had been used, and no page is held. Penalties in every other 200 requests: steps then wait for
- * the tokens of the last one, without them they are launched ahead. */
+ * what it was once everything had been used, and no page is held. In every other 200 requests some have a top-k that is left
+ * to the host: steps then wait for the tokens of the last one, without them they are launched ahead. */
 static void test_memory_stays(void **unused) {
   (void)unused;
   const char *wish = getenv("QUATTUOR_SOAK_SECONDS");
@@ -374,7 +447,8 @@ static void test_memory_stays(void **unused) {
       o.n_prompt_token = make_prompt((int)(next_random() % 5000), prompt);
       o.max_tokens = 1 + (int32_t)(next_random() % 60);
       o.sampling.temperature = n_added % 2 ? 0.9f : 0;
-      o.sampling.repetition_penalty = n_added / 200 % 2 && n_added % 3 == 0 ? 1.1f : 1;
+      o.sampling.repetition_penalty = n_added % 3 == 0 ? 1.1f : 1;
+      if (n_added / 200 % 2 && n_added % 10 == 1) o.sampling.top_k = 2 * QTR_CHOOSE_SURE_TOP_K;
       if (qtr_engine_add(e, &o, &id[n_added % 64], &err)) fail_msg("%s", err.message);
       n_added++;
       qtr_engine_stats(e, &stats);
@@ -441,8 +515,10 @@ int main(void) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(test_sampling),
                                      cmocka_unit_test(test_greedy_as_on_the_cpu),
                                      cmocka_unit_test(test_alone_and_among_255_others),
+                                     cmocka_unit_test(test_penalties_ahead),
                                      cmocka_unit_test(test_a_thousand_through_a_small_pool),
                                      cmocka_unit_test(test_memory_stays),
                                      cmocka_unit_test(test_out_of_memory_is_told)};
+  cmocka_set_test_filter(getenv("QUATTUOR_TEST")); /* NULL: all */
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -288,11 +288,23 @@ __global__ void __launch_bounds__(THREADS) k_choose(float *logits, const qtr_cho
     }
     return;
   }
+  int32_t pending = p.pending ? adjust.known[adjust.logit_row[blockIdx.x]] : -1;
+  bool counted = pending < 0; /* the pending token has its place among the adjustments */
   for (int32_t i = threadIdx.x; i < p.n_adjust; i += THREADS) {
-    const qtr_choose_adjust a = adjust.adjust[p.first_adjust + i];
+    qtr_choose_adjust a = adjust.adjust[p.first_adjust + i];
+    if (a.token == pending) {
+      a.count = max(a.count, 0) + 1;
+      counted = true;
+    }
     float was = x[a.token];
     adjust.original[p.first_adjust + i] = was;
     x[a.token] = adjusted(was, p, a);
+  }
+  counted = __syncthreads_or(counted);
+  float was_pending = 0;
+  if (!counted && threadIdx.x == 0) {
+    was_pending = x[pending];
+    x[pending] = adjusted(was_pending, p, {pending, 1, 0});
   }
   __syncthreads();
   best b = row_best(x, 0, n);
@@ -316,10 +328,11 @@ __global__ void __launch_bounds__(THREADS) k_choose(float *logits, const qtr_cho
     }
   }
   __syncthreads();
-  if (p.n_adjust > 0) { /* log-probabilities are of the untouched row, and so may the host's look be */
+  if (p.n_adjust > 0 || !counted) { /* log-probabilities are of the untouched row, and so may the host's look be */
     for (int32_t i = threadIdx.x; i < p.n_adjust; i += THREADS) {
       x[adjust.adjust[p.first_adjust + i].token] = adjust.original[p.first_adjust + i];
     }
+    if (!counted && threadIdx.x == 0) x[pending] = was_pending;
     __syncthreads();
     best untouched = row_best(x, 0, n);
     if (b.token >= 0) b = untouched;

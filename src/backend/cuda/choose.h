@@ -11,10 +11,11 @@ extern "C" {
 #endif
 
 /* Applies the rows' adjustments to the logits before a choice, and takes them back after it: original (n_adjust) keeps what
- * was there. adjust (all rows') device. */
+ * was there. adjust (all rows'), known (tokens of the batch), logit_row (n_rows) of them: device. */
 struct qtr_cuda_adjust {
   const struct qtr_choose_adjust *adjust;
   float *original;
+  const int32_t *known, *logit_row; /* for rows with a pending token: known[logit_row[row]] */
 };
 /* Scratch for n_rows rows of a vocabulary. */
 size_t qtr_cuda_choose_scratch_bytes(size_t n_rows, size_t vocab_size);

@@ -248,11 +248,12 @@ __device__ static __half to_half(float x) { return __float2half_rn(fminf(fmaxf(x
 
 __global__ void __launch_bounds__(THREADS)
     k_embed(qtr_dtype dtype, const void *data, const float *scale, size_t n_rows, size_t dim, const int32_t *token,
-            const qtr_choose_result *chosen, __half *out) {
+            const qtr_choose_result *chosen, int32_t *known, __half *out) {
   qtr_begin();
   int32_t t = token[blockIdx.x];
   if (t < 0 && chosen) t = chosen[-1 - t].token;
   size_t row = t >= 0 && (size_t)t < n_rows ? (size_t)t : 0;
+  if (blockIdx.y == 0 && threadIdx.x == 0) known[blockIdx.x] = (int32_t)row;
   float s = scale ? scale[row] : 1.0f;
   for (size_t i = blockIdx.y * (size_t)THREADS + threadIdx.x; i < dim; i += THREADS * (size_t)gridDim.y) {
     out[blockIdx.x * dim + i] = to_half(value_at(dtype, data, row * dim + i) * s);
@@ -260,11 +261,11 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 cudaError_t qtr_cuda_rows_embed(qtr_dtype dtype, const void *data, const float *scale, size_t n_rows, size_t dim,
-                                const int32_t *token, const qtr_choose_result *chosen, size_t n_tokens, void *out,
-                                cudaStream_t stream) {
+                                const int32_t *token, const qtr_choose_result *chosen, size_t n_tokens, int32_t *known,
+                                void *out, cudaStream_t stream) {
   if (n_tokens == 0) return cudaSuccess;
   dim3 grid((unsigned)n_tokens, n_tokens < 64 ? (unsigned)((dim + THREADS - 1) / THREADS) : 1u);
-  return qtr_launch(k_embed, grid, THREADS, 0, stream, dtype, data, scale, n_rows, dim, token, chosen, (__half *)out);
+  return qtr_launch(k_embed, grid, THREADS, 0, stream, dtype, data, scale, n_rows, dim, token, chosen, known, (__half *)out);
 }
 
 __global__ void __launch_bounds__(THREADS) k_gather(const __half *x, const int32_t *row, size_t dim, __half *out) {

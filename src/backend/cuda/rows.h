@@ -12,10 +12,10 @@ extern "C" {
 #endif
 
 /* out (n_tokens, dim) fp16 := rows token[i] of the table; a token -1 - k is what `chosen` has for row k, chosen NULL: there
- * are none such. Tokens out of range give row 0: they were checked on the host. */
+ * are none such. Tokens out of range give row 0: they were checked on the host. known (n_tokens) := the rows' numbers. */
 cudaError_t qtr_cuda_rows_embed(enum qtr_dtype dtype, const void *data, const float *scale, size_t n_rows, size_t dim,
-                                const int32_t *token, const struct qtr_choose_result *chosen, size_t n_tokens, void *out,
-                                cudaStream_t stream);
+                                const int32_t *token, const struct qtr_choose_result *chosen, size_t n_tokens,
+                                int32_t *known, void *out, cudaStream_t stream);
 
 /* What a quantised row becomes: codes (n_tokens, stride), the tail zero; scale, sum (n_tokens). */
 struct qtr_cuda_rows_out {

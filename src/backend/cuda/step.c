@@ -103,6 +103,8 @@ struct qtr_cuda_step {
   size_t result_rows, choose_bytes;
   float *original; /* device (original_bytes / 4) logits that adjustments replaced */
   size_t original_bytes;
+  int32_t *known; /* device (known_bytes / 4) the step's tokens, those too that the host does not know yet */
+  size_t known_bytes;
 
   struct graph graph[MAX_GRAPHS];
   size_t n_graphs;
@@ -152,8 +154,8 @@ void qtr_cuda_step_free(struct qtr_cuda *c) {
     if (s->block[i]) (void)cudaFreeHost(s->block[i]);
     if (s->result_host[i]) (void)cudaFreeHost(s->result_host[i]);
   }
-  void *const memory[] = {s->device,         s->cos,     s->sin, s->scratch, s->select_scratch, s->result,
-                          s->choose_scratch, s->original};
+  void *const memory[] = {s->device,         s->cos,      s->sin,  s->scratch, s->select_scratch, s->result,
+                          s->choose_scratch, s->original, s->known};
   for (size_t i = 0; i < sizeof memory / sizeof memory[0]; i++) qtr_cuda_release(memory[i]);
   free(s->op);
   free(s);
@@ -413,6 +415,7 @@ static bool batch_upload(struct qtr_cuda *c) {
     if (!grow(c, (void **)&s->sin, &more, n * sizeof(float), "sines")) return false;
     s->angle_floats = n;
   }
+  if (!grow(c, (void **)&s->known, &s->known_bytes, tokens * 2 * sizeof *s->known, "the tokens of a step")) return false;
   size_t rows = (size_t)z->n_rows;
   if (has_choose && !result_room(c, rows)) return false;
   if (has_choose && !grow(c, &s->choose_scratch, &s->choose_bytes,
@@ -472,7 +475,9 @@ static cudaError_t run_choose(struct qtr_cuda *c, const struct qtr_choose_args *
   const struct shape *z = &s->shape;
   const struct qtr_choose_row *row = (const struct qtr_choose_row *)(const void *)(s->device + z->choose);
   const struct qtr_cuda_adjust adjust = {.adjust = (const struct qtr_choose_adjust *)(const void *)(s->device + z->adjust),
-                                         .original = s->original};
+                                         .original = s->original,
+                                         .known = s->known,
+                                         .logit_row = (const int32_t *)(const void *)(s->device + z->logit_row)};
   return qtr_cuda_rows_choose(a->logits, row, s->result, (size_t)z->n_rows, (size_t)a->vocab_size, z->choosing == 2, &adjust,
                               s->choose_scratch, c->stream);
 }
@@ -534,7 +539,7 @@ static cudaError_t run_op(struct qtr_cuda *c, const struct op *op, const struct 
       const struct qtr_table *t = op->as.embed.table;
       return qtr_cuda_rows_embed(t->dtype, t->data, t->scale, t->n_rows, t->dim,
                                  (const int32_t *)(const void *)(d + s->shape.token), s->result, (size_t)s->shape.n_tokens,
-                                 op->as.embed.out, c->stream);
+                                 s->known, op->as.embed.out, c->stream);
     }
     case OP_RMSNORM: return run_norm(c, &op->as.norm);
     case OP_QUANT: return run_quant(c, &op->as.quant);
@@ -857,7 +862,7 @@ void qtr_cuda_choose(struct qtr_backend *b, const struct qtr_choose_args *args) 
   s->shape.choosing = 1;
   for (int32_t i = 0; i < args->n_rows; i++) {
     const struct qtr_choose_row *row = &args->row[i];
-    if (!row->skip && (row->temperature > 0 || row->n_top >= 0 || row->n_adjust > 0)) s->shape.choosing = 2;
+    if (!row->skip && (row->temperature > 0 || row->n_top >= 0 || row->n_adjust > 0 || row->pending)) s->shape.choosing = 2;
   }
 }
 

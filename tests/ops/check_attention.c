@@ -4,10 +4,10 @@
  * KV: V is stored with the reference's bits. RoPE may contract a multiplication and an addition, so rotated values may
  * differ by 2^-23 of the terms; K must then be stored with the bits that the reference gives for the device's own rotated
  * values. Attention is compared over caches with the same bits (frequencies 0: RoPE is the identity). An error d(t) of a
- * score moves its weight p(t) by as much relatively, and so the result by p(t) d(t) |v(t) - result|: summed over t, that is
- * the tolerance, plus rounding of p and v, plus that of the sum over tokens. The latter is the worst case, not a square
- * root: beside one dominant token the others' terms are near half a unit of the sum, and all of them round the same way.
- * Each sequence must have the same bits alone, and when its tokens come in two steps.
+ * score moves its weight p(t) by as much relatively, and so the result by p(t) d(t) |v(t) - result|, as does rounding of
+ * p(t): summed over t, that is the tolerance, plus rounding of v, plus that of the sum over tokens. The latter is the worst
+ * case, not a square root: beside one dominant token the others' terms are near half a unit of the sum, and all of them
+ * round the same way. Each sequence must have the same bits alone, and when its tokens come in two steps.
  *
  * Sparse: statistics and the pages chosen must be the reference's, and those that the definition gives (backend.h). Earlier
  * choices are made as in an engine, by the query at which they were due. */
@@ -361,10 +361,10 @@ static void compare_choices(const struct op_check *c, const struct cache *k, con
  */
 
 /* K and V of one head of a sequence as stored, over its first n tokens: k, v (n, dim), largest magnitudes of each row (n);
- * v_code: of what a GPU multiplies with weights in fp16, codes * scale (zero points outside). */
+ * v_scale: what a GPU multiplies a weight by before it rounds it to fp16. */
 struct head {
   size_t n, dim;
-  double *k, *v, *k_max, *v_max, *v_code, *weight, *error, v_all; /* v_all: the largest of v_max */
+  double *k, *v, *k_max, *v_max, *v_scale, *weight, *error, v_all; /* v_all: the largest of v_max */
 };
 
 static struct head head_read(const struct op_check *c, const struct cache *k, enum qtr_kv_format format, int32_t s,
@@ -379,7 +379,7 @@ static struct head head_read(const struct op_check *c, const struct cache *k, en
                    .v = op_malloc(rows * dim, sizeof(double)),
                    .k_max = op_malloc(rows, sizeof(double)),
                    .v_max = op_malloc(rows, sizeof(double)),
-                   .v_code = op_malloc(rows, sizeof(double)),
+                   .v_scale = op_malloc(rows, sizeof(double)),
                    .weight = op_malloc(rows, sizeof(double)),
                    .error = op_malloc(rows, sizeof(double))};
   uint16_t *code = op_malloc(dim, sizeof *code);
@@ -396,14 +396,7 @@ static struct head head_read(const struct op_check *c, const struct cache *k, en
         max = fmax(max, fabs(to[i]));
       }
       *(is_v ? &h.v_max[t] : &h.k_max[t]) = max;
-      if (is_v) {
-        for (size_t i = 0; i < dim; i++) {
-          double coded = format == QTR_KV_F16           ? fabs(to[i])
-                         : format == QTR_KV_INT8_STATIC ? ((double)(int16_t)code[i] + 128) * (double)scale
-                                                        : (double)code[i] * (double)scale;
-          h.v_code[t] = fmax(h.v_code[t], coded);
-        }
-      }
+      if (is_v) h.v_scale[t] = format == QTR_KV_F16 || format == QTR_KV_INT8_STATIC ? 1 : (double)scale;
     }
     h.v_all = fmax(h.v_all, h.v_max[t]);
   }
@@ -416,7 +409,7 @@ static void head_free(struct head *h) {
   free(h->v);
   free(h->k_max);
   free(h->v_max);
-  free(h->v_code);
+  free(h->v_scale);
   free(h->weight);
   free(h->error);
 }
@@ -451,9 +444,9 @@ static void compare_attention(const struct op_check *c, const struct cache *k, e
   const struct op_entry *e = k->entry;
   size_t dim = (size_t)e->head_dim, width = width_of(e), row = (size_t)e->n_heads * dim;
   double act = c->dev.caps.act_dtype == QTR_DTYPE_F32 ? 0 : 0x1p-10;
-  /* Tensor cores take weights as fp16 (half a unit in 11 bits; below 2^-21 of the largest, 2^-32 of it) and codes exactly.
-   */
-  double weight16 = act > 0 ? 0x1p-11 : 0;
+  /* Tensor cores take weights times V's scale as fp16: half a unit in 11 bits; below 2^-25 of the largest, 2^-36 of it.
+   * The sum that divides sees the rounded weights, so that one of them counts by its value's distance from the result. */
+  double weight16 = act > 0 ? 0x1p-11 : 0, weight16_least = act > 0 ? 0x1p-36 : 0;
   double *tolerance = op_malloc(dim, sizeof *tolerance);
   bool *hidden = op_malloc((size_t)batch->max_blocks * QTR_PAGE_TOKENS, sizeof *hidden);
   /* With AMX the cpu backend multiplies codes by q and weights that are split into two bf16 parts: 16 bits of each.
@@ -469,19 +462,21 @@ static void compare_attention(const struct op_check *c, const struct cache *k, e
         size_t n = (size_t)(batch->kv_len[s] + i / group) + 1;
         hide(c, k, s, (int32_t)h, n, hidden);
         double mean_error = weigh(&head, k->qkv + token * width + h * dim, n, hidden, 1 / sqrt((double)dim), split),
-               rounding = 0, coded = 0;
+               rounding = 0, scaled_most = 0;
         const float *want = expected + token * row + h * dim;
         for (size_t t = 0; t < n; t++) {
           rounding += head.weight[t] * head.v_max[t];
-          coded += hidden[t] ? 0 : (head.weight[t] + 0x1p-21) * head.v_code[t];
+          scaled_most = fmax(scaled_most, head.weight[t] * head.v_scale[t]);
         }
         for (size_t j = 0; j < dim; j++) {
           /* Of n terms w code scale (at most 2 |v|), n of w zero scale (|v|) and n of w: half a unit for each addition. */
           tolerance[j] = (EPS * (4 + 2 * (double)n) + 2 * split) * rounding + 1e-20 * head.v_all +
-                         act * (fabs((double)want[j]) + 0x1p-14) + 1e-37 + weight16 * coded;
+                         act * (fabs((double)want[j]) + 0x1p-14) + 1e-37;
         }
         for (size_t t = 0; t < n; t++) {
-          double share = head.weight[t] * (head.error[t] + mean_error + 8 * EPS + split);
+          if (hidden[t]) continue;
+          double share = head.weight[t] * (head.error[t] + mean_error + 8 * EPS + split + weight16) +
+                         weight16_least * scaled_most / head.v_scale[t];
           for (size_t j = 0; j < dim; j++) tolerance[j] += share * fabs(head.v[t * dim + j] - (double)want[j]);
         }
         for (size_t j = 0; j < dim; j++) {

@@ -361,10 +361,11 @@ static void compare_choices(const struct op_check *c, const struct cache *k, con
  */
 
 /* K and V of one head of a sequence as stored, over its first n tokens: k, v (n, dim), largest magnitudes of each row (n);
- * v_scale: what a GPU multiplies a weight by before it rounds it to fp16. */
+ * v_code: of what a GPU multiplies with weights in fp16, codes * scale (zero points outside); v_scale: what it multiplies a
+ * weight by before it rounds it. */
 struct head {
   size_t n, dim;
-  double *k, *v, *k_max, *v_max, *v_scale, *weight, *error, v_all; /* v_all: the largest of v_max */
+  double *k, *v, *k_max, *v_max, *v_code, *v_scale, *weight, *error, v_all; /* v_all: the largest of v_max */
 };
 
 static struct head head_read(const struct op_check *c, const struct cache *k, enum qtr_kv_format format, int32_t s,
@@ -379,6 +380,7 @@ static struct head head_read(const struct op_check *c, const struct cache *k, en
                    .v = op_malloc(rows * dim, sizeof(double)),
                    .k_max = op_malloc(rows, sizeof(double)),
                    .v_max = op_malloc(rows, sizeof(double)),
+                   .v_code = op_malloc(rows, sizeof(double)),
                    .v_scale = op_malloc(rows, sizeof(double)),
                    .weight = op_malloc(rows, sizeof(double)),
                    .error = op_malloc(rows, sizeof(double))};
@@ -396,7 +398,15 @@ static struct head head_read(const struct op_check *c, const struct cache *k, en
         max = fmax(max, fabs(to[i]));
       }
       *(is_v ? &h.v_max[t] : &h.k_max[t]) = max;
-      if (is_v) h.v_scale[t] = format == QTR_KV_F16 || format == QTR_KV_INT8_STATIC ? 1 : (double)scale;
+      if (is_v) {
+        h.v_scale[t] = format == QTR_KV_F16 || format == QTR_KV_INT8_STATIC ? 1 : (double)scale;
+        for (size_t i = 0; i < dim; i++) {
+          double coded = format == QTR_KV_F16           ? fabs(to[i])
+                         : format == QTR_KV_INT8_STATIC ? ((double)(int16_t)code[i] + 128) * (double)scale
+                                                        : (double)code[i] * (double)scale;
+          h.v_code[t] = fmax(h.v_code[t], coded);
+        }
+      }
     }
     h.v_all = fmax(h.v_all, h.v_max[t]);
   }
@@ -409,6 +419,7 @@ static void head_free(struct head *h) {
   free(h->v);
   free(h->k_max);
   free(h->v_max);
+  free(h->v_code);
   free(h->v_scale);
   free(h->weight);
   free(h->error);
@@ -444,10 +455,12 @@ static void compare_attention(const struct op_check *c, const struct cache *k, e
   const struct op_entry *e = k->entry;
   size_t dim = (size_t)e->head_dim, width = width_of(e), row = (size_t)e->n_heads * dim;
   double act = c->dev.caps.act_dtype == QTR_DTYPE_F32 ? 0 : 0x1p-10;
-  /* Tensor cores take weights times V's scale as fp16: half a unit in 11 bits; below 2^-25 of the largest, 2^-36 of it.
-   * The sum that divides sees the rounded weights, so that one of them counts by its value's distance from the result. */
-  double weight16 = act > 0 ? 0x1p-11 : 0, weight16_least = act > 0 ? 0x1p-36 : 0;
-  double *tolerance = op_malloc(dim, sizeof *tolerance);
+  /* Tensor cores take weights times V's scale as fp16 (half a unit in 11 bits; below 2^-25 of the largest, 2^-36 of it) and
+   * codes exactly. Where the sums beside them, of weights and of weights times zero, are of the rounded ones (decode), a
+   * token moves the result by its value's distance from it, which is more than its code where values differ in sign or size;
+   * where they are of the weights as they were (prefill), by its code. */
+  double weight16 = act > 0 ? 0x1p-11 : 0;
+  double *tolerance = op_malloc(dim, sizeof *tolerance), *moved = op_malloc(dim, sizeof *moved);
   bool *hidden = op_malloc((size_t)batch->max_blocks * QTR_PAGE_TOKENS, sizeof *hidden);
   /* With AMX the cpu backend multiplies codes by q and weights that are split into two bf16 parts: 16 bits of each.
    * Codes times scale reach twice the largest value. */
@@ -462,23 +475,30 @@ static void compare_attention(const struct op_check *c, const struct cache *k, e
         size_t n = (size_t)(batch->kv_len[s] + i / group) + 1;
         hide(c, k, s, (int32_t)h, n, hidden);
         double mean_error = weigh(&head, k->qkv + token * width + h * dim, n, hidden, 1 / sqrt((double)dim), split),
-               rounding = 0, scaled_most = 0;
+               rounding = 0, coded = 0, scaled_most = 0;
         const float *want = expected + token * row + h * dim;
         for (size_t t = 0; t < n; t++) {
           rounding += head.weight[t] * head.v_max[t];
+          coded += hidden[t] ? 0 : (head.weight[t] + 0x1p-21) * head.v_code[t];
           scaled_most = fmax(scaled_most, head.weight[t] * head.v_scale[t]);
         }
         for (size_t j = 0; j < dim; j++) {
           /* Of n terms w code scale (at most 2 |v|), n of w zero scale (|v|) and n of w: half a unit for each addition. */
           tolerance[j] = (EPS * (4 + 2 * (double)n) + 2 * split) * rounding + 1e-20 * head.v_all +
                          act * (fabs((double)want[j]) + 0x1p-14) + 1e-37;
+          moved[j] = 0;
         }
         for (size_t t = 0; t < n; t++) {
           if (hidden[t]) continue;
-          double share = head.weight[t] * (head.error[t] + mean_error + 8 * EPS + split + weight16) +
-                         weight16_least * scaled_most / head.v_scale[t];
-          for (size_t j = 0; j < dim; j++) tolerance[j] += share * fabs(head.v[t * dim + j] - (double)want[j]);
+          double share = head.weight[t] * (head.error[t] + mean_error + 8 * EPS + split);
+          double rounded = weight16 * (head.weight[t] + 0x1p-25 * scaled_most / head.v_scale[t]);
+          for (size_t j = 0; j < dim; j++) {
+            double distance = fabs(head.v[t * dim + j] - (double)want[j]);
+            tolerance[j] += share * distance;
+            moved[j] += rounded * distance;
+          }
         }
+        for (size_t j = 0; j < dim; j++) tolerance[j] += fmax(moved[j], weight16 * coded);
         for (size_t j = 0; j < dim; j++) {
           op_compare(diff, (double)got[token * row + h * dim + j], (double)want[j], tolerance[j], what, token, h * dim + j);
         }
@@ -487,6 +507,7 @@ static void compare_attention(const struct op_check *c, const struct cache *k, e
     }
   }
   free(tolerance);
+  free(moved);
   free(hidden);
 }
 

@@ -127,14 +127,19 @@ struct choose {
   const int32_t *digest;
   const struct qtr_choose_row *row;
   struct qtr_choose_result *result;
-  const int32_t *known, *logit_row;
+  struct qtr_cuda_adjust adjust;
   size_t n;
 };
 
 static void choose(void *arg) {
   const struct choose *a = arg;
   for (size_t i = 0; i < a->n; i++) {
-    int32_t last = a->known[a->logit_row[i]];
+    int32_t last = a->adjust.known[a->adjust.logit_row[i]];
+    for (int32_t k = 0; k < a->row[i].n_adjust; k++) {
+      int32_t at = a->row[i].first_adjust + k;
+      a->adjust.original[at] = 1;
+      host_wrong += a->adjust.adjust[at].token != k;
+    }
     a->result[i].token = a->row[i].skip ? QTR_CHOOSE_UNDECIDED : host_next(a->digest[i], last, a->row[i].position);
   }
 }
@@ -143,7 +148,7 @@ cudaError_t qtr_cuda_rows_choose(float *logits, const struct qtr_choose_row *row
                                  size_t n_rows, size_t vocab_size, bool drawing, const struct qtr_cuda_adjust *adjust,
                                  void *scratch, cudaStream_t s) {
   (void)vocab_size, (void)drawing, (void)scratch, (void)s;
-  const struct choose arg = {(const int32_t *)(const void *)logits, row, result, adjust->known, adjust->logit_row, n_rows};
+  const struct choose arg = {(const int32_t *)(const void *)logits, row, result, *adjust, n_rows};
   host_push(choose, &arg, sizeof arg);
   return cudaSuccess;
 }

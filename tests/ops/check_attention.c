@@ -498,8 +498,8 @@ static void compare_attention(const struct op_check *c, const struct cache *k, e
             moved[j] += rounded * distance;
           }
         }
-        for (size_t j = 0; j < dim; j++) tolerance[j] += fmax(moved[j], weight16 * coded);
         for (size_t j = 0; j < dim; j++) {
+          tolerance[j] += fmax(moved[j], weight16 * coded);
           op_compare(diff, (double)got[token * row + h * dim + j], (double)want[j], tolerance[j], what, token, h * dim + j);
         }
       }

@@ -103,7 +103,7 @@ static void sample_both(struct qtr_backend *b, size_t vocab, float spread) {
     for (size_t k = 0; k < 4; k++) {
       bias[i][k] = (struct qtr_logit_bias){(int32_t)(next_random() % QTR_MIN(vocab, (size_t)80)), 10 * uniform()};
     }
-    if (i % 12 == 3) output[i][HISTORY - 1] = (int32_t)vocab - 1 - i % 2; /* has not been there before */
+    if (i % 12 == 3) output[i][HISTORY - 1] = (int32_t)vocab - 2; /* in a large vocabulary: has not been there before */
     struct qtr_sample_args args = history(&sampling[i], prompt[i], output[i], bias[i], i);
     last[i] = output[i][HISTORY - 1];
     row[i].pending = is_pending(i);

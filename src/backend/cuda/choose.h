@@ -19,8 +19,8 @@ struct qtr_cuda_adjust {
 };
 /* Scratch for n_rows rows of a vocabulary. */
 size_t qtr_cuda_choose_scratch_bytes(size_t n_rows, size_t vocab_size);
-/* logits (n_rows, vocab_size); row, result (n_rows), device. `drawing`: some row is not greedy or wants log-probabilities
- * (a launch for greedy rows alone is shorter). */
+/* logits (n_rows, vocab_size); row, result (n_rows), device. `drawing`: some row is not greedy, adjusted, or wants
+ * log-probabilities (a launch for greedy rows alone is shorter). */
 cudaError_t qtr_cuda_rows_choose(float *logits, const struct qtr_choose_row *row, struct qtr_choose_result *result,
                                  size_t n_rows, size_t vocab_size, bool drawing, const struct qtr_cuda_adjust *adjust,
                                  void *scratch, cudaStream_t stream);

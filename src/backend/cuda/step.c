@@ -176,7 +176,12 @@ static bool grow(struct qtr_cuda *c, void **device, size_t *have, size_t n_bytes
   return true;
 }
 
-/* The same of pinned memory: the first `keep` bytes stay, the rest is zero. */
+/* The same for what needs a little more from step to step: with as much again in reserve, so that few steps pay for it. */
+static bool grow_ahead(struct qtr_cuda *c, void **device, size_t *have, size_t n_bytes, const char *what) {
+  return n_bytes <= *have || grow(c, device, have, 2 * n_bytes, what);
+}
+
+/* As grow, of pinned memory: the first `keep` bytes stay, the rest is zero. */
 static bool grow_pinned(struct qtr_cuda *c, void **pinned, size_t keep, size_t n_bytes) {
   void *more = NULL;
   if (!qtr_cuda_ok(c, cudaMallocHost(&more, n_bytes), "pinned memory")) return false;
@@ -397,7 +402,7 @@ static bool batch_upload(struct qtr_cuda *c) {
   z->adjust = at;
   size_t n_adjust = has_choose ? (size_t)s->choose.n_adjust : 0, total = at;
   (void)place(&total, n_adjust * sizeof(struct qtr_choose_adjust));
-  if (!grow(c, (void **)&s->original, &s->original_bytes, n_adjust * 2 * sizeof(float), "adjusted logits")) return false;
+  if (!grow_ahead(c, (void **)&s->original, &s->original_bytes, n_adjust * sizeof(float), "adjusted logits")) return false;
   if (total > s->block_bytes) {
     size_t n = qtr_round_up(total * 2, 4096), have = 0;
     if (!grow(c, (void **)&s->device, &have, n, "the arrays of a batch")) return false;
@@ -415,7 +420,7 @@ static bool batch_upload(struct qtr_cuda *c) {
     if (!grow(c, (void **)&s->sin, &more, n * sizeof(float), "sines")) return false;
     s->angle_floats = n;
   }
-  if (!grow(c, (void **)&s->known, &s->known_bytes, tokens * 2 * sizeof *s->known, "the tokens of a step")) return false;
+  if (!grow_ahead(c, (void **)&s->known, &s->known_bytes, tokens * sizeof *s->known, "the tokens of a step")) return false;
   size_t rows = (size_t)z->n_rows;
   if (has_choose && !result_room(c, rows)) return false;
   if (has_choose && !grow(c, &s->choose_scratch, &s->choose_bytes,
